@@ -1,5 +1,4 @@
-"""Text in, token batches out: tokenizers, `prepare`, token files, and a sampler that is a pure
-function of the step.
+"""Text in, token batches out: tokenizers, `prepare`, token files, and a sampler without state.
 
 Everything here is about text and needs neither a model nor torch. Section 2.1 of the report
 (blend), arXiv 2402.16819 (tokenizer, hygiene).
@@ -21,10 +20,12 @@ import shutil
 import sqlite3
 import sys
 import sysconfig
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,68 +54,60 @@ class Tokenizer(Protocol):
     """What the rest of the code asks of any tokenizer."""
 
     vocab_size: int
+    specials: dict[str, int]  # control token → id
+    path: Path
 
     def encode(self, text: str) -> np.ndarray:
-        """Text → int32 ids. Text is only ever text: control tokens spelt out in it do not become
-        control ids."""
+        """Text → int32 ids; control tokens spelt out in a text stay text."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids → text, control tokens spelt out, broken UTF-8 replaced."""
 
     def special(self, name: str) -> int:
         """The id of a control token: one of SPECIALS."""
+        if name not in self.specials:
+            have = sorted(self.specials)
+            raise ValueError(f"the tokenizer has no control token {name!r}, only {have}")
+        return self.specials[name]
 
     def save(self, folder: Path) -> str:
         """Write what `load_tokenizer` needs into the folder; returns the file's name."""
+        return shutil.copyfile(self.path, folder / f"tokenizer{self.path.suffix}").name
 
 
-def no_such_special(name: str, known: Iterable[str]) -> ValueError:
-    return ValueError(f"the tokenizer has no control token {name!r}; it has {sorted(known)}")
+class BytePairs(Tokenizer):
+    """Byte-level BPE run by tiktoken: ours, by `train_bpe`, or any encoding that tiktoken names."""
 
-
-class BytePairs:
-    """Byte-level BPE run by tiktoken: ours, trained by `train_bpe`, or any encoding that tiktoken
-    names."""
-
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
-        self.vocab_size = encoding.max_token_value + 1
-
-    @classmethod
-    def build(cls, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> "BytePairs":
-        return cls(
-            tiktoken.Encoding(
-                "nemotron4", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-            )
+    def __init__(self, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
+        self.encoding = tiktoken.Encoding(
+            "nemotron4", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
         )
+        self.specials = specials
+        self.vocab_size = self.encoding.max_token_value + 1
 
     @classmethod
     def named(cls, name: str) -> "BytePairs":
-        """A tiktoken encoding, with Nemotron's control tokens added after its own and <|endoftext|>
-        as </s>."""
+        """A tiktoken encoding, <|endoftext|> as </s>, the other control tokens added at its end."""
         base = tiktoken.get_encoding(name)
         specials = dict(base._special_tokens)
-        end = specials["<|endoftext|>"]
-        for token in SPECIALS:
-            specials[token] = (
-                end if token == "</s>" else max(base.max_token_value, *specials.values()) + 1
-            )
-        del specials["<|endoftext|>"]  # one name an id
-        return cls.build(base._pat_str, base._mergeable_ranks, specials)
+        specials["</s>"] = specials.pop("<|endoftext|>")  # one name an id
+        new = (token for token in SPECIALS if token != "</s>")
+        specials |= {token: base.max_token_value + 1 + i for i, token in enumerate(new)}
+        return cls(base._pat_str, base._mergeable_ranks, specials)
 
     @classmethod
     def load(cls, path: Path) -> "BytePairs":
         spec = json.loads(path.read_text())
         ranks = {base64.b64decode(token): rank for token, rank in spec["ranks"].items()}
-        return cls.build(spec["pattern"], ranks, spec["specials"])
+        return cls(spec["pattern"], ranks, spec["specials"])
 
     def save(self, folder: Path) -> str:
-        enc = self.encoding
-        ranks = {
-            base64.b64encode(t).decode(): r
-            for t, r in sorted(enc._mergeable_ranks.items(), key=lambda i: i[1])
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        spec = {
+            "pattern": self.encoding._pat_str,
+            "specials": self.specials,
+            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
         }
-        spec = {"pattern": enc._pat_str, "specials": enc._special_tokens, "ranks": ranks}
         (folder / "tokenizer.bpe.json").write_text(json.dumps(spec, indent=0))
         return "tokenizer.bpe.json"
 
@@ -124,20 +117,13 @@ class BytePairs:
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(map(int, ids)))
 
-    def special(self, name: str) -> int:
-        if name not in self.encoding._special_tokens:
-            raise no_such_special(name, self.encoding._special_tokens)
-        return self.encoding._special_tokens[name]
 
-
-class HuggingFace:
+class HuggingFace(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library."""
 
-    ALIASES = {
-        "<pad>": ("[PAD]", "<|pad|>"),
-        "</s>": ("<|endoftext|>", "<|end_of_text|>", "<eos>"),
-        "<s>": ("<bos>",),
-    }
+    # other tokenizers' spellings of our control tokens
+    PADS, ENDS = ("[PAD]", "<|pad|>"), ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+    ALIASES = {"<pad>": PADS, "<s>": ("<bos>",), "</s>": ENDS}
 
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -145,11 +131,13 @@ class HuggingFace:
         self.path = path
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True  # text stays text
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-
-    def save(self, folder: Path) -> str:
-        shutil.copyfile(self.path, folder / "tokenizer.json")
-        return "tokenizer.json"
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values())
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items()}
+        for name in SPECIALS:
+            if known := [s for s in (name, *self.ALIASES.get(name, ())) if s in vocab]:
+                self.specials[name] = vocab[known[0]]
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -157,16 +145,8 @@ class HuggingFace:
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
-    def special(self, name: str) -> int:
-        for spelling in (name, *self.ALIASES.get(name, ())):
-            if (found := self.tokenizer.token_to_id(spelling)) is not None:
-                return found
-        raise no_such_special(
-            name, (t.content for t in self.tokenizer.get_added_tokens_decoder().values())
-        )
 
-
-class SentencePiece:
+class SentencePiece(Tokenizer):
     """A SentencePiece .model file, such as NVIDIA's nemotron_2_256k.model."""
 
     def __init__(self, path: Path) -> None:
@@ -174,97 +154,66 @@ class SentencePiece:
 
         self.path = path
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self.processor.vocab_size()
-        self.marks = [
-            s for s in SPECIALS if self.processor.piece_to_id(s) != self.processor.unk_id()
-        ]
-
-    def save(self, folder: Path) -> str:
-        shutil.copyfile(self.path, folder / "tokenizer.model")
-        return "tokenizer.model"
+        self.vocab_size, unk = self.processor.vocab_size(), self.processor.unk_id()
+        ids = {name: self.processor.piece_to_id(name) for name in SPECIALS}
+        self.specials = {name: i for name, i in ids.items() if i != unk or name == "<unk>"}
 
     def encode(self, text: str) -> np.ndarray:
-        # user-defined pieces match anywhere in a text: a mark that somebody wrote is cut after its
-        # first character
-        for mark in self.marks:
-            text = text.replace(mark, mark[0] + "\0" + mark[1:])
-        return np.array(
-            [i for part in text.split("\0") for i in self.processor.encode(part)], dtype=np.int32
-        )
+        # user-defined pieces match anywhere in a text: a mark in it is cut after one character
+        for mark in self.specials:
+            if mark != "<unk>":
+                text = text.replace(mark, mark[0] + "\0" + mark[1:])
+        ids = [i for part in text.split("\0") for i in self.processor.encode(part)]
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode(list(map(int, ids)))
 
-    def special(self, name: str) -> int:
-        if name not in self.marks and name != "<unk>":
-            raise no_such_special(name, self.marks)
-        return self.processor.piece_to_id(name)
+
+LOADERS = {".bpe.json": BytePairs.load, ".model": SentencePiece, ".json": HuggingFace}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A file (our .bpe.json, SentencePiece .model, Hugging Face tokenizer.json), a folder with one,
-    or a tiktoken name."""
+    """A tokenizer from a file (LOADERS says which), a folder with one, or tiktoken by name."""
     path = Path(spec)
     if path.is_dir():
-        names = ("tokenizer.bpe.json", "tokenizer.model", "tokenizer.json")
-        found = [path / n for n in names if (path / n).exists()]
+        names = [f"tokenizer{suffix}" for suffix in LOADERS]
+        found = [path / name for name in names if (path / name).exists()]
         if not found:
-            raise ValueError(
-                f"{path}: a folder without a tokenizer; one of {', '.join(names)} is needed"
-            )
+            raise ValueError(f"{path}: no tokenizer in this folder; it needs {' or '.join(names)}")
         path = found[0]
-    if path.name.endswith(".bpe.json") and path.exists():
-        return BytePairs.load(path)
-    if path.suffix == ".model" and path.exists():
-        return SentencePiece(path)
-    if path.suffix == ".json" and path.exists():
-        return HuggingFace(path)
-    known = tiktoken.list_encoding_names()
-    if str(spec) in known:
+    for suffix, load in LOADERS.items():
+        if path.name.endswith(suffix) and path.exists():
+            return load(path)
+    names = tiktoken.list_encoding_names()
+    if str(spec) in names:
         return BytePairs.named(str(spec))
-    close = difflib.get_close_matches(str(spec), known, n=1)
+    close = difflib.get_close_matches(str(spec), names, n=1)
     raise ValueError(
-        f"tokenizer {str(spec)!r} is neither a file (.bpe.json, .model, tokenizer.json) nor a "
-        f"tiktoken encoding "
-        f"({', '.join(known)})" + (f"; did you mean {close[0]}?" if close else "")
+        f"tokenizer {str(spec)!r} is neither a file (.bpe.json, .model, tokenizer.json) nor one of "
+        f"tiktoken's ({', '.join(names)})" + (f"; did you mean {close[0]}?" if close else "")
     )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairs:
-    """Byte-level BPE with SPECIALS as ids 0..6, the 256 bytes as 7..262, then merges. Same texts,
-    same tokenizer."""
+    """Byte-level BPE: SPECIALS as ids 0..6, the 256 bytes, then merges. Same texts, same result."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIALS) + 256
     if vocab_size < least:
-        raise ValueError(
-            f"vocab_size={vocab_size}: {len(SPECIALS)} control tokens and 256 bytes need at "
-            f"least {least}"
-        )
+        raise ValueError(f"vocab_size={vocab_size}: control tokens and bytes need at least {least}")
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = hf_pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    start = dict(special_tokens=[*SPECIALS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **start)
     tok.train_from_iterator(texts, trainer)
-    found = tok.get_vocab_size()
-    if found < vocab_size:
-        raise ValueError(
-            f"the text has too few distinct words for vocab_size={vocab_size}: it gives "
-            f"{found}; ask for less"
-        )
-    char_to_byte = {c: b for b, c in byte_chars().items()}
-    ranks = {
-        bytes(char_to_byte[c] for c in t): i
-        for t, i in tok.get_vocab().items()
-        if t not in SPECIALS
-    }
-    return BytePairs.build(PATTERN, ranks, {t: i for i, t in enumerate(SPECIALS)})
+    if (found := tok.get_vocab_size()) < vocab_size:
+        raise ValueError(f"too few distinct words for vocab_size={vocab_size}: ask for {found}")
+    byte = {char: b for b, char in byte_chars().items()}
+    vocab = {t: i for t, i in tok.get_vocab().items() if t not in SPECIALS}
+    ranks = {bytes(byte[char] for char in t): i for t, i in vocab.items()}
+    return BytePairs(PATTERN, ranks, {t: i for i, t in enumerate(SPECIALS)})
 
 
 def hf_pre_tokenizer() -> Any:
@@ -272,14 +221,12 @@ def hf_pre_tokenizer() -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, level])
 
 
 def byte_chars() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes, which `tokenizers` writes its byte-level
-    vocabulary in."""
+    """GPT-2's printable stand-ins for the 256 bytes, as `tokenizers` writes its vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -288,44 +235,44 @@ def byte_chars() -> dict[int, str]:
 # ---- documents -----------------------------------------------------------------------------------
 
 # fmt: off
-TEXT_SUFFIXES = frozenset((
+TEXT_SUFFIXES = (
     ".txt", ".md", ".rst", ".tex", ".html", ".xml", ".css", ".js", ".ts", ".tsx", ".jsx", ".py",
-    ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs",
-    ".rb", ".php", ".swift", ".m", ".cs", ".lua", ".pl", ".r", ".jl", ".sh", ".sql", ".yaml", ".yml",
+    ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".rb",
+    ".php", ".swift", ".m", ".cs", ".lua", ".pl", ".r", ".jl", ".sh", ".sql", ".yaml", ".yml",
     ".toml", ".ini", ".cfg", ".cmake", ".asm", ".f90", ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp",
     ".el", ".proto", ".tf", ".dart", ".v", ".vhd",
-))
+)
 # fmt: on
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-LONGEST = (
-    4 << 20
-)  # a larger text file becomes several documents, cut at line ends: memory stays bounded
+
+# A larger text file becomes several documents, cut at line ends: memory stays bounded.
+LONGEST = 4 << 20
 
 
 class BadDocument(ValueError):
-    """A document that cannot be read: file, line and rule."""
+    """A document that cannot be read: file and line, the rule, and what to do."""
+
+    def __init__(self, where: object, rule: str) -> None:
+        super().__init__(f"{where}: {rule}, or --skip-bad")
+
+
+# Readers yield what they could not read as well: whether that ends the run is the caller's choice.
+Documents = Iterator[str | BadDocument]
+Reader = Callable[[], Documents]
 
 
 def files_of(root: Path) -> list[Path]:
-    """The files to read below a folder, in a fixed order; hidden ones and unknown suffixes are left
-    out."""
+    """The files to read below a folder, in a fixed order: none hidden, none of unknown suffix."""
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder")
     if root.is_file():
         return [root]
-    inside = (
-        p
-        for p in root.rglob("*")
-        if not any(part.startswith(".") for part in p.relative_to(root).parts)
-    )
-    return sorted(
-        p
-        for p in inside
-        if p.is_file() and (p.suffix in TEXT_SUFFIXES or p.name.endswith(ROW_SUFFIXES))
-    )
+    known = (p for p in root.rglob("*") if p.name.endswith(TEXT_SUFFIXES + ROW_SUFFIXES))
+    seen = (p for p in known if "/." not in f"/{p.relative_to(root).as_posix()}")
+    return sorted(p for p in seen if p.is_file())
 
 
-def read_text(path: Path) -> Iterator[str | BadDocument]:
+def read_text(path: Path) -> Documents:
     """A text file as one document, or as several where it is larger than LONGEST."""
     line = 1
     with path.open("rb") as f:
@@ -335,82 +282,65 @@ def read_text(path: Path) -> Iterator[str | BadDocument]:
             try:
                 yield piece.decode("utf-8")
             except UnicodeDecodeError as e:
-                at = line + piece[: e.start].count(b"\n")
-                yield BadDocument(
-                    f"{path}:{at}: not UTF-8 (byte 0x{piece[e.start]:02x}): convert it, or "
-                    f"--skip-bad"
-                )
+                at, byte = line + piece[: e.start].count(b"\n"), piece[e.start]
+                yield BadDocument(f"{path}:{at}", f"not UTF-8 (byte 0x{byte:02x}): convert it")
             line += piece.count(b"\n")
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[str | BadDocument]:
-    """One JSON object a line, gzipped or not."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as f:
-        for number, line in enumerate(lines_of(f, path), 1):
-            if isinstance(line, BadDocument):
-                yield line
-            elif line.strip():
-                yield row_text(line, text_field, f"{path}:{number}")
-
-
-def lines_of(f: Any, path: Path) -> Iterator[bytes | BadDocument]:
-    """The file's lines; a gzip stream that breaks off ends with a BadDocument."""
+def read_jsonl(path: Path, text_field: str) -> Documents:
+    """One JSON object a line, gzipped or not; a gzip stream that breaks off ends as bad."""
     try:
-        yield from f
-    except (EOFError, gzip.BadGzipFile) as e:
-        yield BadDocument(
-            f"{path}: broken gzip stream ({e}): fetch it again, or --skip-bad to keep what was read"
-        )
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield row_text(line, text_field, f"{path}:{number}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        yield BadDocument(path, f"broken gzip stream ({e}): fetch it again")
 
 
 def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        return BadDocument(f"{where}: not JSON ({e}): mend the line, or --skip-bad")
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        have = f"fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        return BadDocument(
-            f"{where}: no string in field {text_field!r} (the row has {have}): set "
-            f"--text-field, or --skip-bad"
-        )
-    try:
         row[text_field].encode()
+        return row[text_field]
     except UnicodeEncodeError as e:
-        return BadDocument(
-            f"{where}: a lone surrogate at character {e.start}: mend the line, or --skip-bad"
-        )
-    return row[text_field]
+        return BadDocument(where, f"a lone surrogate at character {e.start}: mend the line")
+    except ValueError as e:
+        return BadDocument(where, f"not JSON ({e}): mend the line")
+    except (KeyError, TypeError, AttributeError):
+        have = f"it has {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        return BadDocument(where, f"no string in field {text_field!r} ({have}): set --text-field")
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[str | BadDocument]:
+def read_parquet(path: Path, text_field: str) -> Documents:
     try:
-        import pyarrow.parquet as pq
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as e:
-        raise ValueError(
-            f"{path}: reading parquet needs pyarrow: pip install -e '.[parquet]'"
-        ) from e
-    with pq.ParquetFile(path) as table:
-        if text_field not in table.schema_arrow.names:
-            names = table.schema_arrow.names
-            raise BadDocument(
-                f"{path}: no column {text_field!r} (it has {names}): set --text-field, or "
-                f"--skip-bad"
-            )
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                bad = (
-                    f"{path}: row {row}: no string in column {text_field!r}: mend it, or --skip-bad"
-                )
-                yield text if isinstance(text, str) else BadDocument(bad)
+        raise ValueError(f"{path}: parquet needs pyarrow: pip install -e '.[parquet]'") from e
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if text_field not in (names := table.schema_arrow.names):
+                rule = f"no column {text_field!r} (it has {names}): set --text-field"
+                yield BadDocument(path, rule)
+                return
+            batches = table.iter_batches(batch_size=1024, columns=[text_field])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for row, text in enumerate(texts, 1):
+                rule = f"no string in column {text_field!r}: mend it"
+                yield text if isinstance(text, str) else BadDocument(f"{path}: row {row}", rule)
+    except pyarrow.ArrowException as e:
+        yield BadDocument(path, f"broken parquet file ({e}): fetch it again")
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[str | BadDocument]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return read_jsonl(path, text_field)
-    return read_parquet(path, text_field) if path.suffix == ".parquet" else read_text(path)
+def read_documents(paths: list[Path], text_field: str) -> Documents:
+    for path in paths:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from read_jsonl(path, text_field)
+        elif path.suffix == ".parquet":
+            yield from read_parquet(path, text_field)
+        else:
+            yield from read_text(path)
 
 
 # ---- the corpus that every machine has -----------------------------------------------------------
@@ -419,42 +349,28 @@ def read_documents(path: Path, text_field: str) -> Iterator[str | BadDocument]:
 def standard_library() -> list[Path]:
     """Python's own library, as source files; its tests and other people's packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "idle_test",
-        "ensurepip",
-    }
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip"}
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def embedded_code() -> Iterator[str | BadDocument]:
-    for path in standard_library():
-        yield from read_text(path)
+def embedded_code() -> Documents:
+    return read_documents(standard_library(), "")
 
 
-def embedded_english() -> Iterator[str | BadDocument]:
-    """The documentation topics that `help()` shows, and each module's docstrings: text written by
-    people."""
+def embedded_english() -> Documents:
+    """Text written by people: the topics that `help()` shows, and each module's docstrings."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for path in standard_library():
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # a template or an example of bad code: it has no docstrings
-        nodes = [
-            n
-            for n in ast.walk(tree)
-            if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
-        text = "\n\n".join(
-            inspect.cleandoc(d) for n in nodes if (d := ast.get_docstring(n, clean=False))
-        )
+        nodes = (n for n in ast.walk(tree) if isinstance(n, documented))
+        docs = (d for n in nodes if (d := ast.get_docstring(n, clean=False)))
+        text = "\n\n".join(map(inspect.cleandoc, docs))
         if len(text) > 200:
             yield text
 
@@ -474,8 +390,7 @@ class PrepareConfig:
     out: Path = Path("data/python")
     """Folder to make. It appears when it is complete, not before."""
     tokenizer: str = ""
-    """A tokenizer file or a tiktoken encoding's name. Empty: a byte-level BPE is trained on these
-    texts."""
+    """A tokenizer file or a tiktoken encoding's name. Empty: one is trained on these texts."""
     vocab_size: int = 32_768
     """Size of the trained tokenizer (unused with --tokenizer)."""
     text_field: str = "text"
@@ -491,56 +406,39 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(
-                f"val_fraction={self.val_fraction}: a share of the documents, 0 <= val_fraction < 1"
-            )
+            raise ValueError(f"val_fraction={self.val_fraction}: a share, 0 <= val_fraction < 1")
         if self.workers < 1 or self.train_bytes < 1:
-            raise ValueError(
-                f"workers={self.workers}, train_bytes={self.train_bytes}: both must be at least 1"
-            )
+            raise ValueError(f"workers={self.workers}, train_bytes={self.train_bytes}: at least 1")
 
 
-Documents = Callable[[], Iterator[str | BadDocument]]
-
-
-def open_sources(cfg: PrepareConfig) -> dict[str, Documents]:
+def open_sources(cfg: PrepareConfig) -> dict[str, Reader]:
     """Source name → a function that reads its documents from the start."""
     if not cfg.sources:
         return dict(EMBEDDED)
     files: dict[str, list[Path]] = {}
     for source in cfg.sources:
-        name, equals, path = source.partition("=")
-        if not (name and equals and path) or not name.replace("-", "_").isidentifier():
-            raise ValueError(
-                f"source {source!r}: write NAME=PATH, the name of letters, digits, '-' and '_'"
-            )
+        name, _, path = source.partition("=")
+        if not path or not name.replace("-", "_").isidentifier():
+            raise ValueError(f"source {source!r}: write NAME=PATH, NAME of letters, digits, -, _")
         files.setdefault(name, []).extend(files_of(Path(path).expanduser()))
     for name, paths in files.items():
         if not paths:
-            raise ValueError(
-                f"source {name!r}: no text, source code, .jsonl, .jsonl.gz or .parquet file in it"
-            )
-
-    def reader(paths: list[Path]) -> Documents:
-        return lambda: (doc for path in paths for doc in read_documents(path, cfg.text_field))
-
-    return {name: reader(paths) for name, paths in files.items()}
+            raise ValueError(f"source {name!r}: no text, source code, .jsonl(.gz) or .parquet file")
+    return {name: partial(read_documents, paths, cfg.text_field) for name, paths in files.items()}
 
 
 class Hygiene:
-    """Drops what is bad, empty or an exact duplicate, and counts it. Memory is bounded: the digests
-    live in a temporary SQLite file, so the corpus may hold more documents than fit in memory."""
+    """Drops what is bad, empty or an exact duplicate, and counts it."""
 
     def __init__(self, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
-        self.seen = sqlite3.connect("")
+        self.seen = sqlite3.connect("")  # a temporary file: memory stays bounded
         self.seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        self.counts = dict(bad=0, empty=0, duplicate=0)
 
-    def clean(self, documents: Iterable[str | BadDocument]) -> Iterator[tuple[str, int, int]]:
+    def clean(self, documents: Documents) -> Iterator[tuple[str, int, int]]:
         """→ (text, bytes, first 64 bits of its digest)."""
         self.counts = dict(bad=0, empty=0, duplicate=0)
-        for text in guarded(documents):
+        for text in documents:
             if isinstance(text, BadDocument):
                 if not self.skip_bad:
                     raise text
@@ -548,161 +446,124 @@ class Hygiene:
             elif not text.strip():
                 self.counts["empty"] += 1
             else:
-                raw = text.encode()
+                raw, insert = text.encode(), "INSERT OR IGNORE INTO digests VALUES (?)"
                 digest = hashlib.blake2b(raw, digest_size=16).digest()
-                if self.seen.execute(
-                    "INSERT OR IGNORE INTO digests VALUES (?)", (digest,)
-                ).rowcount:
+                if self.seen.execute(insert, (digest,)).rowcount:
                     yield text, len(raw), int.from_bytes(digest[:8], "big")
                 else:
                     self.counts["duplicate"] += 1
 
 
-def guarded(documents: Iterable[str | BadDocument]) -> Iterator[str | BadDocument]:
-    """A reader that raises BadDocument (a whole file is unreadable) yields it instead and ends."""
-    try:
-        yield from documents
-    except BadDocument as e:
-        yield e
-
-
 def encode_all(
     docs: Iterable[Any], encode: Callable[[str], np.ndarray], workers: int
-) -> Iterator[tuple[Any, Any]]:
-    """(document, ids) in order, encoded by threads in groups of about 256 kB, never more than 4 a
-    worker in flight."""
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """(document, ids) in order, encoded by threads; a document is (text, bytes, ...)."""
 
-    def groups() -> Iterator[list[Any]]:
-        group, size = [], 0
+    def work(group: list[Any]) -> list[tuple[Any, np.ndarray]]:
+        return [(doc, encode(doc[0])) for doc in group]
+
+    waiting, group, size = deque(), [], 0
+    with ThreadPoolExecutor(workers) as pool:
         for doc in docs:
             group.append(doc)
             size += doc[1]
-            if size >= 1 << 18:
-                yield group
+            if size >= 1 << 18:  # groups of about 256 kB, never more than 4 a worker in flight
+                waiting.append(pool.submit(work, group))
                 group, size = [], 0
-        yield group
-
-    def work(group: list[Any]) -> list[tuple[Any, Any]]:
-        return [(doc, encode(doc[0])) for doc in group]
-
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for group in groups():
-            waiting.append(pool.submit(work, group))
-            if len(waiting) >= 4 * workers:
-                yield from waiting.popleft().result()
+                if len(waiting) >= 4 * workers:
+                    yield from waiting.popleft().result()
+        waiting.append(pool.submit(work, group))
         while waiting:
             yield from waiting.popleft().result()
 
 
 class TokenWriter:
-    """Appends documents to NAME.bin (tokens, each document closed by </s>) and NAME.idx (int64:
-    where each begins)."""
+    """Appends to STEM.bin (tokens, </s> after each document) and STEM.idx (int64: its offsets)."""
 
-    def __init__(self, stem: Path, dtype: type, eos: int) -> None:
+    def __init__(self, stem: str, dtype: type, eos: int) -> None:
         self.bin, self.idx = open(f"{stem}.bin", "wb"), open(f"{stem}.idx", "wb")
-        self.eos = np.array([eos], dtype).tobytes()
-        self.dtype = dtype
-        self.documents = self.tokens = self.bytes = 0
+        self.dtype, self.eos = dtype, np.array([eos], dtype).tobytes()
+        self.counts = dict(documents=0, tokens=0, bytes=0)
         self.idx.write(np.int64(0).tobytes())
 
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
         self.bin.write(ids.astype(self.dtype).tobytes() + self.eos)
-        self.documents, self.bytes = self.documents + 1, self.bytes + n_bytes
-        self.tokens += len(ids) + 1
-        self.idx.write(np.int64(self.tokens).tobytes())
+        self.counts["documents"] += 1
+        self.counts["tokens"] += len(ids) + 1
+        self.counts["bytes"] += n_bytes
+        self.idx.write(np.int64(self.counts["tokens"]).tobytes())
 
     def close(self) -> dict[str, int]:
         for f in (self.bin, self.idx):
             f.flush()
             os.fsync(f.fileno())
             f.close()
-        return dict(documents=self.documents, tokens=self.tokens, bytes=self.bytes)
+        return self.counts
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    """Tokenize all sources into cfg.out. Same input, same bytes; a killed run leaves only
-    OUT.partial behind."""
+    """Tokenize all sources: same input, same bytes; a killed run leaves only OUT.partial."""
     if cfg.out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another --out")
     sources = open_sources(cfg)
-    partial = cfg.out.with_name(cfg.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer = (
-        load_tokenizer(cfg.tokenizer)
-        if cfg.tokenizer
-        else train_bpe(training_texts(cfg, sources), cfg.vocab_size)
-    )
-    file = tokenizer.save(partial)
-    tokenizer = load_tokenizer(partial / file)
-    hygiene, manifest = Hygiene(cfg.skip_bad), {}
-    for name, documents in sources.items():
-        manifest[name] = prepare_source(cfg, name, documents, tokenizer, hygiene, partial)
-    whole = {
-        "vocab_size": tokenizer.vocab_size,
-        "eos": tokenizer.special("</s>"),
-        "tokenizer": file,
-        "sources": manifest,
-    }
-    (partial / "manifest.json").write_text(json.dumps(whole, indent=2))
-    partial.rename(cfg.out)
-    log.info(f"{cfg.out}: complete, vocabulary {tokenizer.vocab_size:,}")
+    folder = cfg.out.with_name(cfg.out.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if cfg.tokenizer:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+    else:
+        tokenizer = train_bpe(training_texts(cfg, sources), cfg.vocab_size)
+    file = tokenizer.save(folder)
+    tokenizer = load_tokenizer(folder / file)
+    hygiene, entries = Hygiene(cfg.skip_bad), {}
+    for name, read in sources.items():
+        entries[name] = prepare_source(cfg, folder / name, tokenizer, hygiene, read())
+    vocab_size, eos = tokenizer.vocab_size, tokenizer.special("</s>")
+    manifest = dict(vocab_size=vocab_size, eos=eos, tokenizer=file, sources=entries)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    folder.rename(cfg.out)
+    log.info(f"{cfg.out}: complete, vocabulary {vocab_size:,}")
 
 
-def training_texts(cfg: PrepareConfig, sources: dict[str, Documents]) -> Iterator[str]:
-    """About cfg.train_bytes of text for the tokenizer, an equal share from each source, in the
-    order of the files."""
-    for name, documents in sources.items():
-        left = cfg.train_bytes // len(sources)
-        for text in tqdm(
-            guarded(documents()), desc=f"{name}: text for the tokenizer", unit=" docs", leave=False
-        ):
-            if isinstance(text, BadDocument):
-                if not cfg.skip_bad:
-                    raise text
-                continue
-            yield text
-            left -= len(text)
-            if left < 0:
-                break
+def training_texts(cfg: PrepareConfig, sources: dict[str, Reader]) -> Iterator[str]:
+    """About cfg.train_bytes of text, an equal share from each source, in the order of the files."""
+    for name, read in sources.items():
+        left, title = cfg.train_bytes // len(sources), f"{name}: text for the tokenizer"
+        for text in tqdm(read(), desc=title, unit=" docs", leave=False):
+            if isinstance(text, str):
+                yield text
+                left -= len(text)
+                if left < 0:
+                    break
+            elif not cfg.skip_bad:
+                raise text
 
 
 def prepare_source(
-    cfg: PrepareConfig,
-    name: str,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    hygiene: Hygiene,
-    folder: Path,
+    cfg: PrepareConfig, stem: Path, tokenizer: Tokenizer, hygiene: Hygiene, documents: Documents
 ) -> dict[str, Any]:
     """One source's train and validation files; returns its entry of the manifest."""
+    name, eos = stem.name, tokenizer.special("</s>")
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    eos = tokenizer.special("</s>")
-    splits = {
-        split: TokenWriter(folder / f"{name}.{split}", dtype, eos) for split in ("train", "val")
-    }
+    writers = {split: TokenWriter(f"{stem}.{split}", dtype, eos) for split in ("train", "val")}
+    encoded = encode_all(hygiene.clean(documents), tokenizer.encode, cfg.workers)
     with tqdm(desc=name, unit="B", unit_scale=True) as bar:
-        for (_, n_bytes, digest), ids in encode_all(
-            hygiene.clean(documents()), tokenizer.encode, cfg.workers
-        ):
-            splits["val" if digest < cfg.val_fraction * 2**64 else "train"].write(ids, n_bytes)
+        for (_, n_bytes, digest), ids in encoded:
+            split = "val" if digest < cfg.val_fraction * 2**64 else "train"
+            writers[split].write(ids, n_bytes)
             bar.update(n_bytes)
-    stats = {split: writer.close() for split, writer in splits.items()}
-    train, val = stats["train"], stats["val"]
+    train, val = (writer.close() for writer in writers.values())
     if not train["documents"]:
-        raise ValueError(
-            f"source {name!r} is empty: no document left for training ({hygiene.counts}, "
-            f"{val['documents']} kept for validation)"
-        )
-    n = train["tokens"] + val["tokens"]
+        left = f"{hygiene.counts}, {val['documents']} for validation"
+        raise ValueError(f"source {name!r} is empty: no document left for training ({left})")
+    both = {unit: train[unit] + val[unit] for unit in train}
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in hygiene.counts.items())
     log.info(
-        f"{name}: {train['documents'] + val['documents']:,} documents ({val['documents']:,} "
-        f"for validation), {n:,} tokens, "
-        f"{(train['bytes'] + val['bytes']) / n:.2f} bytes per token; dropped: "
-        + ", ".join(f"{count:,} {reason}" for reason, count in hygiene.counts.items())
+        f"{name}: {both['documents']:,} documents ({val['documents']:,} for validation), "
+        f"{both['tokens']:,} tokens, {both['bytes'] / both['tokens']:.2f} bytes per token; "
+        f"dropped: {dropped}"
     )
-    return {**stats, "dropped": hygiene.counts, "dtype": np.dtype(dtype).name}
+    return dict(train=train, val=val, dropped=hygiene.counts, dtype=np.dtype(dtype).name)
 
 
 # ---- token files and the sampler -----------------------------------------------------------------
@@ -715,12 +576,11 @@ class TokenData:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "manifest.json").exists():
-            raise ValueError(
-                f"{folder}: not a prepared data folder (no manifest.json): run data.py "
-                f"prepare --out {folder}"
-            )
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            todo = f"run data.py prepare --out {folder}"
+            raise ValueError(f"{folder}: not a prepared data folder (no manifest.json): {todo}")
+        self.manifest = json.loads(path.read_text())
         self.vocab_size: int = self.manifest["vocab_size"]
         self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
 
@@ -732,44 +592,33 @@ class TokenData:
 
     def tokens(self, source: str, split: str) -> np.ndarray:
         path, n = self.folder / f"{source}.{split}.bin", self.n_tokens(source, split)
-        dtype = np.dtype(self.manifest["sources"][source]["dtype"])
-        if path.stat().st_size != n * dtype.itemsize:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {n} tokens of "
-                f"{dtype}: prepare it again"
-            )
-        return np.memmap(path, dtype, "r")
+        dtype, size = np.dtype(self.manifest["sources"][source]["dtype"]), path.stat().st_size
+        if size != n * dtype.itemsize:
+            want = f"the manifest says {n} tokens of {dtype}"
+            raise ValueError(f"{path}: {size} bytes, {want}: prepare it again")
+        return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)  # no file maps as empty
 
     def offsets(self, source: str, split: str) -> np.ndarray:
-        """int64 (documents + 1): document d is tokens[offsets[d] : offsets[d + 1]], its </s>
-        included."""
+        """int64 (documents + 1): document d is tokens[offsets[d] : offsets[d + 1]], with </s>."""
         return np.memmap(self.folder / f"{source}.{split}.idx", np.int64, "r")
 
     def blend(self, weights: dict[str, float]) -> dict[str, float]:
-        """Weights that sum to one. None given: the report's 70/15/15 where the sources bear its
-        names, else by tokens."""
-        if not weights:
-            named = set(self.sources) <= set(REPORT_BLEND)
-            weights = {
-                s: REPORT_BLEND[s] if named else self.n_tokens(s, "train") for s in self.sources
-            }
+        """Weights that sum to one; by default the report's for its names, else by tokens."""
+        if not weights and set(self.sources) <= set(REPORT_BLEND):
+            weights = {s: REPORT_BLEND[s] for s in self.sources}
+        elif not weights:
+            weights = {s: self.n_tokens(s, "train") for s in self.sources}
         if unknown := sorted(set(weights) - set(self.sources)):
-            raise ValueError(
-                f"the blend names {unknown}, but {self.folder} has the sources {list(self.sources)}"
-            )
-        if min(weights.values()) < 0 or not 0 < sum(weights.values()) < float("inf"):
-            raise ValueError(
-                f"blend {weights}: weights must be finite, none negative, and not all zero"
-            )
-        return {s: w / sum(weights.values()) for s, w in weights.items() if w > 0}
+            raise ValueError(f"the blend names {unknown}, {self.folder} has {list(self.sources)}")
+        total = sum(weights.values())
+        if min(weights.values()) < 0 or not 0 < total < float("inf"):
+            raise ValueError(f"blend {weights}: weights finite, none negative, and not all zero")
+        return {s: w / total for s, w in weights.items() if w > 0}
 
 
 def permute(i: int, n: int, key: int) -> int:
-    """Where element i of n goes in the shuffle `key`: a four-round Feistel network, walked until it
-    lands inside n.
-
-    A bijection of 0..n-1 that needs no table, so an epoch of any size is shuffled in O(1) memory.
-    """
+    """Where element i of n goes in the shuffle `key`: a bijection of 0..n-1, in O(1) memory."""
+    # a four-round Feistel network, walked until it lands inside n
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -782,19 +631,12 @@ def permute(i: int, n: int, key: int) -> int:
             return i
 
 
-def key_of(*parts: Any) -> int:
-    return int.from_bytes(
-        hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big"
-    )
-
-
 class Sampler:
-    """Sample number i → a window of seq_len tokens, as a pure function of (seed, i): nothing to
-    save, nothing to resume.
+    """Sample number i → a window of seq_len tokens, as a pure function of (seed, i).
 
-    Sources are interleaved so that after any number of samples each is within a sample or two of
-    its weight; within a source each epoch is a fresh shuffle of its windows, each window seen once.
-    The last window of a source is padded.
+    Nothing to save, nothing to resume. Sources are interleaved so that after any number of samples
+    each is within a sample or two of its weight; within a source each epoch is a fresh shuffle of
+    its windows, each window seen once. The last window of a source is padded.
     """
 
     def __init__(
@@ -812,14 +654,10 @@ class Sampler:
         self.offsets = {s: data.offsets(s, split) for s in blend}
         self.windows = {s: -(-(len(t) - 1) // seq_len) for s, t in self.tokens.items()}
         for s, t in self.tokens.items():
-            if len(t) <= seq_len:
-                raise ValueError(
-                    f"source {s!r} has {len(t)} {split} tokens, fewer than one window of "
-                    f"seq_len={seq_len} + 1: "
-                    "add text, or shorten --model.seq-len"
-                )
-        # share of each source among itself and the ones after it, in 2^-32: integers, so every
-        # machine agrees
+            if split == "train" and len(t) <= seq_len:
+                rule = f"fewer than one window of seq_len={seq_len} + 1: add text, or shorten it"
+                raise ValueError(f"source {s!r} has {len(t)} tokens, {rule}")
+        # a source's share among itself and those after it, in 2^-32: integers agree everywhere
         rest = np.cumsum(list(blend.values())[::-1])[::-1]
         self.shares = [round(w / r * 2**32) for w, r in zip(blend.values(), rest, strict=True)]
 
@@ -839,16 +677,19 @@ class Sampler:
                 break
             i -= k
         epoch, j = divmod(k, self.windows[name])
-        return name, epoch, permute(j, self.windows[name], key_of(self.seed, name, epoch))
+        key = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=8).digest()
+        return name, epoch, permute(j, self.windows[name], int.from_bytes(key, "big"))
 
     def epochs(self, i: int) -> dict[str, float]:
         """How often each source has been gone through after i samples."""
         return {s: n / self.windows[s] for s, n in self.counts(i).items()}
 
     def batch(self, samples: Iterable[int]) -> dict[str, np.ndarray]:
-        """tokens and targets, int64 (B, T), targets IGNOREd where there is nothing to predict; with
-        `isolate` also positions that restart with each document and document ids, and no target
-        across a document's end."""
+        """Tokens and targets, int64 (B, T), targets IGNOREd where there is nothing to predict.
+
+        With `isolate` also document ids and positions that restart with each document, and no
+        target across a document's end.
+        """
         rows = [self.row(*self.locate(i)) for i in samples]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -858,22 +699,16 @@ class Sampler:
         tokens, targets = np.zeros(T, np.int64), np.full(T, IGNORE)
         tokens[: len(piece[:T])] = piece[:T]
         targets[: len(piece) - 1] = piece[1:]
-        if not self.isolate:
-            return {"tokens": tokens, "targets": targets}
-        offsets = self.offsets[source]
-        documents = np.searchsorted(offsets, np.arange(start, start + T + 1), side="right") - 1
-        documents = np.minimum(documents, len(offsets) - 1)
-        targets[documents[1:] != documents[:-1]] = IGNORE
-        documents = documents[:-1]
-        begins = np.maximum.accumulate(
-            np.where(np.diff(documents, prepend=-1) != 0, np.arange(T), 0)
-        )
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "positions": np.arange(T) - begins,
-            "documents": documents,
-        }
+        row = {"tokens": tokens, "targets": targets}
+        if self.isolate:
+            at = np.arange(start, start + T + 1)
+            documents = np.searchsorted(self.offsets[source], at, side="right") - 1
+            targets[documents[1:] != documents[:-1]] = IGNORE
+            documents = documents[:-1]
+            new = np.diff(documents, prepend=-1) != 0
+            positions = np.arange(T) - np.maximum.accumulate(np.where(new, np.arange(T), 0))
+            row |= {"positions": positions, "documents": documents}
+        return row
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -897,10 +732,8 @@ def show(cfg: ShowConfig) -> None:
     blend, tokenizer = data.blend(cfg.blend), data.tokenizer()
     for source in data.sources:
         docs = data.manifest["sources"][source]["train"]["documents"]
-        log.info(
-            f"{source}: weight {blend.get(source, 0):.3f}, {docs:,} documents, "
-            f"{data.n_tokens(source, 'train'):,} tokens"
-        )
+        held = f"{docs:,} documents, {data.n_tokens(source, 'train'):,} tokens"
+        log.info(f"{source}: weight {blend.get(source, 0):.3f}, {held}")
     sampler = Sampler(data, blend, cfg.seq_len, cfg.seed)
     for i in range(cfg.samples):
         source, epoch, window = sampler.locate(i)

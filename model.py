@@ -1,16 +1,13 @@
-"""Nemotron-4: the architecture of the Nemotron-4 340B Technical Report (arXiv 2406.11704, section
-2.2), and nothing else.
+"""The Nemotron-4 architecture: 340B Technical Report (arXiv 2406.11704), section 2.2.
 
 A decoder-only Transformer: pre-norm LayerNorm with a zero-centred gain, rotary positions on the
 first half of each head, grouped-query attention, a squared-ReLU MLP, no biases in the linear
-layers, untied input and output embeddings. This file knows nothing of ranks; parallel.py shards the
-model from outside.
+layers, untied embeddings. It knows nothing of ranks: parallel.py shards the model from outside.
 
-    python -c "import torch, model; print(model.Nemotron(model.SHAPES['nano'])(torch.zeros(1, 8,
-    dtype=torch.long)).shape)"
+    python -c "import torch, model as m; print(m.Nemotron(m.SHAPES['nano'])(torch.tensor([[7]])))"
 """
-# Shapes in comments:  B batch  T tokens  S keys  D dim  H query heads  K key-value heads  E
-# head_dim  F ffn_dim  V vocab_size Under tensor parallelism H, K, F and V are this rank's share.
+# Shapes in comments: B batch  T tokens  S keys  D dim  H query heads  K key-value heads
+# E head_dim  F ffn_dim  V vocab_size. Under tensor parallelism H, K, F and V are this rank's share.
 
 import math
 import zlib
@@ -23,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The logit that a target of IGNORE asks for is nobody's: data.py marks padding with it, losses
-# leave it out.
-IGNORE = -100
+IGNORE = -100  # the target of a token that no loss counts; data.py writes it
+HAVE_FLASH_ATTN = find_spec("flash_attn") is not None
+Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 (B, T, 1, rope_dim / 2)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model's shape. Defaults are what all Nemotron-4 models share; errors name the two numbers
-    that disagree."""
+    """One model's shape. The defaults are common to all Nemotron-4 models."""
 
     dim: int
     n_layers: int
@@ -46,49 +42,33 @@ class ModelConfig:
     rope_fraction: float = 0.5
     norm_eps: float = 1e-5
     n_attributes: int = 0
-    """0: a language model. Otherwise the outputs of the reward head (5 HelpSteer2 attributes, 9 in
-    NVIDIA's checkpoint)."""
+    """0: a language model; else the reward head's outputs (5 in HelpSteer2, NVIDIA ships 9)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "ffn_dim",
-            "vocab_size",
-            "seq_len",
-        ):
+        sizes = "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size seq_len"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
-            )
-        if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
-            raise ValueError(
-                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates "
-                f"{self.rope_dim} dimensions: "
-                "must be an even number in 2..head_dim"
-            )
+        H, K, E, rotated = self.n_heads, self.n_kv_heads, self.head_dim, self.rope_dim
+        if H % K:
+            raise ValueError(f"n_heads={H} is not a multiple of n_kv_heads={K}")
+        if rotated % 2 or not 0 < rotated <= E:
+            share = f"rope_fraction={self.rope_fraction} of head_dim={E}"
+            raise ValueError(f"{share} rotates {rotated} dimensions: must be even, in 2..head_dim")
         if self.n_attributes < 0:
-            raise ValueError(
-                f"n_attributes={self.n_attributes}: 0 for a language model, or the number of "
-                f"attributes"
-            )
+            raise ValueError(f"n_attributes={self.n_attributes}: must be at least 0")
 
     @property
     def rope_dim(self) -> int:
         return int(self.head_dim * self.rope_fraction)
 
 
-# Report Table 1 (340B); arXiv 2402.16819 Table 1 (15B); NVIDIA's launch scripts and published
-# config.json files (the others). nano and small are ours: nano has every detail of the 340B at the
-# size of a laptop, small is for one GPU. Their init_std is near 1 / sqrt(dim), as the 340B's and
-# the 15B's are.
+# Sources: report Table 1 (340B), arXiv 2402.16819 Table 1 (15B), NVIDIA's launch scripts and
+# config.json files (the others). nano, every detail of the 340B at a laptop's size, and small, for
+# one GPU, are ours, with init_std near 1 / sqrt(dim) as in the 340B and the 15B. L is n_layers.
 # fmt: off
-SHAPES = {                  # dim  layers heads kv  E   ffn     vocab    seq   init_std
+SHAPES = {
+    #                               dim   L   H   K    E      F       V   seq  init_std
     "nano":           ModelConfig(  256,  4,  8,  4,  32,  1024,   1024,  256, 0.05),
     "small":          ModelConfig(  768, 12, 12,  4,  64,  3072,  32768, 1024, 0.03),
     "minitron-4b":    ModelConfig( 3072, 32, 24,  8, 128,  9216, 256000, 4096, 0.0134),
@@ -102,8 +82,7 @@ SHAPES = {                  # dim  layers heads kv  E   ffn     vocab    seq   i
 
 
 class LayerNorm1P(nn.Module):
-    """LayerNorm whose gain is 1 + weight, so that weight decay or a zero init means gain one.
-    Statistics in fp32."""
+    """LayerNorm with gain 1 + weight, so that weight decay and a zero init mean gain one."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -112,40 +91,33 @@ class LayerNorm1P(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        fp = torch.promote_types(
-            x.dtype, torch.float32
-        )  # 1 + weight in bf16 would keep 8 bits of the gain
+        # at least fp32: the statistics, and 1 + weight, of which bf16 would keep 8 bits
+        fp = torch.promote_types(x.dtype, torch.float32)
         y = F.layer_norm(x.to(fp), x.shape[-1:], 1 + self.weight.to(fp), self.bias.to(fp), self.eps)
         return y.to(x.dtype)
 
 
-def rope_angles(cfg: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (B, T) → cos, sin (B, T, 1, rope_dim / 2), fp32: bf16 angles would merge
-    neighbouring positions."""
-    exponent = (
-        torch.arange(0, cfg.rope_dim, 2, dtype=torch.float32, device=positions.device)
-        / cfg.rope_dim
-    )
+def rope_angles(cfg: ModelConfig, positions: Tensor) -> Rope:
+    """positions (B, T) → cos and sin in fp32: bf16 angles would merge neighbouring positions."""
+    exponent = torch.arange(0, cfg.rope_dim, 2, device=positions.device).float() / cfg.rope_dim
     angle = positions[..., None, None].float() * cfg.rope_base**-exponent
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rope_dim of each head, x (B, T, H, E); dimension i pairs with i + rope_dim /
-    2 (half-split)."""
+    """Rotate the first rope_dim of each head of x (B, T, H, E): i pairs with i + rope_dim / 2."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat(
-        [(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1
-    )
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([a.to(x.dtype), b.to(x.dtype), rest], dim=-1)
 
 
 def visible_keys(positions: Tensor, documents: Tensor | None, n_keys: int | None) -> Tensor | None:
     """What each query may attend to, worked out once for all layers.
 
-    None: the plain causal mask. With a cache of n_keys slots, slot = position: bool (B, 1, T, S).
-    With documents (B, T), int ids: no attention across them; a bool mask on CPU, on a GPU the
-    documents' boundaries, int32 (n + 1), for a variable-length kernel.
+    Alone: None, the plain causal mask. With a cache of n_keys slots, slot = position: bool
+    (B, 1, T, S). With documents (B, T), ids that attention does not cross: bool (B, 1, T, T) on
+    CPU; on a GPU their boundaries, int32 (n + 1), for a variable-length kernel.
     """
     if n_keys is not None:
         return (positions[:, :, None] >= torch.arange(n_keys, device=positions.device))[:, None]
@@ -156,28 +128,20 @@ def visible_keys(positions: Tensor, documents: Tensor | None, n_keys: int | None
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
         ends = torch.tensor([documents.numel()], device=documents.device)
         return torch.cat([starts.flatten().nonzero().flatten(), ends]).int()
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
-
-
-HAVE_FLASH_ATTN = find_spec("flash_attn") is not None
+    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / sqrt(E)) v with fp32 softmax; q (B, T, H, E), k and v (B, S, K, E) → (B, T, H,
-    E).
+    """softmax(q kᵀ / sqrt(E)) v, softmax in fp32: q (B, T, H, E), k and v (B, S, K, E) → like q.
 
-    The one place that picks a kernel: flash-attn where installed, torch's variable-length kernel
-    for packed documents on a GPU, otherwise scaled_dot_product_attention, which takes cuDNN or
-    flash attention by itself.
+    The one place that picks a kernel: flash-attn if installed; else torch's variable-length kernel
+    for packed documents on a GPU, and scaled_dot_product_attention, which picks its own backend.
     """
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if visible is not None and visible.dtype == torch.int32:
         if not half:
-            raise ValueError(
-                f"packed documents on a GPU need bf16 or fp16 attention, not {q.dtype}: set "
-                f"--dtype bf16"
-            )
+            need = "packed documents on a GPU need bf16 or fp16 attention"
+            raise ValueError(f"{need}, not {q.dtype}: set --mesh.dtype bf16")
         flat, T = [t.flatten(0, 1) for t in (q, k, v)], q.shape[1]
         if HAVE_FLASH_ATTN:
             from flash_attn import flash_attn_varlen_func
@@ -192,16 +156,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, E)
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=gqa
-    )
+    causal, gqa = visible is None, q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. A cache, if given, is an argument: `cache.extend(layer, k, v,
-    positions)` → all k, v."""
+    """Grouped-query attention. cache.extend(layer, k, v, positions) stores k and v, returns all."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -213,21 +174,12 @@ class Attention(nn.Module):
         self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        visible: Tensor | None,
-        positions: Tensor,
-        cache: Any,
+        self, x: Tensor, rope: Rope, visible: Tensor | None, positions: Tensor, cache: Any
     ) -> Tensor:
-        heads = (
-            *x.shape[:2],
-            -1,
-            self.head_dim,
-        )  # -1: tensor parallelism leaves each rank a share of the heads
-        q = rotate(self.wq(x).view(heads), cos, sin)  # (B, T, H, E)
-        k = rotate(self.wk(x).view(heads), cos, sin)  # (B, T, K, E)
+        # -1: tensor parallelism leaves each rank a share of the heads
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.wq(x).view(heads), *rope)  # (B, T, H, E)
+        k = rotate(self.wk(x).view(heads), *rope)  # (B, T, K, E)
         v = self.wv(x).view(heads)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, positions)  # (B, S, K, E)
@@ -260,10 +212,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """States (B, T, D) → logits (B, T, V); given targets (B, T), their log-probabilities instead,
-    fp32 (B, T).
+    """States (B, T, D) → logits (B, T, V), or with targets their log-probabilities, fp32 (B, T).
 
-    This is the definition. For training parallel.py installs the same without the (B, T, V) tensor.
+    This is the definition; parallel.py trains with the same, computed without the logits.
     """
 
     def forward(self, h: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -271,14 +222,12 @@ class Head(nn.Linear):
         if targets is None:
             return logits
         fp = torch.promote_types(h.dtype, torch.float32)
-        return -F.cross_entropy(
-            logits.to(fp).transpose(1, 2), targets, reduction="none", ignore_index=IGNORE
-        )
+        logits = logits.to(fp).transpose(1, 2)
+        return -F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
 
 
 class RewardHead(nn.Linear):
-    """States (B, T, D) → attribute scores, fp32 (B, T, n_attributes); a response's scores stand at
-    its last token."""
+    """States (B, T, D) → scores, fp32 (B, T, n_attributes); a response's are at its last token."""
 
     def forward(self, h: Tensor, targets: Tensor | None = None) -> Tensor:
         fp = torch.promote_types(h.dtype, torch.float32)
@@ -308,35 +257,32 @@ class Nemotron(nn.Module):
         cache: Any = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Token ids (B, T) → logits (B, T, V), or see Head and RewardHead. In a later pipeline
-        stage x is the hidden state.
+        """Token ids (B, T) → what the head returns. A later pipeline stage takes states (B, T, D).
 
         positions (B, T) restart with each packed document; documents (B, T) are ids that attention
-        does not cross. cache: an object with `n_keys` and `extend` (see Attention), which holds the
-        keys and values of earlier positions.
+        does not cross. cache: `n_keys` and `extend` (see Attention), for keys of earlier positions.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        cos, sin = rope_angles(self.cfg, positions)
-        visible = visible_keys(positions, documents, cache.n_keys if cache is not None else None)
-        # None: another pipeline stage holds the part
+        rope = rope_angles(self.cfg, positions)
+        visible = visible_keys(positions, documents, None if cache is None else cache.n_keys)
+        # embed, norm or head is None where another pipeline stage holds it
         h = self.embed(x) if self.embed is not None else x
         for block in self.blocks.values():
-            h = block(h, cos, sin, visible, positions, cache)
+            h = block(h, rope, visible, positions, cache)
         h = self.norm(h) if self.norm is not None else h
         return self.head(h, targets) if self.head is not None else h
 
 
-# ---- initialisation ------------------------------------------------------------------------------
+# ---- initialisation and counts -------------------------------------------------------------------
 
 
 def gaussian(seed: int, name: str, index: Tensor) -> Tensor:
-    """Standard normals, fp32, that depend on (seed, name, element's index) alone, whatever the
-    shard or the device.
+    """Standard normals, fp32, of (seed, name, index of the element) alone: any shard agrees.
 
-    The index goes through splitmix64's mixer; its two 32-bit halves give one Box-Muller draw.
+    splitmix64 mixes the index; the two 32-bit halves of the result give one Box-Muller draw.
     """
-    x = index * -7046029254386353131 + zlib.crc32(f"{seed}/{name}".encode()) * 2654435769
+    x = index * -7046029254386353131 + (zlib.crc32(f"{seed}/{name}".encode()) << 31)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # & makes the shift logical
     u = (((x >> 32) & 0xFFFFFFFF).double() + 0.5) / 2**32
@@ -345,18 +291,15 @@ def gaussian(seed: int, name: str, index: Tensor) -> Tensor:
 
 
 def whole(p: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A parameter's storage here, and which indices along each dimension it holds: all of them."""
+    """A parameter's storage here and the indices it holds along each dimension: all of them."""
     return p.data, [torch.arange(n, device=p.device) for n in p.shape]
 
 
 @torch.no_grad()
-def init_weights(
-    model: Nemotron, seed: int, local: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = whole
-) -> None:
-    """Normal(0, init_std), the two output projections scaled by 1/sqrt(2 n_layers); norms at gain
-    1, bias 0.
+def init_weights(model: Nemotron, seed: int, local: Callable = whole) -> None:
+    """Normal(0, init_std), output projections over sqrt(2 n_layers); norms at gain 1, bias 0.
 
-    `local` says what part of a parameter lives here (parallel.py passes its own), so each mesh
+    `local` says which part of a parameter lives here: parallel.py passes its own, and every mesh
     starts from the same numbers.
     """
     for name, p in model.named_parameters():
@@ -368,28 +311,22 @@ def init_weights(
         if name.endswith(("wo.weight", "down.weight")):
             std /= math.sqrt(2 * model.cfg.n_layers)
         rows, cols = index
-        for part, r in zip(
-            data.split(4096), rows.split(4096), strict=True
-        ):  # bounds the fp64 temporaries
+        # some rows at a time, which bounds the 64-bit temporaries
+        for part, r in zip(data.split(4096), rows.split(4096), strict=True):
             part.copy_(std * gaussian(seed, name, r[:, None] * p.shape[1] + cols))
 
 
-# ---- counts --------------------------------------------------------------------------------------
-
-
 def count_params(cfg: ModelConfig) -> tuple[int, int]:
-    """(embedding, non-embedding) as the report counts: input and output matrix are 9.4 B of the
-    340B, the rest 331.6 B."""
+    """(embedding, non-embedding), as the report counts: 9.4 B + 331.6 B for the 340B."""
     attention = cfg.dim * cfg.head_dim * 2 * (cfg.n_heads + cfg.n_kv_heads)
     block = attention + 2 * cfg.dim * cfg.ffn_dim + 4 * cfg.dim  # two norms of gain and bias
-    head = cfg.n_attributes * (cfg.dim + 1) if cfg.n_attributes else 0
+    head = cfg.n_attributes * (cfg.dim + 1)  # a reward head replaces the output embedding
     embedding = cfg.vocab_size * cfg.dim * (1 if cfg.n_attributes else 2)
     return embedding, cfg.n_layers * block + 2 * cfg.dim + head
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int | None = None) -> float:
-    """Forward and backward FLOPs of one token: NVIDIA's formula behind the report's MFU column
-    (SPEC 8).
+    """Forward and backward FLOPs of one token, by the formula behind the report's MFU column.
 
     Grouped-query aware, attention not halved for causality, one output-matrix pass, no recompute.
     """
@@ -403,56 +340,52 @@ def flops_per_token(cfg: ModelConfig, seq_len: int | None = None) -> float:
 # ---- Hugging Face names --------------------------------------------------------------------------
 
 HF_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "blocks.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blocks.{}.attn_norm.bias": "model.layers.{}.input_layernorm.bias",
-    "blocks.{}.attn.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks.{}.attn.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks.{}.attn.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks.{}.attn.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks.{}.mlp_norm.bias": "model.layers.{}.post_attention_layernorm.bias",
-    "blocks.{}.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blocks.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "norm.bias": "model.norm.bias",
-    "head.weight": "lm_head.weight",
+    "embed": "model.embed_tokens",
+    "blocks.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.attn.wq": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.attn.wk": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.attn.wv": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.attn.wo": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
 }
+# config.json: the names of our sizes, and what holds for every Nemotron
+# fmt: off
+HF_SIZES = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings",
+    "init_std": "initializer_range", "norm_eps": "norm_eps",
+}
+HF_FIXED = {
+    "hidden_act": "relu2", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+}
+# fmt: on
 
 
 def hf_name(name: str, cfg: ModelConfig) -> str:
-    """blocks.3.attn.wq.weight → model.layers.3.self_attn.q_proj.weight; a reward head is `score`,
-    as in transformers."""
-    if cfg.n_attributes and name.startswith("head."):
-        return name.replace("head.", "score.")
-    parts = name.split(".")
-    layer = parts[1] if parts[0] == "blocks" else ""
-    return HF_NAMES[name.replace(f".{layer}.", ".{}.", 1) if layer else name].format(layer)
+    """blocks.3.attn.wq.weight → model.layers.3.self_attn.q_proj.weight; a reward head is score."""
+    *path, kind = name.split(".")
+    if cfg.n_attributes and path == ["head"]:
+        return f"score.{kind}"
+    layer = ""
+    if path[0] == "blocks":
+        layer, path[1] = path[1], "{}"
+    return HF_NAMES[".".join(path)].format(layer) + f".{kind}"
 
 
 def hf_config(cfg: ModelConfig) -> dict[str, Any]:
-    """The config.json that transformers opens as NemotronForCausalLM (or ForSequenceClassification:
-    a reward model)."""
+    """The config.json that transformers opens as NemotronForCausalLM, or its reward model's."""
+    kind = "SequenceClassification" if cfg.n_attributes else "CausalLM"
     rope = {"rope_theta": cfg.rope_base, "partial_rotary_factor": cfg.rope_fraction}
     return {
-        "architectures": [
-            "NemotronForSequenceClassification" if cfg.n_attributes else "NemotronForCausalLM"
-        ],
+        "architectures": [f"NemotronFor{kind}"],
         "model_type": "nemotron",
-        "hidden_size": cfg.dim,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.ffn_dim,
-        "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.seq_len,
-        "initializer_range": cfg.init_std,
-        "norm_eps": cfg.norm_eps,
-        "hidden_act": "relu2",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **{key: getattr(cfg, name) for name, key in HF_SIZES.items()},
+        **HF_FIXED,
         "bos_token_id": 2,
         "eos_token_id": 3,
         **({"num_labels": cfg.n_attributes} if cfg.n_attributes else {}),
@@ -462,48 +395,27 @@ def hf_config(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """A config.json of any transformers version or converter → ModelConfig. What we cannot honour
-    is refused, not ignored."""
-    fixed = {
-        "hidden_act": "relu2",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    for key, value in fixed.items():
+    """A config.json of any transformers version or converter; what we cannot honour is refused."""
+    for key, value in HF_FIXED.items():
         if hf.get(key, value) != value:
-            raise ValueError(
-                f"config.json has {key}={hf[key]!r}: a Nemotron has {value!r}, and this code "
-                f"no other"
-            )
-    # three spellings of the rotary share are in circulation, and transformers ignores two of them
-    # silently
+            raise ValueError(f"config.json has {key}={hf[key]!r}: only {value!r} is built")
     nested = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    rope = {**hf, **nested[0], **nested[1]}
     for kind in (d.get("rope_type", d.get("type", "default")) for d in nested):
         if kind != "default":
-            raise ValueError(f"config.json asks for rope_type={kind!r}: only 'default' is built")
-    spelt = {
-        k: rope[k]
-        for k in ("partial_rotary_factor", "rope_percent", "rope_percentage")
-        if rope.get(k) is not None
-    }
-    if len(set(spelt.values())) > 1:
-        raise ValueError(f"config.json contradicts itself about the rotary share: {spelt}")
-    heads = hf["num_attention_heads"]
+            raise ValueError(f"config.json has rope_type={kind!r}: only 'default' is built")
+    # three spellings of the rotary share circulate; transformers ignores two without a word
+    rope = {**hf, **nested[0], **nested[1]}
+    spellings = ("partial_rotary_factor", "rope_percent", "rope_percentage")
+    shares = {key: rope[key] for key in spellings if rope.get(key) is not None}
+    if len(set(shares.values())) > 1:
+        raise ValueError(f"config.json contradicts itself about the rotary share: {shares}")
+    sizes = {name: hf[key] for name, key in HF_SIZES.items() if hf.get(key) is not None}
+    sizes.setdefault("n_kv_heads", sizes["n_heads"])  # absent or null: multi-head attention
+    sizes.setdefault("head_dim", sizes["dim"] // sizes["n_heads"])
     reward = "SequenceClassification" in str(hf.get("architectures"))
     return ModelConfig(
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=hf.get("num_key_value_heads") or heads,  # absent or null: multi-head attention
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        ffn_dim=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        seq_len=hf.get("max_position_embeddings", 4096),
-        init_std=hf.get("initializer_range", 0.0134),
+        **sizes,
         rope_base=rope.get("rope_theta", 10_000.0),
-        rope_fraction=next(iter(spelt.values()), 0.5),
-        norm_eps=hf.get("norm_eps", 1e-5),
+        rope_fraction=next(iter(shares.values()), 0.5),
         n_attributes=(hf.get("num_labels") or len(hf.get("id2label") or {}) or 2) if reward else 0,
     )

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,15 +29,13 @@ from data import PrepareConfig, Sampler, TokenData, prepare
 from model import SHAPES, ModelConfig, count_params, flops_per_token
 from parallel import (
     Batch,
+    Checkpoints,
     LossFn,
     MeshConfig,
     Runner,
     init_mesh,
-    load_checkpoint,
     peak_flops,
-    save_checkpoint,
     shut_down,
-    step_folders,
     world_size,
 )
 
@@ -80,6 +79,8 @@ class RunConfig:
     """Batches of validation data per source."""
     save_every: int = 500
     """Steps between checkpoints; the last step saves too."""
+    save_in_background: bool = False
+    """Train on while a checkpoint is being written."""
     keep: int = 2
     """Newest checkpoints kept."""
 
@@ -157,7 +158,17 @@ def lr_at(samples: int, cfg: RunConfig) -> float:
 
 # What may change between two starts of one run: where and how fast it runs, how often it reports,
 # when it ends.
-FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every", "keep"}
+FREE = {
+    "out",
+    "mesh",
+    "micro_batch",
+    "steps",
+    "eval_every",
+    "eval_batches",
+    "save_every",
+    "keep",
+    "save_in_background",
+}
 
 
 def as_json(cfg: RunConfig) -> dict[str, Any]:
@@ -298,6 +309,20 @@ def stop_unless_finite(step: int, loss: float, norm: float) -> None:
         )
 
 
+def asked_to_stop() -> Callable[[], bool]:
+    """Listen for SIGTERM; the function returned says whether any rank has heard it, the same answer
+    on all."""
+    heard = torch.zeros((), dtype=torch.int32)
+    signal.signal(signal.SIGTERM, lambda *_: heard.fill_(1))
+
+    def asked() -> bool:
+        anyone = heard.clone()
+        dist.all_reduce(anyone, dist.ReduceOp.MAX)
+        return bool(anyone)
+
+    return asked
+
+
 def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
@@ -312,11 +337,12 @@ def fit(
     """Train to cfg.steps, continuing from the newest checkpoint of cfg.out. batches(step) → this
     rank's micro-batches."""
     optimizer = make_optimizer(cfg, runner)
-    checkpoints, step = cfg.out / "checkpoints", 0
-    if saved := step_folders(checkpoints):
-        step = load_checkpoint(saved[-1], training_state(runner, optimizer))["step"]
-        log.info(f"continuing from {saved[-1]}" + (": it is finished" if step >= cfg.steps else ""))
-    metrics = Metrics(cfg, step, runner.device)
+    checkpoints, step = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background), 0
+    if saved := checkpoints.load(training_state(runner, optimizer)):
+        step = saved["step"]
+        finished = ": it is finished" if step >= cfg.steps else ""
+        log.info(f"continuing from step {step} of {cfg.out}{finished}")
+    metrics, asked = Metrics(cfg, step, runner.device), asked_to_stop()
     while step < cfg.steps:
         begun, lr = time.monotonic(), lr_at(step * cfg.batch, cfg)
         loss = runner.step(batches(step), loss_fn).item()
@@ -333,10 +359,16 @@ def fit(
         if step == 1 or due(step, cfg.eval_every, cfg.steps):
             values |= evaluate()
         metrics.step(step, seconds, tokens, **values)
-        if due(step, cfg.save_every, cfg.steps):
-            save_checkpoint(
-                checkpoints, step, training_state(runner, optimizer), {"tokens": tokens}, cfg.keep
+        stop = asked()
+        if stop or due(step, cfg.save_every, cfg.steps):
+            checkpoints.save(step, training_state(runner, optimizer), {"tokens": tokens})
+        checkpoints.poll()
+        if stop:
+            log.info(
+                f"asked to stop: saved step {step}; the same command with --out {cfg.out} goes on"
             )
+            break
+    checkpoints.finish()
     metrics.close()
 
 
@@ -382,7 +414,7 @@ def open_data(cfg: PretrainConfig) -> TokenData:
 
 
 def pretrain(cfg: PretrainConfig, preset: str) -> None:
-    cfg.mesh.check(world_size(), cfg.batch, cfg.micro_batch)
+    cfg.mesh.check(cfg.model, world_size(), cfg.batch, cfg.micro_batch)
     mesh = init_mesh(cfg.mesh)
     cfg = dataclasses.replace(cfg, out=cfg.out or free_folder(preset))
     data = open_data(cfg)
@@ -394,7 +426,7 @@ def pretrain(cfg: PretrainConfig, preset: str) -> None:
         if data.n_tokens(s, "val") > 1
     }
     open_folder(cfg)
-    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.seed)
+    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
 
     def evaluate() -> dict[str, float]:
         """Validation loss per source, and weighted by the blend."""

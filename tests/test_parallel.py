@@ -1,7 +1,6 @@
 """parallel.py: the same numbers on every mesh, and checkpoints that are whole or not there."""
 
 import dataclasses
-import json
 from functools import partial
 
 import pytest
@@ -9,15 +8,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import IGNORE, ModelConfig, Nemotron, init_weights
+from model import IGNORE, SHAPES, ModelConfig, Nemotron, init_weights
 from parallel import (
+    Checkpoints,
     MeshConfig,
     Runner,
     TokenLogProbs,
+    damage,
     init_mesh,
-    load_checkpoint,
+    load_hf,
     peak_flops,
-    save_checkpoint,
+    save_hf,
+    split_layers,
     step_folders,
 )
 from train import lm_loss, make_optimizer, nano, training_state
@@ -26,12 +28,10 @@ TINY = ModelConfig(64, 4, 8, 4, 8, 128, vocab_size=96, seq_len=16, init_std=0.1)
 
 
 def config(**changes):
-    mesh = MeshConfig(
-        dtype="fp32", **{k: changes.pop(k) for k in ("dp_replicate",) if k in changes}
-    )
-    base = dict(
-        model=TINY, mesh=mesh, batch=8, micro_batch=2, lr=1e-2, min_lr=0.0, steps=3, warmup=0
-    )
+    axes = {k: changes.pop(k) for k in list(changes) if k in MeshConfig.__dataclass_fields__}
+    mesh = MeshConfig(**{"dtype": "fp32", **axes})
+    model = dataclasses.replace(TINY, n_layers=changes.pop("n_layers", 4))
+    base = dict(model=model, mesh=mesh, batch=8, micro_batch=2, lr=1e-2, min_lr=0.0, warmup=0)
     return dataclasses.replace(nano(), **(base | changes))
 
 
@@ -60,7 +60,7 @@ def my_batches(cfg, runner, step):
 def train_three_steps(cfg):
     """[(loss, gradient norm)] of three optimizer steps, and the validation loss after them."""
     mesh = init_mesh(cfg.mesh)
-    runner = Runner(cfg.model, cfg.mesh, mesh, seed=7)
+    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, seed=7)
     optimizer, out = make_optimizer(cfg, runner), []
     for step in range(3):
         loss = runner.step(my_batches(cfg, runner, step), lm_loss).item()
@@ -80,14 +80,14 @@ def plain_pytorch(cfg):
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer, out = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps), []
     for step in range(3):
-        x, y = global_batch(step)
+        x, y = global_batch(step, cfg.batch)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
         loss.backward()
         out.append((loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        x, y = global_batch(9)
+        x, y = global_batch(9, cfg.batch)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
     return out + [(loss.item(), 0.0)]
 
@@ -100,19 +100,45 @@ MESHES = {
     "replicate2": (2, {"dp_replicate": 2}),
     "replicate2_shard2": (4, {"dp_replicate": 2}),
     "shard4_micro_batch_1": (4, {"micro_batch": 1}),
+    "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),  # as many key-value heads as tp
+    "pp2": (2, {"pp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "pp2_vp2": (2, {"pp": 2, "vp": 2}),
+    "dp2_tp2": (4, {"tp": 2}),
+    "dp2_pp2": (4, {"pp": 2}),
+    "tp2_pp2_vp2": (4, {"tp": 2, "pp": 2, "vp": 2}),
+    "dp2_tp2_pp2_vp2": (8, {"tp": 2, "pp": 2, "vp": 2}),
+    "zero_bubble": (2, {"pp": 2, "vp": 2, "schedule": "zero_bubble"}),
+    "zero_bubble_vp1": (2, {"pp": 2, "vp": 1, "schedule": "zero_bubble"}),
+    "zbv": (2, {"pp": 2, "vp": 2, "schedule": "zbv"}),
+    "zero_bubble_full_recompute": (
+        2,
+        {"pp": 2, "vp": 2, "schedule": "zero_bubble", "recompute": "full"},
+    ),
+    "zbv_dp2_tp2": (8, {"pp": 2, "vp": 2, "tp": 2, "schedule": "zbv"}),
+    "recompute_full": (2, {"recompute": "full"}),
+    "recompute_selective": (2, {"recompute": "selective"}),
+    "recompute_full_tp2_pp2": (4, {"recompute": "full", "tp": 2, "pp": 2}),
+    "recompute_selective_tp2_pp2": (4, {"recompute": "selective", "tp": 2, "pp": 2, "vp": 2}),
+    "reshard_never": (2, {"reshard": "never"}),
+    "reshard_always_pp2": (4, {"reshard": "always", "pp": 2}),
+    "uneven_layers": (2, {"pp": 2, "vp": 2, "n_layers": 5}),
+    "uneven_layers_pp3": (3, {"pp": 3, "n_layers": 5, "batch": 6}),
 }
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_loss_and_gradient_norm_do_not_depend_on_the_mesh(on_ranks, name):
     n, changes = MESHES[name]
-    want = torch.tensor(plain_pytorch(config()))
-    for got in on_ranks(n, train_three_steps, config(**changes)):
+    cfg = config(**changes)
+    want = torch.tensor(plain_pytorch(cfg))
+    for got in on_ranks(n, train_three_steps, cfg):
         assert torch.allclose(torch.tensor(got), want, rtol=1e-5), (got, want)
 
 
 def weights_sum(cfg):
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), seed=7)
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
     return {name: p.full_tensor().double().sum().item() for name, p in runner.params().items()}
 
 
@@ -138,7 +164,7 @@ def test_token_log_probs_and_their_gradients_equal_the_definition(monkeypatch, c
     def gradients(log_probs):
         return log_probs, *torch.autograd.grad((log_probs * weight).sum(), (h, w))
 
-    got = gradients(TokenLogProbs.apply(h, w, targets))
+    got = gradients(TokenLogProbs.apply(h, w, targets, None))
     logits = (h @ w.t()).flatten(0, 1)
     want = gradients(-F.cross_entropy(logits, targets.flatten(), reduction="none").view(2, 9))
     for a, b in zip(got, want, strict=True):
@@ -152,17 +178,20 @@ def test_log_probs_of_bf16_states_are_not_rounded_to_bf16():
     targets = torch.randint(0, 4096, (256,), generator=g)
     exact = -F.cross_entropy((h.double() @ w.double().t()), targets, reduction="none")
     assert (
-        TokenLogProbs.apply(h, w, targets).sum() - exact.sum()
+        TokenLogProbs.apply(h, w, targets, None).sum() - exact.sum()
     ).abs() < 1e-3  # bf16 logits: off by 0.1 and more
 
 
 def bf16_run(cfg):
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), seed=7)
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
     make_optimizer(cfg, runner)
     dtypes = {p.dtype for p in runner.params().values()}
     seen = set()
-    hook = lambda module, args: seen.add(args[0].dtype)  # noqa: E731
-    runner.model.blocks["1"].register_forward_pre_hook(hook)
+
+    def hook(module, args):
+        seen.add((args[0].dtype, args[1][0].dtype))  # the residual stream, the rotary cosines
+
+    runner.stages[0].model.blocks["1"].register_forward_pre_hook(hook)
     loss = runner.step(my_batches(cfg, runner, 0), lm_loss).item()
     return dtypes, seen, loss
 
@@ -170,12 +199,14 @@ def bf16_run(cfg):
 def test_bf16_runs_keep_fp32_master_weights(on_ranks):
     cfg = dataclasses.replace(config(), mesh=MeshConfig(dtype="bf16"))
     for dtypes, seen, loss in on_ranks(2, bf16_run, cfg):
-        assert dtypes == {torch.float32} and seen == {torch.bfloat16}
+        assert dtypes == {torch.float32} and seen == {(torch.bfloat16, torch.float32)}
         assert abs(loss - plain_pytorch(config())[0][0]) < 0.05
 
 
 def decayed(cfg):
-    optimizer = make_optimizer(cfg, Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), seed=0))
+    optimizer = make_optimizer(
+        cfg, Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=0)
+    )
     return [
         (g["weight_decay"], sorted({p.ndim for p in g["params"]})) for g in optimizer.param_groups
     ]
@@ -185,22 +216,23 @@ def test_norms_and_biases_do_not_decay(on_ranks):
     assert on_ranks(1, decayed, config())[0] == [(0.1, [2]), (0.0, [1])]
 
 
-def save_on(cfg, root, steps):
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), seed=7)
+def save_on(cfg, root, steps, background=False):
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
     optimizer = make_optimizer(cfg, runner)
     runner.step(my_batches(cfg, runner, 0), lm_loss)
     optimizer.step()
+    checkpoints = Checkpoints(root, 2, background)
     for step in range(1, steps + 1):
-        save_checkpoint(
-            root, step, training_state(runner, optimizer), {"tokens": step * 10}, keep=2
-        )
+        checkpoints.save(step, training_state(runner, optimizer), {"tokens": step * 10})
+    checkpoints.finish()
     return [p.name for p in step_folders(root)], sums(training_state(runner, optimizer))
 
 
 def load_on(cfg, root):
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), seed=1)
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
     optimizer = make_optimizer(cfg, runner)
-    state = load_checkpoint(step_folders(root)[-1], training_state(runner, optimizer))
+    state = Checkpoints(root, 2, False).load(training_state(runner, optimizer))
+    state.pop("files")
     return state, sums(training_state(runner, optimizer))
 
 
@@ -217,28 +249,137 @@ def test_a_checkpoint_moves_between_meshes_and_the_newest_are_kept(on_ranks, tmp
             assert state == {"step": 4, "tokens": 40} and got == pytest.approx(want, abs=1e-9)
 
 
-def test_half_a_checkpoint_is_not_a_checkpoint(tmp_path):
-    (tmp_path / "step_000010.partial").mkdir()
-    (tmp_path / "step_000020").mkdir()  # no state.json
-    (tmp_path / "step_000005").mkdir()
-    (tmp_path / "step_000005" / "state.json").write_text(json.dumps({"step": 5}))
+def test_a_checkpoint_moves_to_and_from_every_axis(on_ranks, tmp_path):
+    four_axes = config(tp=2, pp=2, vp=2)
+    want = on_ranks(8, save_on, four_axes, tmp_path, 1, True)  # in the background
+    want = {k: v for _, sums_of_rank in want for k, v in sums_of_rank.items()}
+    for n, axes in (
+        (1, {}),
+        (4, {"tp": 4}),
+        (4, {"pp": 4}),
+        (2, {"pp": 2, "vp": 2, "schedule": "zbv"}),
+    ):
+        got = {}
+        for state, sums_of_rank in on_ranks(n, load_on, config(**axes), tmp_path):
+            assert state == {"step": 1, "tokens": 10}
+            got |= sums_of_rank
+        assert got == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "state"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(on_ranks, tmp_path, harm):
+    on_ranks(2, save_on, config(), tmp_path, 2)
+    newest = tmp_path / "step_000002"
+    file = newest / ("state.json" if harm == "state" else "__1_0.distcp")
+    content = bytearray(file.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    if harm == "delete":
+        file.unlink()
+    assert file.name in damage(newest) and not damage(tmp_path / "step_000001")
+    for state, _ in on_ranks(2, load_on, config(), tmp_path):
+        assert state["step"] == 1
+    (tmp_path / "step_000001" / "state.json").unlink()
+    with pytest.raises(AssertionError, match="no checkpoint is whole"):
+        on_ranks(1, load_on, config(), tmp_path)
+
+
+def test_what_is_still_being_written_is_not_a_checkpoint(tmp_path):
+    for name in ("step_000010.partial", "step_000004.old", "step_000005", "other"):
+        (tmp_path / name).mkdir()
     assert [p.name for p in step_folders(tmp_path)] == ["step_000005"]
 
 
-@pytest.mark.parametrize(
-    "world, batch, micro_batch, replicate, words",
-    [
-        (3, 8, 1, 1, "batch=8 sequences do not divide among 3"),
-        (2, 8, 3, 1, "micro_batch=3 does not divide the 4 sequences"),
-        (4, 8, 1, 3, "dp_replicate=3 does not divide the 4 processes"),
-        (1, 8, 0, 1, "micro_batch=0"),
-    ],
-)
-def test_an_impossible_mesh_is_refused_with_both_numbers(
-    world, batch, micro_batch, replicate, words
-):
+def hf_round_trip(cfg, folder, out):
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
+    runner.load_hf(folder)
+    loss = runner.eval(my_batches(cfg, runner, 0), lm_loss).item()
+    save_hf(runner, out, file_bytes=100_000)
+    return loss
+
+
+HF_MESHES = [(1, {}), (3, {"batch": 6}), (4, {"tp": 2, "pp": 2, "vp": 2}), (8, {"tp": 2, "pp": 2})]
+
+
+@pytest.mark.parametrize("n, axes", HF_MESHES)
+def test_hugging_face_folders_go_in_and_out_of_every_mesh(on_ranks, tmp_path, n, axes):
+    from transformers import AutoModelForCausalLM
+
+    model = Nemotron(TINY)
+    save_hf(model, tmp_path / "in", file_bytes=150_000)
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    cfg = config(**axes)
+    losses = on_ranks(n, hf_round_trip, cfg, tmp_path / "in", tmp_path / "out")
+    x, y = global_batch(0, cfg.batch)
+    with torch.no_grad():
+        want = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE).item()
+    assert losses == pytest.approx([want] * n, rel=1e-5)
+    again = load_hf(tmp_path / "out")
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and max(f.stat().st_size for f in files) < 110_000
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert (theirs(x).logits - model(x)).abs().max() < 1e-4
+
+
+def test_a_hugging_face_folder_of_another_shape_is_refused(on_ranks, tmp_path):
+    save_hf(Nemotron(dataclasses.replace(TINY, ffn_dim=64)), tmp_path)
+    with pytest.raises(AssertionError, match="has ffn_dim=64, this run ffn_dim=128"):
+        on_ranks(1, hf_round_trip, config(), tmp_path, tmp_path / "out")
+
+
+IMPOSSIBLE = [
+    (3, {}, "batch=8 sequences do not divide among 3"),
+    (2, {"micro_batch": 3}, "micro_batch=3 does not divide the 4 sequences"),
+    (4, {"dp_replicate": 3}, "dp_replicate=3 x tp=1 = 3 does not divide the 4 processes"),
+    (1, {"micro_batch": 0}, "micro_batch=0"),
+    (4, {"pp": 0}, "pp=0"),
+    (8, {"tp": 8}, "tp=8 does not divide n_kv_heads=4"),
+    (3, {"tp": 3}, "tp=3 does not divide n_heads=8"),
+    (8, {"pp": 8}, "pp=8 x vp=1 = 8 stages, but only n_layers=4"),
+    (2, {"pp": 2, "vp": 4}, "pp=2 x vp=4 = 8 stages"),
+    (1, {"vp": 2}, "vp=2, schedule=1f1b with pp=1"),
+    (1, {"schedule": "zbv"}, "schedule=zbv with pp=1"),
+    (4, {"pp": 4, "micro_batch": 4}, "pp=4 needs at least as many micro-batches, but .* has 2"),
+    (
+        2,
+        {"pp": 2, "vp": 2, "batch": 10, "micro_batch": 2},
+        "5 micro-batches are not a multiple of their 2 rounds",
+    ),
+    (2, {"pp": 2, "schedule": "zbv"}, "two stages per rank, but vp=1"),
+    (2, {"pp": 2, "schedule": "zero_bubble", "recompute": "selective"}, "recompute=selective"),
+    (2, {"pp": 2, "schedule": "zero_bubble", "compile": True}, "compile=True"),
+]
+
+
+@pytest.mark.parametrize("world, changes, words", IMPOSSIBLE)
+def test_an_impossible_mesh_is_refused_with_its_numbers(world, changes, words):
+    cfg = config(**changes)
     with pytest.raises(ValueError, match=words):
-        MeshConfig(dp_replicate=replicate).check(world, batch, micro_batch)
+        cfg.mesh.check(cfg.model, world, cfg.batch, cfg.micro_batch)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_that_runs_passes_the_check(name):
+    world, changes = MESHES[name]
+    cfg = config(**changes)
+    cfg.mesh.check(cfg.model, world, cfg.batch, cfg.micro_batch)
+
+
+def test_layers_are_spread_evenly_with_the_head_counted_as_work():
+    large = SHAPES["nemotron4-340b"]
+    assert [len(r) for r in split_layers(large, 96)] == [1] * 96
+    assert [len(r) for r in split_layers(large, 12)] == [8] * 12
+    small = dataclasses.replace(
+        TINY, n_layers=7, vocab_size=100_000
+    )  # the head outweighs all layers
+    assert [len(r) for r in split_layers(small, 3)] == [3, 3, 1]
+    for n in (1, 2, 3, 5, 7):
+        parts = split_layers(dataclasses.replace(TINY, n_layers=7), n)
+        assert [i for r in parts for i in r] == list(range(7)) and min(map(len, parts)) >= 1
 
 
 def test_an_unknown_device_has_no_peak(monkeypatch):
