@@ -533,8 +533,7 @@ class Runner:
         return self.reduce(count, "dp_replicate", "dp_shard")
 
     def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """Forward and backward of this rank's micro-batches; returns the global loss, the same number
-        on every rank.
+        """Forward and backward of this rank's micro-batches → the global loss, on every rank.
 
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`.
         """
@@ -556,8 +555,8 @@ class Runner:
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
     def schedule_of(self, n: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """One step of torch's pipeline schedule over n micro-batches. A schedule splits tensors alone,
-        so the target and an extra argument of every stage are the micro-batches' numbers."""
+        """One step of torch's pipeline schedule over n micro-batches. It splits tensors alone, so
+        the target and an extra argument of every stage are the micro-batches' numbers."""
         kinds = {"zero_bubble": ScheduleInterleavedZeroBubble, "zbv": ScheduleZBVZeroBubble}
         kinds["1f1b"] = ScheduleInterleaved1F1B if self.cfg.vp > 1 else Schedule1F1B
         if n not in self.schedules:
@@ -796,7 +795,8 @@ class Checkpoints:
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fill the tensors in place from the newest checkpoint that is whole, of any mesh; returns
-        its state.json, or None where there is none. A damaged one is named, the one before taken."""
+        its state.json, or None where there is none. A damaged one is named, then the one before
+        it is taken."""
         folders = step_folders(self.root)
         for folder in reversed(folders):
             found: list[str] = [""] * self.world
@@ -854,8 +854,8 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
-    """A Hugging Face Nemotron folder (config.json + safetensors) → a whole Nemotron, strictly; dtype
-    None keeps the file's. To fill a sharded model, see Runner.load_hf."""
+    """A Hugging Face Nemotron folder (config.json + safetensors) → a whole Nemotron, strictly.
+    dtype None keeps the file's. To fill a sharded model, see Runner.load_hf."""
     cfg = read_hf_config(folder)
     with torch.device("meta"):
         model = Nemotron(cfg)
