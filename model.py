@@ -207,8 +207,15 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, *attention_args: Any) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), *attention_args)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn_branch(x, *attention_args)
+        return x + self.mlp_branch(x)
+
+    # two methods, so that parallel.py can recompute parts of each by itself
+    def attn_branch(self, x: Tensor, *attention_args: Any) -> Tensor:
+        return self.attn(self.attn_norm(x), *attention_args)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.mlp(self.mlp_norm(x))
 
 
 class Head(nn.Linear):

@@ -6,26 +6,32 @@ parallelism with a distributed optimizer. Callers see `Runner.step(micro_batches
 same numbers on every mesh.
 """
 
+import difflib
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
@@ -52,14 +58,17 @@ from torch.utils.checkpoint import (
 
 from model import (
     IGNORE,
+    SHAPES,
     Head,
     ModelConfig,
     Nemotron,
     config_from_hf,
+    count_params,
     flops_per_token,
     hf_config,
     hf_name,
     init_weights,
+    rope_angles,
     whole,
 )
 
@@ -186,19 +195,35 @@ def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
     return [range(end - n, end) for n, end in zip(counts, ends, strict=True)]
 
 
-# bf16 dense peak, FLOP/s, from NVIDIA's data sheets; H100 SXM is the report's 989e12. The first
-# match on the device's name counts.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "A100": 312e12,
-}  # fmt: skip
+@dataclass(frozen=True)
+class Gpu:
+    """Per GPU: bf16 dense FLOP/s, bytes of memory, bytes/s of memory, of NVLink and of the network
+    (each way)."""
+
+    flops: float
+    memory: float
+    hbm: float
+    nvlink: float
+    network: float = 50e9  # 8 x 400 Gb/s a node, the report's section 2.3
+
+
+# NVIDIA's data sheets. The first key that a device's name holds counts; H100 is the SXM of the
+# report.
+GPUS = {
+    "B200": Gpu(2250e12, 180e9, 8.0e12, 900e9),
+    "H200": Gpu(989e12, 141e9, 4.8e12, 450e9),
+    "H100 NVL": Gpu(835e12, 94e9, 3.9e12, 300e9),
+    "H100 PCIe": Gpu(756e12, 80e9, 2.0e12, 300e9),
+    "H100": Gpu(989e12, 80e9, 3.35e12, 450e9),
+    "A100": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9),
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """None for a device that the table does not know: better no MFU than a wrong one (torchtitan's
     helper assumes an A100)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+    return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
 
 
 def world_size() -> int:
@@ -359,25 +384,35 @@ def plan() -> dict[str, ParallelStyle]:
 
 # ---- recompute, compile, data parallelism --------------------------------------------------------
 
-# what selective recompute keeps: results that are dear to compute or to communicate again
-KEPT = ("mm", "bmm", "addmm", "_scaled_dot_product", "_flash_attn", "flash_attn", "reduce_scatter")
 
+def keep_first_products(n: int) -> Callable[[], Any]:
+    """Selective recompute of a branch: keep its first n matrix products and attention's result,
+    which are dear, and do norms, gathers and element-wise steps again. The branch's last product,
+    back to the residual, is neither kept nor redone: backward does not need its result."""
 
-def keep_dear_results(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name().split("::")[-1].split(".")[0] if hasattr(op, "name") else str(op)
-    kept = any(name == k or (len(k) > 5 and k in name) for k in KEPT)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    def contexts() -> Any:
+        seen = {False: 0, True: 0}  # forward, recompute
+
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            product = op is torch.ops.aten.mm.default
+            seen[ctx.is_recompute] += product
+            keep = seen[ctx.is_recompute] <= n if product else "attention" in op.name()
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts
 
 
 def recompute_blocks(model: Nemotron, how: str) -> None:
     """In place: torchtitan's FullAC and SelectiveAC wrap the module, which changes its names."""
-    more = {"context_fn": partial(create_selective_checkpoint_contexts, keep_dear_results)}
+    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.blocks.values():
-        extra = more if how == "selective" else {}
-        again = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **extra
-        )
-        block.forward = again
+        if how == "full":
+            block.forward = again(block.forward)
+        else:  # keep q, k, v and attention; keep up
+            block.attn_branch = again(block.attn_branch, context_fn=keep_first_products(3))
+            block.mlp_branch = again(block.mlp_branch, context_fn=keep_first_products(1))
 
 
 def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
@@ -918,3 +953,338 @@ def save_hf(
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     if runner is not None:
         dist.barrier()
+
+
+# ---- the dry run ---------------------------------------------------------------------------------
+
+# Shares of the data sheets' rates that real work reaches. Assumed, not measured: no GPU has run
+# this code yet, and they are not fitted to the report's iteration times.
+REACHED = {"flops": 0.70, "hbm": 0.80, "nvlink": 0.75, "network": 0.70}
+
+# Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent (tp 8, pp 12, vp 8, dp
+# 16..64)
+REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a layout needs of each GPU, and how long a step should take. Nothing is trained: the
+    model is built by the training code itself, on meta tensors, in a process group that is not
+    there."""
+
+    shape: tyro.conf.Positional[str] = "nemotron4-340b"
+    """A name of model.SHAPES."""
+    gpus: int = 6144
+    gpu: str = "H100"
+    """A kind of GPU: B200, H200, H100, A100 ..."""
+    batch: int = 2304
+    """Sequences per step."""
+    micro_batch: int = 1
+    mesh: MeshConfig = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
+    """By default the report's layout."""
+    report: bool = False
+    """The three rows of the report's Table 2 beside what is predicted for them."""
+    search: int = 0
+    """List this many meshes that fit the GPUs, fastest first."""
+    serve: bool = False
+    """Weights, KV cache and the bandwidth ceiling of decoding on these GPUs."""
+
+    def __post_init__(self) -> None:
+        for what, name, table in (("shape", self.shape, SHAPES), ("gpu", self.gpu, GPUS)):
+            if name not in table:
+                close = difflib.get_close_matches(name, table, n=1, cutoff=0.3) or list(table)
+                raise ValueError(f"no {what} {name!r}: did you mean {', '.join(close)}?")
+
+
+@contextmanager
+def imagined_mesh(how: MeshConfig, world: int, rank: int) -> Iterator[DeviceMesh]:
+    """The mesh as one rank of a job of any size would see it. A private module of torch, kept to
+    the dry run."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield init_device_mesh("cpu", tuple(how.shape(world).values()), mesh_dim_names=AXES)
+    finally:
+        dist.destroy_process_group()
+
+
+def flash_on_meta(q: Tensor, k: Tensor, v: Tensor, visible: None) -> Tensor:
+    """What a flash kernel allocates; on meta tensors SDPA would pick the (T, T) path."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(q, k, v, 0.0, True)[0].transpose(1, 2)
+
+
+@cache
+def activation_bytes(cfg: ModelConfig, tp: int, micro_batch: int, recompute: str) -> int:
+    """What one block keeps of one micro-batch until its backward: run on meta tensors, and
+    counted."""
+    how = MeshConfig(tp=tp)
+    with imagined_mesh(how, tp, 0) as mesh, patch("model.attend", flash_on_meta):
+        with torch.device("meta"):
+            model = Nemotron(replace(cfg, n_layers=1)).to(torch.bfloat16)
+            positions = torch.zeros(micro_batch, cfg.seq_len, dtype=torch.long)
+            hidden = (micro_batch, cfg.seq_len // tp, cfg.dim)
+            x = torch.empty(hidden, dtype=torch.bfloat16, requires_grad=True)
+        if tp > 1:
+            parallelize_module(model, mesh["tp"], plan())
+        if recompute != "none":
+            recompute_blocks(model, recompute)
+        tracker = MemTracker()
+        tracker.track_external(model, x)
+        with tracker:
+            out = model.blocks["0"](x, rope_angles(cfg, positions), None, positions, None)
+            kept = tracker.get_tracker_snapshot("current")[torch.device("meta")]
+        del out
+    return sum(n for kind, n in kept.items() if "ACT" in str(kind))
+
+
+def rank_params(cfg: ModelConfig, how: MeshConfig, rank: int) -> tuple[int, int]:
+    """Parameters of a pipeline rank after the tensor-parallel cut, before FSDP's: (all, the largest
+    unit that FSDP gathers at once)."""
+    layers = split_layers(cfg, how.pp * how.vp)
+    block = cfg.dim * 2 * (cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + cfg.ffn_dim)
+    block = block // how.tp + 4 * cfg.dim
+    stages, ends = how.stages_of(rank), 0
+    ends += (0 in stages) * cfg.vocab_size * cfg.dim // how.tp
+    if how.pp * how.vp - 1 in stages:
+        scores = cfg.n_attributes * (cfg.dim + 1)
+        ends += 2 * cfg.dim + (scores or cfg.vocab_size * cfg.dim // how.tp)
+    return sum(len(layers[s]) for s in stages) * block + ends, max(block, ends)
+
+
+def in_flight(how: MeshConfig, rank: int, n_micro: int) -> int:
+    """Largest number of (micro-batch, stage) pairs whose activations a rank holds."""
+    if how.pp == 1:
+        return 1
+    if how.schedule == "zbv":
+        return min(2 * n_micro, 2 * how.pp)
+    if how.vp == 1 and how.schedule == "1f1b":
+        return min(n_micro, how.pp - rank)
+    warm_up = (how.vp - 1) * min(how.pp, n_micro) + 2 * (how.pp - rank - 1)  # interleaved 1F1B
+    return min(n_micro * how.vp, warm_up + 1)
+
+
+def memory_of(c: PlanConfig, rank: int) -> dict[str, float]:
+    """Bytes on a GPU of a pipeline rank, by what they hold."""
+    cfg, how, shape = SHAPES[c.shape], c.mesh, c.mesh.shape(c.gpus)
+    n_micro = c.batch // (shape["dp_replicate"] * shape["dp_shard"]) // c.micro_batch
+    params, unit = rank_params(cfg, how, rank)
+    mine = -(-params // shape["dp_shard"])
+    width = 2 if how.dtype == "bf16" else 4
+    resharded = how.reshard == "always" or (how.reshard == "auto" and how.pp == 1)
+    kept = activation_bytes(cfg, how.tp, c.micro_batch, how.recompute)
+    layers = [len(part) for part in split_layers(cfg, how.pp * how.vp)]
+    stage = max(layers[s] for s in how.stages_of(rank))
+    parts = {
+        "master weights (fp32)": 4 * mine,
+        "optimizer (fp32)": 8 * mine,
+        "gradients, sharded (fp32)": 4 * mine,
+        "gathered weights": width * (2 * unit if resharded else params),
+        "gradients, accumulating (fp32)": 4 * (params if n_micro > 1 else 2 * unit),
+        "activations in flight": kept * stage * in_flight(how, rank, n_micro),
+        "recomputed block": activation_bytes(cfg, how.tp, c.micro_batch, "none")
+        * (how.recompute != "none"),
+    }
+    if how.pp * how.vp - 1 in how.stages_of(rank):
+        logits = min(TokenLogProbs.CHUNK, c.micro_batch * cfg.seq_len * cfg.vocab_size // how.tp)
+        states = c.micro_batch * cfg.seq_len * cfg.dim * width
+        parts["logits and head gradient"] = (
+            10 * logits + 4 * cfg.vocab_size * cfg.dim // how.tp + 2 * states
+        )
+    return parts
+
+
+def step_of(c: PlanConfig) -> dict[str, float]:
+    """A step's seconds by what they go to, and its wire traffic in bytes per GPU and axis: a
+    roofline without overlap. The slowest pipeline rank sets the pace."""
+    cfg, how, shape, gpu = SHAPES[c.shape], c.mesh, c.mesh.shape(c.gpus), GPUS[c.gpu]
+    B, T, D, tp = c.micro_batch, cfg.seq_len, cfg.dim, how.tp
+    n_micro = c.batch // (shape["dp_replicate"] * shape["dp_shard"]) // B
+    layers = [len(part) for part in split_layers(cfg, how.pp * how.vp)]
+    per_rank = [sum(layers[s] for s in how.stages_of(r)) for r in range(how.pp)]
+    last = next(r for r in range(how.pp) if len(layers) - 1 in how.stages_of(r))
+    head = 6 * cfg.vocab_size * D
+    block = (flops_per_token(cfg) - head) / cfg.n_layers
+    again = {"none": 0, "selective": 0, "full": 1 / 3}[how.recompute]
+    work = [n * block * (1 + again) + (r == last) * head * 8 / 6 for r, n in enumerate(per_rank)]
+    passes = {"none": 3, "selective": 4, "full": 4}[how.recompute]  # backward counts twice
+    touched = (52 * D + 8 * cfg.ffn_dim) * B * T / tp * passes  # norms, residuals, squared ReLU
+    gathers = {"none": 8, "selective": 10, "full": 12}[how.recompute]  # of (B, T, D) per layer
+    wire_tp = gathers * (tp - 1) / tp * B * T * D * 2
+    params = max(rank_params(cfg, how, r)[0] for r in range(how.pp))
+    shards = shape["dp_shard"]
+    wire = {
+        "tp": n_micro * max(per_rank) * wire_tp,
+        "pp": 2 * n_micro * (how.vp if how.pp > 1 else 0) * B * T * D * 2 / tp,
+        "dp": (shards - 1) / shards * params * (2 + (4 if how.reduce_dtype == "fp32" else 2)),
+    }
+    if how.reshard == "always" or (how.reshard == "auto" and how.pp == 1):
+        wire["dp"] += (shards - 1) / shards * params * 2 * (2 * n_micro - 1)  # gathered twice each
+    wire["dp"] += (how.dp_replicate > 1) * 2 * 4 * params / shards
+    seconds = {
+        "matrix products": n_micro * B * T * max(work) / tp / (gpu.flops * REACHED["flops"]),
+        "element-wise": n_micro * max(per_rank) * touched / (gpu.hbm * REACHED["hbm"]),
+        "tp traffic": wire["tp"] / ((gpu.nvlink if tp <= 8 else gpu.network) * REACHED["nvlink"]),
+    }
+    seconds["bubble"] = sum(seconds.values()) * (how.pp - 1) / (how.vp * n_micro)
+    if how.schedule != "1f1b":
+        seconds["bubble"] /= 3  # weight gradients fill two thirds of it at best
+    seconds["pp traffic"] = wire["pp"] / (gpu.network * REACHED["network"])
+    seconds["dp traffic"] = wire["dp"] / (gpu.network * REACHED["network"])
+    seconds["optimizer"] = 28 * params / shards / (gpu.hbm * REACHED["hbm"])
+    total = sum(seconds.values())
+    mfu = 100 * c.batch * T * flops_per_token(cfg) / (total * c.gpus * gpu.flops)
+    return {"seconds": total, "mfu": mfu, **seconds, **{f"wire {k}": v for k, v in wire.items()}}
+
+
+def built_params(c: PlanConfig, rank: int) -> tuple[int, int, int]:
+    """Parameters of a pipeline rank as the training code lays them out: on its first GPU, all of
+    the rank's before tensor and data parallelism, and what rank_params says the GPUs of a tp group
+    share."""
+    cfg, how = SHAPES[c.shape], c.mesh
+    with imagined_mesh(how, c.gpus, rank * (c.gpus // how.pp)) as mesh:
+        layers, last = split_layers(cfg, how.pp * how.vp), how.pp * how.vp - 1
+        stages = [build_stage(cfg, s, layers[s], last, mesh, how, []) for s in how.stages_of(rank)]
+        params = [p for stage in stages for p in stage.model.parameters()]
+        return (
+            sum(p.to_local().numel() for p in params),
+            sum(p.numel() for p in params),
+            len(params),
+        )
+
+
+def print_plan(c: PlanConfig) -> None:
+    """The layout's table: first, middle and last pipeline rank, the wire, the prediction."""
+    cfg, how, gpu = SHAPES[c.shape], c.mesh, GPUS[c.gpu]
+    how.check(cfg, c.gpus, c.batch, c.micro_batch)
+    shape = how.shape(c.gpus)
+    log.info(
+        f"{c.shape} on {c.gpus:,} x {c.gpu}: " + ", ".join(f"{k} {v}" for k, v in shape.items())
+    )
+    built = [built_params(c, rank) for rank in range(how.pp)]
+    log.info(f"parameters, built stage by stage: {sum(whole for _, whole, _ in built):,}")
+    ranks = sorted({0, how.pp // 2, how.pp - 1})
+    tables = {rank: memory_of(c, rank) for rank in ranks}
+    log.info(f"{'GB on a GPU of pipeline rank':34}" + "".join(f"{rank:>10}" for rank in ranks))
+    log.info(
+        f"{'parameters on it (millions)':34}"
+        + "".join(f"{built[r][0] / 1e6:>10.2f}" for r in ranks)
+    )
+    for part in sorted({p for t in tables.values() for p in t}, key=list(tables[ranks[-1]]).index):
+        row = "".join(f"{tables[r].get(part, 0) / 1e9:>10.2f}" for r in ranks)
+        log.info(f"{part:34}{row}")
+    peaks = [sum(memory_of(c, rank).values()) for rank in range(how.pp)]
+    log.info(f"{'peak':34}" + "".join(f"{peaks[r] / 1e9:>10.2f}" for r in ranks))
+    verdict = "fits" if max(peaks) <= gpu.memory else "DOES NOT FIT"
+    log.info(
+        f"{verdict}: the fullest GPU needs {max(peaks) / 1e9:.1f} GB of {gpu.memory / 1e9:.0f} GB"
+    )
+    step = step_of(c)
+    for key in ("tp", "pp", "dp"):
+        log.info(f"on the wire, {key}: {step[f'wire {key}'] / 1e9:.1f} GB per GPU and step")
+    dp = shape["dp_replicate"] * shape["dp_shard"]
+    bubble = (how.pp - 1) / (how.vp * (c.batch // dp // c.micro_batch))
+    log.info(f"bubble (p - 1) / (v m): {100 * bubble:.1f} %")
+    names = [k for k in step if k not in ("seconds", "mfu") and not k.startswith("wire")]
+    log.info("seconds: " + ", ".join(f"{name} {step[name]:.2f}" for name in names))
+    log.info(f"predicted: {step['seconds']:.2f} s an iteration, MFU {step['mfu']:.1f} %")
+
+
+def print_report(c: PlanConfig) -> None:
+    log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
+    for gpus, batch, seconds, mfu in REPORT_ROWS:
+        step = step_of(replace(c, gpus=gpus, batch=batch))
+        log.info(
+            f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f} "
+            f"{step['mfu']:15.1f} {mfu:14.1f}"
+        )
+
+
+def search(c: PlanConfig) -> list[tuple[float, float, PlanConfig]]:
+    """(seconds, bytes, plan) of every mesh of powers and divisors that runs and fits, fastest
+    first."""
+    cfg, found = SHAPES[c.shape], []
+    stages = [n for n in range(1, cfg.n_layers + 1) if cfg.n_layers % n == 0]
+    virtual = [(pp, n // pp) for n in stages for pp in stages if n % pp == 0 and (pp > 1 or n == 1)]
+    options = product((1, 2, 4, 8), virtual, (1, 2, 4), ("none", "selective", "full"))
+    for tp, (pp, vp), micro_batch, recompute in options:
+        how = replace(c.mesh, tp=tp, pp=pp, vp=vp, recompute=recompute, schedule="1f1b")
+        plan_ = replace(c, mesh=how, micro_batch=micro_batch)
+        try:
+            how.check(cfg, c.gpus, c.batch, micro_batch)
+        except ValueError:
+            continue
+        peak = max(sum(memory_of(plan_, rank).values()) for rank in (0, pp - 1))
+        if peak <= GPUS[c.gpu].memory:
+            found.append((step_of(plan_)["seconds"], peak, plan_))
+    return sorted(found, key=lambda f: f[0])
+
+
+def print_search(c: PlanConfig) -> None:
+    found = search(c)
+    log.info(f"{len(found)} meshes fit {c.gpus:,} x {c.gpu} with batch {c.batch:,}")
+    for seconds, peak, p in found[: c.search]:
+        m = p.mesh
+        log.info(
+            f"{seconds:8.2f} s  MFU {step_of(p)['mfu']:4.1f} %  {peak / 1e9:6.1f} GB  tp "
+            f"{m.tp} pp {m.pp} "
+            f"vp {m.vp} dp {m.shape(c.gpus)['dp_shard']} micro_batch {p.micro_batch} "
+            f"recompute {m.recompute}"
+        )
+
+
+def print_serving(c: PlanConfig) -> None:
+    """Decoding reads every weight but the input embedding once a step, and each sequence's
+    cache."""
+    cfg, gpu = SHAPES[c.shape], GPUS[c.gpu]
+    embedding, rest = count_params(cfg)
+    kv = cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * 2
+    log.info(f"{c.shape} on {c.gpus} x {c.gpu}; KV cache {kv:,} bytes a token (bf16)")
+    for name, width, flops in (
+        ("bf16", 2, gpu.flops),
+        ("fp8 (embedding and head bf16)", 1, 2 * gpu.flops),
+    ):
+        weights = width * rest + 2 * embedding
+        read = weights - embedding
+        free = 0.9 * gpu.memory * c.gpus - weights
+        log.info(f"{name}: weights {weights / 1e9:.1f} GB, {weights / c.gpus / 1e9:.1f} a GPU")
+        if free <= 0:
+            log.info(f"  DOES NOT FIT {c.gpus} x {gpu.memory / 1e9:.0f} GB at 90 %")
+            continue
+        log.info(
+            f"  free for KV at 90 %: {free / 1e9:.0f} GB, {int(free // (kv * 4096))} "
+            f"sequences of 4,096"
+        )
+        for batch, context in ((1, 0), (8, 1024), (32, 1024), (64, 2048), (128, 2048)):
+            bandwidth = (read + batch * context * kv) / (gpu.hbm * c.gpus)
+            compute = 2 * (rest + embedding / 2) * batch / (flops * c.gpus)
+            rate = batch / max(bandwidth, compute)
+            log.info(f"  ceiling, batch {batch:3} at {context:4} tokens: {rate:7.1f} tokens/s")
+    log.info("a pipeline divides the batch-1 ceiling by its stages; no traffic is counted")
+
+
+def main() -> None:
+    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+    log.setLevel(logging.INFO)
+    try:
+        if sys.argv[1:2] != ["plan"]:
+            raise ValueError(
+                "the only command is: parallel.py plan SHAPE; see parallel.py plan --help"
+            )
+        c = tyro.cli(PlanConfig, args=sys.argv[2:], prog="parallel.py plan")
+        if c.report:
+            print_report(c)
+        elif c.search:
+            print_search(c)
+        elif c.serve:
+            print_serving(c)
+        else:
+            print_plan(c)
+    except ValueError as e:
+        sys.exit(f"parallel.py: error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,10 @@ def config(**changes):
     axes = {k: changes.pop(k) for k in list(changes) if k in MeshConfig.__dataclass_fields__}
     mesh = MeshConfig(**{"dtype": "fp32", **axes})
     model = dataclasses.replace(TINY, n_layers=changes.pop("n_layers", 4))
-    base = dict(model=model, mesh=mesh, batch=8, micro_batch=2, lr=1e-2, min_lr=0.0, warmup=0)
+    # eps: with 1e-8 AdamW makes full steps of the rounding noise in gradients that are all but zero
+    base = dict(
+        model=model, mesh=mesh, batch=8, micro_batch=2, lr=3e-3, min_lr=0.0, warmup=0, eps=1e-6
+    )
     return dataclasses.replace(nano(), **(base | changes))
 
 
