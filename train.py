@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -413,7 +414,7 @@ def open_data(cfg: PretrainConfig) -> TokenData:
     return data
 
 
-def pretrain(cfg: PretrainConfig, preset: str) -> None:
+def pretrain(preset: str, cfg: PretrainConfig) -> None:
     cfg.mesh.check(cfg.model, world_size(), cfg.batch, cfg.micro_batch)
     mesh = init_mesh(cfg.mesh)
     cfg = dataclasses.replace(cfg, out=cfg.out or free_folder(preset))
@@ -475,17 +476,24 @@ def choose_config(
     )
 
 
+def run(main: Callable[[], None]) -> None:
+    """Run a stage as a program: errors of the user in a line, others with their traceback, and no
+    collective teardown on the failing path, where it would hang; torchrun reaps the other ranks."""
+    try:
+        main()
+        shut_down() if dist.is_initialized() else None
+    except (ValueError, FloatingPointError) as e:
+        log.error(f"error: {e}")
+        os._exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def main() -> None:
     set_up_logging()
-    try:
-        preset, cfg = choose_config(sys.argv[1:], PRESETS, __doc__)
-        pretrain(cfg, preset)
-        shut_down()
-    except (ValueError, FloatingPointError) as e:
-        log.error(f"train.py: error: {e}")
-        os._exit(
-            2
-        )  # no collective teardown on the failing path: it hangs; torchrun reaps the others
+    run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, __doc__)))
 
 
 if __name__ == "__main__":

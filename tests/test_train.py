@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import random
 import re
 import signal
 import subprocess
@@ -39,7 +41,7 @@ def config(corpus, out, **changes):
 
 def pretrain(cfg):
     train.set_up_logging()
-    train.pretrain(cfg, "tiny")
+    train.pretrain("tiny", cfg)
 
 
 def rows(out):
@@ -250,3 +252,91 @@ def test_the_command_reports_an_error_in_one_line_and_exits_non_zero(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     assert "micro_batch=2 does not divide the 5 sequences" in done.stdout + done.stderr
+
+
+# ---- staying alive -------------------------------------------------------------------------------
+
+
+def torchrun(cfg, n, *more, before=""):
+    """The run as torchrun starts it, on n processes."""
+    code = before + (
+        "import sys, train, dataclasses; sys.path.insert(0, 'tests'); import test_train as t\n"
+        "from pathlib import Path; train.set_up_logging()\n"
+        "c = t.config(Path(sys.argv[1]), Path(sys.argv[2]), steps=int(sys.argv[3]), save_every=2)\n"
+        "background = sys.argv[4] == 'background'\n"
+        "c = dataclasses.replace(c, save_in_background=background, eval_every=1000)\n"
+        "train.run(lambda: train.pretrain('tiny', c))\n"
+    )
+    script = cfg.out.with_suffix(".py")
+    script.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+    launcher += ["--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    args = [*launcher, str(script), str(cfg.data), str(cfg.out), str(cfg.steps), *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(args, cwd=ROOT, env=env, **pipes)
+
+
+def ranks_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_ten_random_moments_never_loses_the_run(corpus, tmp_path):
+    whole = config(corpus, tmp_path / "whole", steps=60)
+    out, _ = torchrun(whole, 2, "foreground").communicate()
+    assert len(rows(whole.out)) == 60, out
+    killed, luck = dataclasses.replace(whole, out=tmp_path / "killed"), random.Random(0)
+    metrics = killed.out / "metrics.jsonl"
+
+    def steps_done():
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    during_a_save = 0
+    for kill in range(10):
+        process = torchrun(killed, 2, "background" if kill % 2 else "foreground")
+        target = steps_done() + luck.randint(2, 5)
+        wait_for(lambda target=target: steps_done() >= target, process)
+        if kill % 3 == 0:  # in the middle of a save
+            wait_for(lambda: list(killed.out.glob("checkpoints/*.partial")), process, 5)
+        time.sleep(luck.random() * 0.03)
+        during_a_save += bool(list(killed.out.glob("checkpoints/*.partial")))
+        if victims := ranks_of(process):
+            os.kill(luck.choice(victims), signal.SIGKILL)
+        process.communicate(timeout=120)
+    out, _ = torchrun(killed, 2, "foreground").communicate()
+    assert during_a_save >= 1
+    assert losses(killed.out) == losses(whole.out), out
+
+
+def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=10_000, save_every=5_000)
+    process = start(cfg)
+    wait_for(lambda: (cfg.out / "metrics.jsonl").exists() and len(rows(cfg.out)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    saved = list((cfg.out / "checkpoints").iterdir())
+    assert [p.name for p in saved] == [f"step_{len(rows(cfg.out)):06d}"]
+
+
+@pytest.mark.slow
+def test_one_ranks_failure_ends_the_job_with_its_traceback(corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=1000)
+    broken = (
+        "import os, parallel; step = parallel.Runner.step\n"
+        "def fail(self, *args):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('the second rank is broken')\n"
+        "    return step(self, *args)\n"
+        "parallel.Runner.step = fail\n"
+    )
+    begun, process = time.monotonic(), torchrun(cfg, 2, "foreground", before=broken)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - begun < 60
+    assert "RuntimeError: the second rank is broken" in out
