@@ -590,6 +590,11 @@ class TokenData:
     def n_tokens(self, source: str, split: str) -> int:
         return self.manifest["sources"][source][split]["tokens"]
 
+    def bytes_per_token(self, source: str) -> float:
+        """Of the validation split: makes losses comparable between tokenizers."""
+        val = self.manifest["sources"][source]["val"]
+        return val["bytes"] / val["tokens"]
+
     def tokens(self, source: str, split: str) -> np.ndarray:
         path, n = self.folder / f"{source}.{split}.bin", self.n_tokens(source, split)
         dtype, size = np.dtype(self.manifest["sources"][source]["dtype"]), path.stat().st_size
@@ -631,6 +636,21 @@ def permute(i: int, n: int, key: int) -> int:
             return i
 
 
+def shares_of(blend: dict[str, float]) -> dict[str, int]:
+    """A source's share among itself and those after it, in 2^-32: integers agree everywhere."""
+    rest = np.cumsum(list(blend.values())[::-1])[::-1]
+    return {s: round(w / r * 2**32) for (s, w), r in zip(blend.items(), rest, strict=True)}
+
+
+def drawn(shares: dict[str, int], i: int) -> dict[str, int]:
+    """How many of the first i samples of one blend come from each source."""
+    out = {}
+    for name, share in shares.items():
+        out[name] = share * i >> 32
+        i -= out[name]
+    return out
+
+
 class Sampler:
     """Sample number i → a window of seq_len tokens, as a pure function of (seed, i).
 
@@ -647,38 +667,57 @@ class Sampler:
         seed: int,
         split: str = "train",
         isolate: bool = False,
+        later: dict[int, dict[str, float]] | None = None,
     ) -> None:
+        """later: blends by the sample that they begin at; `blend` is the one before them."""
         self.seq_len, self.seed, self.isolate = seq_len, seed, isolate
-        self.names = tuple(blend)
-        self.tokens = {s: data.tokens(s, split) for s in blend}
-        self.offsets = {s: data.offsets(s, split) for s in blend}
+        blends = {0: blend, **(later or {})}
+        names = list(dict.fromkeys(s for b in blends.values() for s in b))
+        self.tokens = {s: data.tokens(s, split) for s in names}
+        self.offsets = {s: data.offsets(s, split) for s in names}
         self.windows = {s: -(-(len(t) - 1) // seq_len) for s, t in self.tokens.items()}
         for s, t in self.tokens.items():
             if split == "train" and len(t) <= seq_len:
                 rule = f"fewer than one window of seq_len={seq_len} + 1: add text, or shorten it"
                 raise ValueError(f"source {s!r} has {len(t)} tokens, {rule}")
-        # a source's share among itself and those after it, in 2^-32: integers agree everywhere
-        rest = np.cumsum(list(blend.values())[::-1])[::-1]
-        self.shares = [round(w / r * 2**32) for w, r in zip(blend.values(), rest, strict=True)]
+        self.parts = [(first, shares_of(blends[first])) for first in sorted(blends)]
+
+    def part(self, i: int) -> tuple[int, dict[str, int], dict[str, int]]:
+        """The blend that sample i is drawn from: (its first sample, its shares, samples that each
+        source gave before it)."""
+        before = dict.fromkeys(self.windows, 0)
+        for (first, shares), after in zip(self.parts, [*self.parts[1:], None], strict=True):
+            if after is None or i < after[0]:
+                return first, shares, before
+            for s, n in drawn(shares, after[0] - first).items():
+                before[s] += n
 
     def counts(self, i: int) -> dict[str, int]:
         """How many of the first i samples come from each source."""
-        out = {}
-        for name, share in zip(self.names, self.shares, strict=True):
-            out[name] = share * i >> 32
-            i -= out[name]
-        return out
+        first, shares, before = self.part(max(0, i - 1))
+        return before | {s: before[s] + n for s, n in drawn(shares, i - first).items()}
 
     def locate(self, i: int) -> tuple[str, int, int]:
         """Sample i → (source, epoch, window)."""
-        for name, share in zip(self.names, self.shares, strict=True):  # noqa: B007
+        first, shares, before = self.part(i)
+        i -= first
+        for name, share in shares.items():  # noqa: B007
             k = share * i >> 32  # samples of this source before sample i
             if share * (i + 1) >> 32 > k:
                 break
             i -= k
-        epoch, j = divmod(k, self.windows[name])
+        epoch, j = divmod(before[name] + k, self.windows[name])
         key = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=8).digest()
         return name, epoch, permute(j, self.windows[name], int.from_bytes(key, "big"))
+
+    def describe(self, samples: Iterable[int]) -> str:
+        """The documents that samples are cut from, by source and number."""
+        out: dict[str, list[str]] = {}
+        for source, _, window in map(self.locate, samples):
+            ends = window * self.seq_len + np.array([0, self.seq_len])
+            a, b = np.searchsorted(self.offsets[source], ends, side="right") - 1
+            out.setdefault(source, []).append(f"{a}-{min(b, len(self.offsets[source]) - 2)}")
+        return "; ".join(f"{s} documents {', '.join(d)}" for s, d in out.items())
 
     def epochs(self, i: int) -> dict[str, float]:
         """How often each source has been gone through after i samples."""

@@ -1,9 +1,10 @@
-"""One model, any mesh: pipeline × replicated × sharded data × tensor parallelism, laid over an
-untouched model.py.
+"""One model, any mesh: pipeline × replicated × sharded data × tensor parallelism, over model.py.
 
 The report's layout (section 2.3): 8-way tensor, 12-way interleaved pipeline, up to 64-way data
 parallelism with a distributed optimizer. Callers see `Runner.step(micro_batches, loss_fn)` and the
 same numbers on every mesh.
+
+    python parallel.py plan nemotron4-340b --gpus 6144
 """
 
 import difflib
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from itertools import accumulate, product
 from pathlib import Path
@@ -26,7 +28,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.pipelining as pipe
+import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
+import torch.utils.checkpoint as ac
 import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,27 +39,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from model import (
     IGNORE,
@@ -75,6 +60,7 @@ from model import (
 log = logging.getLogger("nemotron4")
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Batch = dict[str, Any]
 LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
@@ -102,103 +88,105 @@ class MeshConfig:
     compile: bool = False
     """torch.compile each block."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """What matrices are multiplied in. Master weights, norms' statistics, softmax and loss are fp32
-    either way."""
+    """Of matrix products. Master weights, norms' statistics, softmax and loss are always fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients are summed in over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
     """Free gathered parameters after a block's forward; auto: unless there is a pipeline."""
 
+    timeout: int = 1800
+    """Seconds after which a process that does not answer ends the job."""
+
+    @property
+    def n_stages(self) -> int:
+        return self.pp * self.vp
+
+    @property
+    def reshards(self) -> bool:
+        return self.reshard == "always" or (self.reshard == "auto" and self.pp == 1)
+
     def shape(self, world: int) -> dict[str, int]:
         """Axis → size, in the order of AXES."""
-        rest = self.pp * self.dp_replicate * self.tp
-        if min(self.pp, self.vp, self.dp_replicate, self.tp) < 1 or world % rest:
-            raise ValueError(
-                f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest} does not "
-                f"divide the {world} processes: start a multiple of {rest}"
-            )
-        return dict(zip(AXES, (self.pp, self.dp_replicate, world // rest, self.tp), strict=True))
+        pp, copies, tp = self.pp, self.dp_replicate, self.tp
+        rest = pp * copies * tp
+        if min(pp, copies, tp) < 1 or world % rest:
+            axes = f"pp={pp} x dp_replicate={copies} x tp={tp} = {rest}"
+            rule = f"does not divide the {world} processes: start a multiple of {rest}"
+            raise ValueError(f"{axes} {rule}")
+        return dict(zip(AXES, (pp, copies, world // rest, tp), strict=True))
 
-    def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
-        """ValueError, naming the numbers and the rule, for what cannot run; needs no processes."""
+    def dp(self, world: int) -> int:
+        """Processes that see different sequences."""
         shape = self.shape(world)
-        for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
-            if (n := getattr(model, name)) % self.tp:
-                raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
-        if self.pp * self.vp > model.n_layers:
-            raise ValueError(
-                f"pp={self.pp} x vp={self.vp} = {self.pp * self.vp} stages, but only n_layers="
-                f"{model.n_layers}: each stage needs a layer"
-            )
-        dp = shape["dp_replicate"] * shape["dp_shard"]
-        if batch < 1 or micro_batch < 1:
-            raise ValueError(f"batch={batch}, micro_batch={micro_batch}: both must be at least 1")
-        if batch % dp:
-            raise ValueError(
-                f"batch={batch} sequences do not divide among {dp} data-parallel processes: "
-                f"use a multiple of {dp}"
-            )
-        if batch // dp % micro_batch:
-            raise ValueError(
-                f"micro_batch={micro_batch} does not divide the {batch // dp} sequences of each "
-                f"data-parallel process (batch={batch} over {dp}): use a divisor of {batch // dp}"
-            )
-        self.check_pipeline(batch // dp // micro_batch)
-
-    def check_pipeline(self, n_micro: int) -> None:
-        """The rules of torch's pipeline schedules."""
-        zero_bubble = self.schedule != "1f1b"
-        if self.pp == 1:
-            if self.vp > 1 or zero_bubble:
-                raise ValueError(
-                    f"vp={self.vp}, schedule={self.schedule} with pp=1: they belong to a pipeline"
-                )
-            return
-        if n_micro < self.pp:
-            raise ValueError(
-                f"pp={self.pp} needs at least as many micro-batches, but each data-parallel "
-                f"process has {n_micro}: raise batch or lower micro_batch"
-            )
-        rounds = max(1, n_micro // self.pp)
-        if (self.vp > 1 or zero_bubble) and n_micro % rounds:
-            raise ValueError(
-                f"{n_micro} micro-batches are not a multiple of their {rounds} rounds (n_micro // "
-                f"pp={self.pp}), as interleaved schedules need: use a multiple of {self.pp}"
-            )
-        if self.schedule == "zbv" and self.vp != 2:
-            raise ValueError(f"schedule=zbv has two stages per rank, but vp={self.vp}: set vp=2")
-        if zero_bubble and (self.compile or self.recompute == "selective"):
-            raise ValueError(
-                f"schedule={self.schedule} splits the backward pass, which torch cannot do with "
-                f"compile={self.compile}, recompute={self.recompute}: use 1f1b, or none of the two"
-            )
+        return shape["dp_replicate"] * shape["dp_shard"]
 
     def stages_of(self, rank: int) -> list[int]:
         """The pipeline rank's stages: looped, or for zbv a V."""
         if self.schedule == "zbv":
             return [rank, 2 * self.pp - 1 - rank]
-        return list(range(rank, self.pp * self.vp, self.pp))
+        return list(range(rank, self.n_stages, self.pp))
+
+    def rank_of(self) -> dict[int, int]:
+        """Stage → the pipeline rank that holds it."""
+        return {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
+
+    def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
+        """ValueError, naming the numbers and the rule, for what cannot run; needs no processes."""
+        for broken, message in self.rules(model, world, batch, micro_batch):
+            if broken:
+                raise ValueError(message)
+
+    def rules(
+        self, model: ModelConfig, world: int, batch: int, micro_batch: int
+    ) -> Iterator[tuple[bool, str]]:
+        """(is it broken?, what to say) of each rule; it relies on those before."""
+        pp, vp, tp, dp = self.pp, self.vp, self.tp, self.dp(world)
+        for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
+            n = getattr(model, name)
+            yield n % tp > 0, f"tp={tp} does not divide {name}={n}: use a divisor of {n}"
+        text = f"vp={vp}, batch={batch}, micro_batch={micro_batch}: all must be at least 1"
+        yield min(vp, batch, micro_batch) < 1, text
+        text = f"pp={pp} x vp={vp} = {pp * vp} stages, but only n_layers={model.n_layers}"
+        yield pp * vp > model.n_layers, f"{text}: each stage needs a layer"
+        text = f"batch={batch} sequences do not divide among {dp} data-parallel processes"
+        yield batch % dp > 0, f"{text}: use a multiple of {dp}"
+        share = batch // dp
+        text = f"micro_batch={micro_batch} does not divide the {share} sequences of each process"
+        yield share % micro_batch > 0, f"{text} (batch={batch} over {dp}): use a divisor of {share}"
+
+        # what torch's pipeline schedules ask for
+        schedule, plain = self.schedule, self.schedule == "1f1b"
+        text = f"vp={vp}, schedule={schedule} with pp=1: they belong to a pipeline"
+        yield pp == 1 and (vp > 1 or not plain), text
+        n, rounds = share // micro_batch, max(1, share // micro_batch // pp)
+        text = f"pp={pp} needs at least as many micro-batches, but each data-parallel process has"
+        yield n < pp, f"{text} {n}: raise batch or lower micro_batch"
+        text = f"{n} micro-batches are not a multiple of their {rounds} rounds (n // pp={pp})"
+        looped = pp > 1 and (vp > 1 or not plain)
+        yield looped and n % rounds > 0, f"{text}, which interleaving needs: use those of {pp}"
+        text = f"schedule=zbv has two stages per rank, but vp={vp}: set vp=2"
+        yield schedule == "zbv" and vp != 2, text
+        text = f"schedule={schedule} splits the backward pass, which torch cannot do with"
+        text += f" compile={self.compile}, recompute={self.recompute}: use 1f1b, or none of the two"
+        yield not plain and (self.compile or self.recompute == "selective"), text
 
 
 def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
-    """Layers of each stage: equal where they divide, as in the report; else a layer at a time goes
-    to the stage with the least work, the head counted as work (the embedding's look-up is none)."""
+    """Layers of each stage: equal where they divide, as in the report. Else a layer at a time goes
+    to the stage with the least work, the head counted as work and the embedding's look-up as
+    none."""
     head = 6 * (cfg.n_attributes or cfg.vocab_size) * cfg.dim
-    work = [0.0] * (n_stages - 1) + [
-        head / (flops_per_token(cfg) - head) * cfg.n_layers
-    ]  # in layers
+    head_in_layers = head / (flops_per_token(cfg) - head) * cfg.n_layers
+    work = [0.0] * (n_stages - 1) + [head_in_layers]
     counts = [cfg.n_layers // n_stages if cfg.n_layers % n_stages == 0 else 1] * n_stages
     while sum(counts) < cfg.n_layers:
-        least = min(range(n_stages), key=lambda s: (work[s] + counts[s], -s))
-        counts[least] += 1
-    ends = list(accumulate(counts))
-    return [range(end - n, end) for n, end in zip(counts, ends, strict=True)]
+        counts[min(range(n_stages), key=lambda s: (work[s] + counts[s], -s))] += 1
+    return [range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Per GPU: bf16 dense FLOP/s, bytes of memory, bytes/s of memory, of NVLink and of the network
-    (each way)."""
+    """Dense bf16 FLOP/s, bytes of memory, and bytes/s of memory, NVLink and network, each way."""
 
     flops: float
     memory: float
@@ -207,8 +195,7 @@ class Gpu:
     network: float = 50e9  # 8 x 400 Gb/s a node, the report's section 2.3
 
 
-# NVIDIA's data sheets. The first key that a device's name holds counts; H100 is the SXM of the
-# report.
+# NVIDIA's data sheets. The first key that is part of a device's name counts; H100 is the SXM.
 GPUS = {
     "B200": Gpu(2250e12, 180e9, 8.0e12, 900e9),
     "H200": Gpu(989e12, 141e9, 4.8e12, 450e9),
@@ -220,8 +207,7 @@ GPUS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """None for a device that the table does not know: better no MFU than a wrong one (torchtitan's
-    helper assumes an A100)."""
+    """FLOP/s, or None for a device not in the table: better no MFU than a wrong one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
 
@@ -232,23 +218,20 @@ def world_size() -> int:
 
 
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
-    """Join the job (or start a job of one) and name its axes; every axis is there, of size 1 where
-    unused."""
+    """Join the job, or start a job of one; every axis is there, of size 1 where unused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        alone = (
-            {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        )
-        dist.init_process_group(backend, **alone)
+        started = {} if "WORLD_SIZE" in os.environ else alone
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout), **started)
     return init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
 
 
 def shut_down() -> None:
-    """Leave together: without the barrier a gloo process may abort at exit. Not for the failing
-    path, where it would hang."""
+    """Leave together: without the barrier gloo may abort at exit. Hangs on the failing path."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -265,8 +248,8 @@ def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time: the (N, V) logits never exist,
-    backward redoes them. Under tensor parallelism W is this rank's rows of the vocabulary."""
+    """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time; backward redoes the chunks. The
+    (N, V) logits never exist. Under tensor parallelism W is this rank's rows of the vocabulary."""
 
     CHUNK = 1 << 25  # logits alive at once
 
@@ -276,8 +259,7 @@ class TokenLogProbs(torch.autograd.Function):
     ) -> Tensor:
         """h (..., D), weight (V, D), targets (...) → (...), zero where the target is IGNORE."""
         shape, h, targets = targets.shape, h.flatten(0, -2), targets.flatten()
-        group = tp.get_group() if tp is not None else None
-        mine = targets - (tp.get_local_rank() * len(weight) if tp is not None else 0)
+        mine = targets if tp is None else targets - tp.get_local_rank() * len(weight)
         here = (mine >= 0) & (mine < len(weight))
         mine = mine.clamp(0, len(weight) - 1)
         ctx.chunk = max(1, TokenLogProbs.CHUNK // len(weight))
@@ -287,14 +269,16 @@ class TokenLogProbs(torch.autograd.Function):
             norms.append(logits.logsumexp(-1))
             picked.append(logits.gather(-1, mc[:, None])[:, 0])
         norm, logit = torch.cat(norms), torch.cat(picked) * here
-        if group is not None:  # log of the ranks' summed exponentials, shifted by their maximum
-            top = norm.clone()
+        if tp is not None:  # log of the ranks' summed exponentials, shifted by their maximum
+            top, group = norm.clone(), tp.get_group()
             dist.all_reduce(top, dist.ReduceOp.MAX, group)
             sums = torch.stack([(norm - top).exp(), logit])
             dist.all_reduce(sums, group=group)
             norm, logit = top + sums[0].log(), sums[1]
-        ctx.save_for_backward(h, weight, mine, here, targets == IGNORE, norm)
-        return (logit - norm).masked_fill(targets == IGNORE, 0.0).view(shape).clone()  # not a view
+        ignored = targets == IGNORE
+        ctx.save_for_backward(h, weight, mine, here, ignored, norm)
+        # a clone, as a pipeline stage may not return a view
+        return (logit - norm).masked_fill(ignored, 0.0).view(shape).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -321,18 +305,16 @@ def head_forward(
     head: nn.Module, tp: DeviceMesh | None, h: Tensor, targets: Tensor | None = None
 ) -> Tensor:
     """model.Head.forward without the (B, T, V) tensor; h sharded over tokens under tp."""
-    if tp is None:
-        return (
-            F.linear(h, head.weight)
-            if targets is None
-            else TokenLogProbs.apply(h, head.weight, targets, tp)
-        )
-    h = h.redistribute(placements=[Replicate()])
+    if tp is not None:
+        h = h.redistribute(placements=[Replicate()])
     if targets is None:
-        return F.linear(h, head.weight).full_tensor()
-    # TokenLogProbs returns a partial gradient: summing and re-sharding it is one reduce-scatter
-    h = h.to_local(grad_placements=[Partial()])
-    return TokenLogProbs.apply(h, head.weight.to_local(), targets, tp)
+        logits = F.linear(h, head.weight)
+        return logits if tp is None else logits.full_tensor()
+    weight = head.weight
+    if tp is not None:
+        # TokenLogProbs returns a partial gradient: summing and re-sharding it is one reduce-scatter
+        h, weight = h.to_local(grad_placements=[Partial()]), weight.to_local()
+    return TokenLogProbs.apply(h, weight, targets, tp)
 
 
 def reward_head_forward(
@@ -342,42 +324,43 @@ def reward_head_forward(
     return forward(h.redistribute(placements=[Replicate()])).to_local()
 
 
-class HeadParallel(ParallelStyle):
+class HeadParallel(styles.ParallelStyle):
     """A head over the vocabulary's shards; a reward head on every rank."""
 
     def _apply(self, head: nn.Module, tp: DeviceMesh) -> nn.Module:
-        placement = Shard(0) if isinstance(head, Head) else Replicate()
+        lm = isinstance(head, Head)
         for name, p in list(head.named_parameters()):
-            head.register_parameter(name, nn.Parameter(distribute_tensor(p, tp, [placement])))
-        wrapped = (
-            partial(head_forward, head, tp)
-            if isinstance(head, Head)
-            else partial(reward_head_forward, head.forward)
-        )
-        head.forward = wrapped
+            shards = distribute_tensor(p, tp, [Shard(0) if lm else Replicate()])
+            head.register_parameter(name, nn.Parameter(shards))
+        reward = partial(reward_head_forward, head.forward)
+        head.forward = partial(head_forward, head, tp) if lm else reward
         return head
 
 
-def plan() -> dict[str, ParallelStyle]:
-    """Megatron's tensor and sequence parallelism as data: residuals and norms sharded over tokens,
-    matrices over heads, ffn or vocabulary. Every parameter is in it, so all share one mesh."""
-    gather = partial(PrepareModuleInput, use_local_output=False)
-    alone = (None,) * 4  # attention's other arguments are whole on every rank
+def plan() -> dict[str, styles.ParallelStyle]:
+    """Megatron's tensor and sequence parallelism as data: module name → style. Residuals and norms
+    are sharded over tokens, matrices over heads, ffn or vocabulary. Every parameter is in it, so
+    that all share one mesh."""
+    tokens, every = Shard(1), Replicate()
+    rest = (None,) * 4  # attention's other arguments are whole on every rank
+    gather_first = styles.PrepareModuleInput(
+        input_layouts=(tokens, *rest), desired_input_layouts=(every, *rest)
+    )
+    gather = styles.PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(every,))
+    column, row = styles.ColwiseParallel(), styles.RowwiseParallel(output_layouts=tokens)
     return {
-        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "blocks.*.attn_norm": SequenceParallel(),
-        "blocks.*.attn": gather(
-            input_layouts=(Shard(1), *alone), desired_input_layouts=(Replicate(), *alone)
-        ),
-        "blocks.*.attn.wq": ColwiseParallel(),
-        "blocks.*.attn.wk": ColwiseParallel(),
-        "blocks.*.attn.wv": ColwiseParallel(),
-        "blocks.*.attn.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "blocks.*.mlp_norm": SequenceParallel(),
-        "blocks.*.mlp": gather(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "blocks.*.mlp.up": ColwiseParallel(),
-        "blocks.*.mlp.down": RowwiseParallel(output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
+        "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
+        "blocks.*.attn_norm": styles.SequenceParallel(),
+        "blocks.*.attn": gather_first,
+        "blocks.*.attn.wq": column,
+        "blocks.*.attn.wk": column,
+        "blocks.*.attn.wv": column,
+        "blocks.*.attn.wo": row,
+        "blocks.*.mlp_norm": styles.SequenceParallel(),
+        "blocks.*.mlp": gather,
+        "blocks.*.mlp.up": column,
+        "blocks.*.mlp.down": row,
+        "norm": styles.SequenceParallel(),
         "head": HeadParallel(),
     }
 
@@ -386,27 +369,29 @@ def plan() -> dict[str, ParallelStyle]:
 
 
 def keep_first_products(n: int) -> Callable[[], Any]:
-    """Selective recompute of a branch: keep its first n matrix products and attention's result,
-    which are dear, and do norms, gathers and element-wise steps again. The branch's last product,
+    """Selective recompute of a branch: keep its first n matrix products and attention's result.
+    They are dear; norms, gathers and element-wise steps are done again. The branch's last product,
     back to the residual, is neither kept nor redone: backward does not need its result."""
 
     def contexts() -> Any:
         seen = {False: 0, True: 0}  # forward, recompute
 
-        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> ac.CheckpointPolicy:
             product = op is torch.ops.aten.mm.default
             seen[ctx.is_recompute] += product
-            keep = seen[ctx.is_recompute] <= n if product else "attention" in op.name()
-            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+            # torch's kernels are called ..._attention or _varlen_attn, flash-attn's _flash_attn_...
+            attention = "attention" in op.name() or "_attn" in op.name()
+            keep = seen[ctx.is_recompute] <= n if product else attention
+            return ac.CheckpointPolicy.MUST_SAVE if keep else ac.CheckpointPolicy.PREFER_RECOMPUTE
 
-        return create_selective_checkpoint_contexts(policy)
+        return ac.create_selective_checkpoint_contexts(policy)
 
     return contexts
 
 
 def recompute_blocks(model: Nemotron, how: str) -> None:
     """In place: torchtitan's FullAC and SelectiveAC wrap the module, which changes its names."""
-    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    again = partial(partial, ac.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.blocks.values():
         if how == "full":
             block.forward = again(block.forward)
@@ -415,27 +400,25 @@ def recompute_blocks(model: Nemotron, how: str) -> None:
             block.mlp_branch = again(block.mlp_branch, context_fn=keep_first_products(1))
 
 
+def fsdp_units(stage: nn.Module) -> list[FSDPModule]:
+    """The blocks and the stage itself: FSDPModule's methods are not recursive."""
+    return [module for module in stage.modules() if isinstance(module, FSDPModule)]
+
+
 def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
-    """FSDP2, a unit per block and one for the rest. Gradients are summed, not averaged: the loss is
+    """FSDP2, a unit per block and one for the rest; gradients are summed, not averaged. The loss is
     already divided by a global count."""
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     policy = MixedPrecisionPolicy(
-        param_dtype=None if cfg.dtype == "fp32" else dtypes[cfg.dtype],
-        reduce_dtype=dtypes[cfg.reduce_dtype],
+        param_dtype=None if cfg.dtype == "fp32" else DTYPES[cfg.dtype],
+        reduce_dtype=DTYPES[cfg.reduce_dtype],
         cast_forward_inputs=False,  # it would round the rotary angles
     )
-    reshard = cfg.reshard == "always" or (cfg.reshard == "auto" and cfg.pp == 1)
+    dp = mesh["dp_replicate", "dp_shard"]
     for module in (*stage.model.blocks.values(), stage):
-        fully_shard(
-            module,
-            mesh=mesh["dp_replicate", "dp_shard"],
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-        )
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        fully_shard(module, mesh=dp, mp_policy=policy, reshard_after_forward=cfg.reshards)
+    for module in fsdp_units(stage):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
 
 class Stage(nn.Module):
@@ -450,36 +433,33 @@ class Stage(nn.Module):
     def forward(self, x: Tensor | None, i: Tensor | int) -> Tensor:
         """x: the hidden state from the stage before; the first stage takes the batch's tokens."""
         batch = self.micro[int(i)]
-        tokens = batch["tokens"]
-        positions = batch.get("positions")
+        tokens, positions = batch["tokens"], batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = tokens if self.model.embed is not None else x
         return self.model(x, positions, batch.get("documents"), targets=batch.get("targets"))
 
 
-def build_stage(
-    cfg: ModelConfig,
-    index: int,
-    layers: range,
-    last: int,
-    mesh: DeviceMesh,
-    how: MeshConfig,
-    micro: list,
-) -> Stage:
-    """One stage on the meta device: split → tensor parallel → recompute → compile → FSDP."""
+def on_meta(cfg: ModelConfig) -> Nemotron:
+    """A whole model that takes no memory."""
     with torch.device("meta"):
-        model = Nemotron(cfg)
-    model.blocks = nn.ModuleDict({str(i): model.blocks[str(i)] for i in layers})
-    if index > 0:
+        return Nemotron(cfg)
+
+
+def build_stage(
+    cfg: ModelConfig, i: int, part: range, last: int, mesh: DeviceMesh, how: MeshConfig, micro: list
+) -> Stage:
+    """Stage i of 0..last on meta tensors: split → tensor parallel → recompute → compile → FSDP.
+    part: its layers. micro: the list in which it will find its micro-batches."""
+    model = on_meta(cfg)
+    model.blocks = nn.ModuleDict({str(layer): model.blocks[str(layer)] for layer in part})
+    if i > 0:
         model.embed = None
-    if index < last:
+    if i < last:
         model.norm = model.head = None
     if how.tp > 1:
-        parts = {
-            k: style for k, style in plan().items() if getattr(model, k.split(".")[0]) is not None
-        }
-        parallelize_module(model, mesh["tp"], parts)
+        here = {k: style for k, style in plan().items() if getattr(model, k.split(".")[0])}
+        styles.parallelize_module(model, mesh["tp"], here)
     elif isinstance(model.head, Head):
         model.head.forward = partial(head_forward, model.head, None)
     if how.recompute != "none":
@@ -496,26 +476,24 @@ def build_stage(
 
 
 def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """This rank's piece of a parameter, and which indices along each of the whole parameter's
-    dimensions it holds."""
+    """This rank's piece of a parameter, and its indices along each dimension of the whole one."""
     if not isinstance(p, DTensor):
         return whole(p)
-    index = [torch.arange(n, device=p.device) for n in p.shape]
-    cuts = zip(
-        p.device_mesh.mesh_dim_names, p.placements, p.device_mesh.get_coordinate(), strict=True
-    )
-    for axis, placement, coordinate in sorted(
-        cuts, key=lambda c: c[0] != "tp"
-    ):  # FSDP cut what tp left
+    mesh, index = p.device_mesh, [torch.arange(n, device=p.device) for n in p.shape]
+    cuts = zip(mesh.mesh_dim_names, p.placements, mesh.get_coordinate(), strict=True)
+    # tp first: FSDP cut what tp left
+    for axis, placement, coordinate in sorted(cuts, key=lambda cut: cut[0] != "tp"):
         if not placement.is_replicate():  # Shard, or what FSDP makes of two cuts of one dimension
-            pieces = index[placement.dim].chunk(p.device_mesh[axis].size())
+            pieces = index[placement.dim].chunk(mesh[axis].size())
             index[placement.dim] = pieces[coordinate] if coordinate < len(pieces) else pieces[0][:0]
     return p.to_local(), index
 
 
+# ---- the runner ----------------------------------------------------------------------------------
+
+
 class Runner:
-    """Forward and backward over a list of micro-batches, on any mesh. Callers never ask whether
-    there is a pipeline."""
+    """Forward and backward over a list of micro-batches; callers never ask for the mesh."""
 
     def __init__(
         self, model: ModelConfig, cfg: MeshConfig, mesh: DeviceMesh, micro_batch: int, seed: int
@@ -524,29 +502,25 @@ class Runner:
         self.model, self.cfg, self.mesh, self.micro_batch = model, cfg, mesh, micro_batch
         self.device = torch.device(mesh.device_type)
         self.micro: list[dict[str, Tensor]] = []
-        self.n_stages = cfg.pp * cfg.vp
-        layers = split_layers(model, self.n_stages)
+        self.last, layers = cfg.n_stages - 1, split_layers(model, cfg.n_stages)
         self.stages = {
-            i: build_stage(model, i, layers[i], self.n_stages - 1, mesh, cfg, self.micro)
+            i: build_stage(model, i, layers[i], self.last, mesh, cfg, self.micro)
             for i in cfg.stages_of(mesh["pp"].get_local_rank())
         }
         for stage in self.stages.values():
             stage.to_empty(device=self.device)
             init_weights(stage.model, seed, local_part)
-        self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
-        self.dp_rank = (
-            mesh["dp_replicate"].get_local_rank() * mesh["dp_shard"].size()
-            + mesh["dp_shard"].get_local_rank()
-        )
+        replica, shard = mesh["dp_replicate"], mesh["dp_shard"]
+        self.dp = replica.size() * shard.size()
+        self.dp_rank = replica.get_local_rank() * shard.size() + shard.get_local_rank()
         self.first_of_its_pipeline_rank = self.dp_rank == 0 and mesh["tp"].get_local_rank() == 0
-        self.pipeline_stages: list[PipelineStage] = []
+        self.pipeline_stages: list[pipe.PipelineStage] = []
         self.schedules: dict[int, Any] = {}
 
     def params(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, of all its stages, by the whole model's names."""
-        return {
-            name: p for stage in self.stages.values() for name, p in stage.model.named_parameters()
-        }
+        models = [stage.model for stage in self.stages.values()]
+        return {name: p for model in models for name, p in model.named_parameters()}
 
     def reduce(self, x: Tensor, *axes: str) -> Tensor:
         """Sum over the named axes, in place."""
@@ -555,8 +529,8 @@ class Runner:
                 dist.all_reduce(x, group=self.mesh[axis].get_group())
         return x
 
-    def load(self, batches: list[Batch]) -> Tensor:
-        """Micro-batches to the device; returns the global count that the loss is divided by."""
+    def load(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """Micro-batches to the device → what the loss is divided by, globally, and a zero."""
 
         def move(batch: Batch) -> dict[str, Tensor]:
             tensors = {k: torch.as_tensor(v) for k, v in batch.items() if k != "count"}
@@ -565,23 +539,20 @@ class Runner:
         self.micro[:] = [move(batch) for batch in batches]
         count = float(sum(batch["count"] for batch in batches))
         count = torch.tensor(count, dtype=torch.float64, device=self.device)
-        return self.reduce(count, "dp_replicate", "dp_shard")
+        return self.reduce(count, "dp_replicate", "dp_shard"), torch.zeros_like(count)
 
     def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Forward and backward of this rank's micro-batches → the global loss, on every rank.
-
-        loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`.
-        """
-        count = self.load(batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
+        count, total = self.load(batches)
 
         def loss_of(out: Tensor, i: Tensor | int) -> Tensor:
             loss = loss_fn(out, self.micro[int(i)]) / count
             total.add_(loss.detach())
             return loss
 
-        if self.n_stages > 1:
-            self.schedule_of(len(batches), loss_of)
+        if self.last > 0:
+            self.run_schedule(len(batches), loss_of)
         else:
             stage = self.stages[0]
             for i in range(len(batches)):
@@ -589,39 +560,37 @@ class Runner:
                 loss_of(stage(None, i), i).backward()
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
-    def schedule_of(self, n: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """One step of torch's pipeline schedule over n micro-batches. It splits tensors alone, so
-        the target and an extra argument of every stage are the micro-batches' numbers."""
-        kinds = {"zero_bubble": ScheduleInterleavedZeroBubble, "zbv": ScheduleZBVZeroBubble}
-        kinds["1f1b"] = ScheduleInterleaved1F1B if self.cfg.vp > 1 else Schedule1F1B
+    def run_schedule(self, n: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """One step of torch's pipeline schedule over n micro-batches. It splits tensors alone:
+        target and an extra argument are the micro-batches' numbers."""
+        self.loss_of = loss_of  # the schedule outlives this step's loss
         if n not in self.schedules:
             stages = self.pipeline_stages = self.pipeline_stages or self.make_pipeline_stages()
-            kind = kinds[self.cfg.schedule]
-            self.schedules[n] = kind(
-                stages[0] if kind is Schedule1F1B else stages,
-                n,
-                loss_fn=lambda out, i: self.loss_of(out, i),
-                scale_grads=False,
-            )
-        self.loss_of = loss_of
+            kinds = {"zero_bubble": pipe.ScheduleInterleavedZeroBubble}
+            kinds |= {"zbv": pipe.ScheduleZBVZeroBubble, "1f1b": pipe.ScheduleInterleaved1F1B}
+            loss = lambda out, i: self.loss_of(out, i)  # noqa: E731
+            if self.cfg.schedule == "1f1b" and self.cfg.vp == 1:
+                schedule = pipe.Schedule1F1B(stages[0], n, loss_fn=loss, scale_grads=False)
+            else:
+                schedule = kinds[self.cfg.schedule](stages, n, loss_fn=loss, scale_grads=False)
+            self.schedules[n] = schedule
         numbers = torch.arange(n)
         first = (numbers,) if 0 in self.stages else ()
-        last = {"target": numbers} if self.n_stages - 1 in self.stages else {}
+        last = {"target": numbers} if self.last in self.stages else {}
         self.schedules[n].step(*first, i=numbers, **last)
 
-    def make_pipeline_stages(self) -> list[PipelineStage]:
+    def make_pipeline_stages(self) -> list[pipe.PipelineStage]:
         """Static shapes, so that no first step has to infer them with real traffic."""
         B, T, scores = self.micro_batch, self.model.seq_len, self.model.n_attributes
-        dtype = torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
         meta = partial(torch.empty, device="meta", requires_grad=True)  # gradients travel back
-        hidden = meta(B, T // self.cfg.tp, self.model.dim, dtype=dtype)
+        hidden = meta(B, T // self.cfg.tp, self.model.dim, dtype=DTYPES[self.cfg.dtype])
         out = meta(B, T, scores) if scores else meta(B, T)
         number = torch.empty(1, dtype=torch.long, device="meta")
         return [
-            PipelineStage(
-                stage, i, self.n_stages, self.device,
+            pipe.PipelineStage(
+                stage, i, self.last + 1, self.device,
                 input_args=(number if i == 0 else hidden,),
-                output_args=(out if i == self.n_stages - 1 else hidden,),
+                output_args=(out if i == self.last else hidden,),
                 group=self.mesh["pp"].get_group(),
             )
             for i, stage in self.stages.items()
@@ -630,67 +599,47 @@ class Runner:
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """The global loss of these micro-batches, forward alone."""
-        count = self.load(batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count, total = self.load(batches)
         for i in range(len(batches)):
             out = self.forward(i)
             if out is not None:
                 total += loss_fn(out, self.micro[i]) / count
-        for stage in self.stages.values():
-            stage.reshard()  # no backward did; gathered parameters are not the optimizer's
+        # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
+        for module in (m for stage in self.stages.values() for m in fsdp_units(stage)):
+            module.reshard()
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
     def forward(self, i: int) -> Tensor | None:
         """Micro-batch i through all stages in their order; its output on the last stage's ranks.
-
-        Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have.
-        """
+        Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have."""
         x, group, rank = None, self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank()
-        owner = {s: r for r in range(self.cfg.pp) for s in self.cfg.stages_of(r)}
+        owner, dtype = self.cfg.rank_of(), DTYPES[self.cfg.dtype]
+        B, T = self.micro[i]["tokens"].shape
         for s, stage in sorted(self.stages.items()):
             if s > 0 and owner[s - 1] != rank:
-                dtype = torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
-                B, T = self.micro[i]["tokens"].shape
-                x = torch.empty(
-                    B, T // self.cfg.tp, self.model.dim, dtype=dtype, device=self.device
-                )
+                hidden = (B, T // self.cfg.tp, self.model.dim)
+                x = torch.empty(hidden, dtype=dtype, device=self.device)
                 dist.recv(x, group=group, group_src=owner[s - 1])
             x = stage(x, i)
-            if s < self.n_stages - 1 and owner[s + 1] != rank:
+            if s < self.last and owner[s + 1] != rank:
                 dist.send(x.contiguous(), group=group, group_dst=owner[s + 1])
-        return x if self.n_stages - 1 in self.stages else None
+        return x if self.last in self.stages else None
 
     def pipeline_rank_of(self) -> dict[str, int]:
         """Every parameter of the whole model → the pipeline rank that holds it."""
-        with torch.device("meta"):
-            names = [name for name, _ in Nemotron(self.model).named_parameters()]
-        layers = split_layers(self.model, self.n_stages)
-        stage_of = {str(i): s for s, part in enumerate(layers) for i in part}
-        rank_of = {s: r for r in range(self.cfg.pp) for s in self.cfg.stages_of(r)}
-        ends = {"embed": 0, "norm": self.n_stages - 1, "head": self.n_stages - 1}
-        parts = {name: name.split(".") for name in names}
-        return {
-            n: rank_of[stage_of[p[1]] if p[0] == "blocks" else ends[p[0]]] for n, p in parts.items()
-        }
+        stage_of = {"embed": 0, "norm": self.last, "head": self.last}
+        for stage, layers in enumerate(split_layers(self.model, self.last + 1)):
+            stage_of |= {f"blocks.{i}": stage for i in layers}
+        key, rank_of = re.compile(r"blocks\.\d+|\w+"), self.cfg.rank_of()
+        return {name: rank_of[stage_of[key.match(name)[0]]] for name in full_shapes(self.model)}
 
     @torch.no_grad()
     def load_hf(self, folder: str | Path) -> None:
         """Fill the shards from a Hugging Face folder; each rank reads the slices that it needs."""
         params, theirs = self.params(), read_hf_config(folder)
-        for key in (
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "ffn_dim",
-            "vocab_size",
-            "rope_base",
-            "rope_fraction",
-            "norm_eps",
-            "n_attributes",
-        ):
-            if (a := getattr(theirs, key)) != (b := getattr(self.model, key)):
+        for key in vars(theirs):
+            free = key in ("seq_len", "init_std")  # the weights fit all the same
+            if (a := getattr(theirs, key)) != (b := getattr(self.model, key)) and not free:
                 raise ValueError(f"{folder} has {key}={a}, this run {key}={b}: set --model.{key}")
         for name, lazy in hf_slices(Path(folder), self.model, params):
             data, index = local_part(params[name])
@@ -698,21 +647,32 @@ class Runner:
                 data.copy_(lazy[tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)])
 
     @torch.no_grad()
+    def squared_grads(self) -> dict[str, Tensor]:
+        """Name → this rank's part of the squared gradient, fp64; what tp copies is shared out."""
+        out = {}
+        for name, p in self.params().items():
+            axes = dict(zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True))
+            copies = self.cfg.tp if "tp" in axes and axes["tp"].is_replicate() else 1
+            out[name] = p.grad.to_local().double().square().sum() / copies
+        return out
+
+    def grad_norms(self) -> dict[str, float]:
+        """The gradient norm of each kind of layer."""
+        kinds = ("embed", "attn", "mlp", "norm", "head")
+        squares = torch.zeros(len(kinds), dtype=torch.float64, device=self.device)
+        for name, square in self.squared_grads().items():
+            kind = "norm" if "norm." in name else next(k for k in kinds if k in name)
+            squares[kinds.index(kind)] += square
+        norms = self.reduce(squares, "dp_shard", "tp", "pp").sqrt().tolist()
+        return {f"grad_norm/{kind}": norm for kind, norm in zip(kinds, norms, strict=True)}
+
+    @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """The gradient's global L2 norm; then gradients are scaled down to max_norm where it is
-        larger."""
+        """The gradient's global L2 norm; where it is larger, gradients are scaled to max_norm."""
         # torchtitan's clip_grad_norm_ warns of (_NormPartial, _NormPartial) on a 2-D mesh
-        grads, squares = [], torch.zeros((), dtype=torch.float64, device=self.device)
-        for p in self.params().values():
-            grads.append(p.grad.to_local())
-            copies = (
-                self.mesh["tp"].size()
-                if "tp" in p.grad.device_mesh.mesh_dim_names
-                and p.grad.placements[-1].is_replicate()
-                else 1
-            )
-            squares += grads[-1].double().square().sum() / copies
+        squares = torch.stack(list(self.squared_grads().values())).sum()
         norm = self.reduce(squares, "dp_shard", "tp", "pp").sqrt()
+        grads = [p.grad.to_local() for p in self.params().values()]
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
         return norm
 
@@ -738,7 +698,7 @@ def damage(folder: Path, part: int = 0, of: int = 1) -> str:
     """What is wrong with a checkpoint, looking at every `of`-th file; empty if nothing is."""
     try:
         files = json.loads((folder / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         return f"state.json: {e}"
     for name in sorted(files)[part::of]:
         if not (folder / name).exists():
@@ -749,44 +709,41 @@ def damage(folder: Path, part: int = 0, of: int = 1) -> str:
 
 
 class Checkpoints:
-    """A run's checkpoints: written aside, sealed with checksums, then renamed, so that a reader
-    sees a whole one or none, and a damaged one is known.
-
-    On torch.distributed.checkpoint directly: torchtitan's CheckpointManager writes in place, so a
-    kill during a save leaves a folder that looks like a checkpoint.
-    """
+    """A run's checkpoints: written aside, sealed with checksums, then renamed. So a reader sees a
+    whole one or none, and knows a damaged one. torchtitan's CheckpointManager writes in place: a
+    kill during a save leaves a folder that looks like a checkpoint."""
 
     def __init__(self, root: Path, keep: int, background: bool) -> None:
         self.root, self.keep, self.background = root, keep, background
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.group = (
-            dist.new_group(backend="gloo") if background else None
-        )  # its own: it runs beside
+        # a group of its own, as it runs beside the training's collectives
+        self.group = dist.new_group(backend="gloo") if background else None
         self.writing: Path | None = None
+        self.signed = False
         self.future: Any = None
         self.state: dict[str, Any] = {}
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint; in the background, return as soon as the tensors are copied."""
         self.finish()
-        self.writing = self.root / f"step_{step:06d}.partial"
+        self.writing, self.signed = self.root / f"step_{step:06d}.partial", False
         self.state = {"step": step, **state}
         if self.rank == 0:
             shutil.rmtree(self.writing, ignore_errors=True)
             self.writing.mkdir(parents=True)
         dist.barrier()
+        where = str(self.writing)
         if self.background:
-            options = {"checkpoint_id": str(self.writing), "process_group": self.group}
-            self.future = dcp.async_save(tensors, **options)
+            self.future = dcp.async_save(tensors, checkpoint_id=where, process_group=self.group)
         else:
-            dcp.save(tensors, checkpoint_id=str(self.writing))
+            dcp.save(tensors, checkpoint_id=where)
             self.finish()
 
     def poll(self) -> None:
         """Seal what the background has finished; asks nobody, so it may be called at any time."""
         if self.future is not None and self.future.done():
             self.sign()
-        if self.writing and self.rank == 0 and len(list(self.writing.glob("sums_*"))) == self.world:
+        if self.writing and self.rank == 0 and len(self.signatures()) == self.world:
             self.seal()
 
     def finish(self) -> None:
@@ -801,21 +758,25 @@ class Checkpoints:
         self.writing = None
 
     def sign(self) -> None:
-        """Leave the checksums of this rank's files beside them."""
-        sums, done = self.writing / f"sums_{self.rank}.json", self.future
-        self.future = None
-        if done is not None:
-            done.result()  # raises what went wrong in the background
-        if self.writing.exists() and not sums.exists():
-            own = [f for f in self.writing.glob(f"__{self.rank}_*")]
-            own += [self.writing / ".metadata"] if self.rank == 0 else []
-            sums.with_suffix(".tmp").write_text(json.dumps({f.name: checksum(f) for f in own}))
-            sums.with_suffix(".tmp").rename(sums)
+        """Leave the checksums of this rank's files beside them, once: rank 0 takes them away."""
+        if self.signed:
+            return
+        if self.future is not None:
+            self.future.result()  # raises what went wrong in the background
+        self.future, self.signed = None, True
+        own = list(self.writing.glob(f"__{self.rank}_*"))
+        own += [self.writing / ".metadata"] if self.rank == 0 else []
+        sums = self.writing / f"sums_{self.rank}.tmp"
+        sums.write_text(json.dumps({f.name: checksum(f) for f in own}))
+        sums.rename(sums.with_suffix(".json"))
+
+    def signatures(self) -> list[Path]:
+        return sorted(self.writing.glob("sums_*.json"))
 
     def seal(self) -> None:
         """state.json with everyone's checksums, the rename, and the oldest removed."""
         files = {}
-        for sums in sorted(self.writing.glob("sums_*")):
+        for sums in self.signatures():
             files |= json.loads(sums.read_text())
             sums.unlink()
         (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
@@ -826,12 +787,14 @@ class Checkpoints:
 
     def discard(self, folders: list[Path]) -> None:
         for folder in folders:  # half deleted, it must not have a checkpoint's name
-            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+            old = folder.with_suffix(".old")
+            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
+            shutil.rmtree(folder.rename(old))
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Fill the tensors in place from the newest checkpoint that is whole, of any mesh; returns
-        its state.json, or None where there is none. A damaged one is named, then the one before
-        it is taken."""
+        """Fill the tensors in place from the newest checkpoint that is whole, of any mesh. Returns
+        its state.json, or None where there is none. A damaged one is named, then the one before it
+        is taken."""
         folders = step_folders(self.root)
         for folder in reversed(folders):
             found: list[str] = [""] * self.world
@@ -849,36 +812,38 @@ class Checkpoints:
 # ---- Hugging Face folders ------------------------------------------------------------------------
 
 
+def full_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
+    """Parameter → shape, of the whole model."""
+    return {name: p.shape for name, p in on_meta(cfg).named_parameters()}
+
+
 def hf_slices(folder: Path, cfg: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """(our name, lazy slice) of the named tensors of a safetensors folder, whose names and shapes
+    """(our name, lazy slice) of the named tensors of a safetensors folder. Its names and shapes
     must be the whole model's exactly."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Nemotron(cfg).named_parameters()}
+    shapes, names = full_shapes(cfg), set(names)
     ours = {hf_name(name, cfg): name for name in shapes}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no .safetensors file in it")
     where: dict[str, Path] = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as f:
             names_in = f.keys()
-        where |= {name: file for name in names_in if not name.endswith("inv_freq")}
+        inside = {name: file for name in names_in if not name.endswith("inv_freq")}
+        if twice := inside.keys() & where.keys():
+            other = where[min(twice)].name  # what an earlier save in more or fewer files left
+            raise ValueError(f"{folder}: {min(twice)} is in {other} and {file.name}: remove one")
+        where |= inside
+    if not where:
+        raise ValueError(f"{folder}: no .safetensors file in it")
     if where.keys() != ours.keys():
-        missing, unknown = (
-            sorted(a - b)[:5] for a, b in ((ours.keys(), where.keys()), (where.keys(), ours.keys()))
-        )
-        raise ValueError(f"{folder} is not this model: missing {missing}, unknown {unknown}")
-    names = set(names)
-    for file in files:
+        missing, unknown = sorted(ours.keys() - where.keys()), sorted(where.keys() - ours.keys())
+        text = f"missing {missing[:5]}, unknown {unknown[:5]}"
+        raise ValueError(f"{folder} is not this model: {text}")
+    for file in sorted(set(where.values())):
         with safe_open(file, framework="pt") as f:
             for theirs in (n for n, at in where.items() if at == file and ours[n] in names):
-                lazy, name = f.get_slice(theirs), ours[theirs]
-                if tuple(lazy.get_shape()) != shapes[name]:
-                    shape = tuple(lazy.get_shape())
-                    raise ValueError(
-                        f"{folder}: {theirs} is {shape}, config.json makes it {shapes[name]}"
-                    )
-                yield name, lazy
+                lazy, want = f.get_slice(theirs), list(shapes[ours[theirs]])
+                if (shape := list(lazy.get_shape())) != want:
+                    raise ValueError(f"{folder}: {theirs} is {shape}, config.json makes it {want}")
+                yield ours[theirs], lazy
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
@@ -892,12 +857,24 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
     """A Hugging Face Nemotron folder (config.json + safetensors) → a whole Nemotron, strictly.
     dtype None keeps the file's. To fill a sharded model, see Runner.load_hf."""
     cfg = read_hf_config(folder)
-    with torch.device("meta"):
-        model = Nemotron(cfg)
-    names = [name for name, _ in model.named_parameters()]
-    slices = hf_slices(Path(folder), cfg, names)
+    model = on_meta(cfg)
+    slices = hf_slices(Path(folder), cfg, full_shapes(cfg))
     model.load_state_dict({name: lazy[:].to(dtype) for name, lazy in slices}, assign=True)
     return model
+
+
+def pack(sizes: dict[str, int], owner: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name → its tensors, of one pipeline rank and together at most `limit` bytes."""
+    files, last, room = [], None, 0
+    for name in sorted(sizes, key=owner.get):
+        if owner[name] != last or sizes[name] > room:
+            files, last, room = [*files, []], owner[name], limit
+        files[-1].append(name)
+        room -= sizes[name]
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    n = len(files)
+    return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": part for i, part in enumerate(files)}
 
 
 def save_hf(
@@ -906,51 +883,33 @@ def save_hf(
     dtype: torch.dtype | None = None,
     file_bytes: int = 5 << 30,
 ) -> None:
-    """Write a folder that transformers opens, from a whole model or, together, from all ranks of a
-    Runner: a file, at most file_bytes of one pipeline rank's tensors, is all that a host holds.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    runner = model if isinstance(model, Runner) else None
-    cfg, mine = (
-        (runner.model, runner.params()) if runner else (model.cfg, dict(model.named_parameters()))
-    )
+    """Write a folder that transformers opens, of a whole model or, all ranks together, a Runner. A
+    file, at most file_bytes of one pipeline rank's tensors, is all that a host holds at once."""
+    runner, folder = model if isinstance(model, Runner) else None, Path(folder)
+    cfg, mine = (runner.model, runner.params()) if runner else (model.cfg, model.named_parameters())
+    mine = dict(mine)
+    writes = runner is None or runner.first_of_its_pipeline_rank
     dtype = dtype or next(iter(mine.values())).dtype
-    with torch.device("meta"):
-        sizes = {name: p.numel() * dtype.itemsize for name, p in Nemotron(cfg).named_parameters()}
+    sizes = {name: shape.numel() * dtype.itemsize for name, shape in full_shapes(cfg).items()}
     owner = runner.pipeline_rank_of() if runner else dict.fromkeys(sizes, 0)
-    files: list[list[str]] = []
-    for name in sorted(sizes, key=lambda n: owner[n]):
-        if (
-            not files
-            or owner[files[-1][0]] != owner[name]
-            or sum(map(sizes.get, files[-1])) + sizes[name] > file_bytes
-        ):
-            files.append([])
-        files[-1].append(name)
-    label = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    label = label if len(files) > 1 else ["model.safetensors"]
-    for file, names in zip(label, files, strict=True):
-        if names[0] in mine:
-            whole_tensors = {}
-            for name in names:
-                p = mine[name].detach()
-                p = p.full_tensor() if isinstance(p, DTensor) else p
-                if runner is None or runner.first_of_its_pipeline_rank:
-                    whole_tensors[hf_name(name, cfg)] = p.to(dtype).cpu().contiguous()
-            if whole_tensors:
-                save_file(whole_tensors, folder / file, metadata={"format": "pt"})
+    files = pack(sizes, owner, file_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in files.items():
+        tensors = {}
+        for name in names if names[0] in mine else ():
+            p = mine[name].detach()
+            p = p.full_tensor() if isinstance(p, DTensor) else p  # of all ranks together
+            if writes:
+                tensors[hf_name(name, cfg)] = p.to(dtype).cpu().contiguous()
+        if tensors:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if runner is None or dist.get_rank() == 0:
-        if len(files) > 1:
-            weight_map = {
-                hf_name(n, cfg): file
-                for file, names in zip(label, files, strict=True)
-                for n in names
-            }
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        if len(files) > 1:
+            places = {hf_name(n, cfg): file for file, names in files.items() for n in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if runner is not None:
         dist.barrier()
 
@@ -961,8 +920,7 @@ def save_hf(
 # this code yet, and they are not fitted to the report's iteration times.
 REACHED = {"flops": 0.70, "hbm": 0.80, "nvlink": 0.75, "network": 0.70}
 
-# Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent (tp 8, pp 12, vp 8, dp
-# 16..64)
+# Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent; tp 8, pp 12, vp 8
 REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
 
 
@@ -995,11 +953,20 @@ class PlanConfig:
                 close = difflib.get_close_matches(name, table, n=1, cutoff=0.3) or list(table)
                 raise ValueError(f"no {what} {name!r}: did you mean {', '.join(close)}?")
 
+    @property
+    def n_micro(self) -> int:
+        """Micro-batches of each data-parallel process."""
+        return self.batch // self.mesh.dp(self.gpus) // self.micro_batch
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape(self.gpus)["dp_shard"]
+
 
 @contextmanager
 def imagined_mesh(how: MeshConfig, world: int, rank: int) -> Iterator[DeviceMesh]:
-    """The mesh as one rank of a job of any size would see it. A private module of torch, kept to
-    the dry run."""
+    """The mesh as one rank of a job of any size would see it."""
+    # a private module of torch, kept to the dry run
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -1018,17 +985,15 @@ def flash_on_meta(q: Tensor, k: Tensor, v: Tensor, visible: None) -> Tensor:
 
 @cache
 def activation_bytes(cfg: ModelConfig, tp: int, micro_batch: int, recompute: str) -> int:
-    """What one block keeps of one micro-batch until its backward: run on meta tensors, and
-    counted."""
-    how = MeshConfig(tp=tp)
-    with imagined_mesh(how, tp, 0) as mesh, patch("model.attend", flash_on_meta):
+    """What a block keeps of a micro-batch until its backward: run on meta tensors, and counted."""
+    with imagined_mesh(MeshConfig(tp=tp), tp, 0) as mesh, patch("model.attend", flash_on_meta):
+        model = on_meta(replace(cfg, n_layers=1)).to(torch.bfloat16)
         with torch.device("meta"):
-            model = Nemotron(replace(cfg, n_layers=1)).to(torch.bfloat16)
             positions = torch.zeros(micro_batch, cfg.seq_len, dtype=torch.long)
             hidden = (micro_batch, cfg.seq_len // tp, cfg.dim)
             x = torch.empty(hidden, dtype=torch.bfloat16, requires_grad=True)
         if tp > 1:
-            parallelize_module(model, mesh["tp"], plan())
+            styles.parallelize_module(model, mesh["tp"], plan())
         if recompute != "none":
             recompute_blocks(model, recompute)
         tracker = MemTracker()
@@ -1040,18 +1005,22 @@ def activation_bytes(cfg: ModelConfig, tp: int, micro_batch: int, recompute: str
     return sum(n for kind, n in kept.items() if "ACT" in str(kind))
 
 
+def layers_of(cfg: ModelConfig, how: MeshConfig) -> list[list[int]]:
+    """For each pipeline rank, how many layers each of its stages has."""
+    counts = [len(part) for part in split_layers(cfg, how.n_stages)]
+    return [[counts[s] for s in how.stages_of(rank)] for rank in range(how.pp)]
+
+
 def rank_params(cfg: ModelConfig, how: MeshConfig, rank: int) -> tuple[int, int]:
-    """Parameters of a pipeline rank after the tensor-parallel cut, before FSDP's: (all, the largest
-    unit that FSDP gathers at once)."""
-    layers = split_layers(cfg, how.pp * how.vp)
+    """Parameters of a pipeline rank after the tensor-parallel cut, before FSDP's. (all, the largest
+    unit that FSDP gathers at once)"""
     block = cfg.dim * 2 * (cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + cfg.ffn_dim)
     block = block // how.tp + 4 * cfg.dim
-    stages, ends = how.stages_of(rank), 0
-    ends += (0 in stages) * cfg.vocab_size * cfg.dim // how.tp
-    if how.pp * how.vp - 1 in stages:
-        scores = cfg.n_attributes * (cfg.dim + 1)
-        ends += 2 * cfg.dim + (scores or cfg.vocab_size * cfg.dim // how.tp)
-    return sum(len(layers[s]) for s in stages) * block + ends, max(block, ends)
+    vocabulary, stages = cfg.vocab_size * cfg.dim // how.tp, how.stages_of(rank)
+    ends = vocabulary if 0 in stages else 0
+    if how.n_stages - 1 in stages:
+        ends += 2 * cfg.dim + (cfg.n_attributes * (cfg.dim + 1) or vocabulary)
+    return sum(layers_of(cfg, how)[rank]) * block + ends, max(block, ends)
 
 
 def in_flight(how: MeshConfig, rank: int, n_micro: int) -> int:
@@ -1062,163 +1031,153 @@ def in_flight(how: MeshConfig, rank: int, n_micro: int) -> int:
         return min(2 * n_micro, 2 * how.pp)
     if how.vp == 1 and how.schedule == "1f1b":
         return min(n_micro, how.pp - rank)
-    warm_up = (how.vp - 1) * min(how.pp, n_micro) + 2 * (how.pp - rank - 1)  # interleaved 1F1B
+    a_round = n_micro // max(1, n_micro // how.pp)  # torch's interleaved schedules go in rounds
+    warm_up = (how.vp - 1) * a_round + 2 * (how.pp - rank - 1)
     return min(n_micro * how.vp, warm_up + 1)
 
 
 def memory_of(c: PlanConfig, rank: int) -> dict[str, float]:
     """Bytes on a GPU of a pipeline rank, by what they hold."""
-    cfg, how, shape = SHAPES[c.shape], c.mesh, c.mesh.shape(c.gpus)
-    n_micro = c.batch // (shape["dp_replicate"] * shape["dp_shard"]) // c.micro_batch
+    cfg, how, B = SHAPES[c.shape], c.mesh, c.micro_batch
+    width, reduced = DTYPES[how.dtype].itemsize, DTYPES[how.reduce_dtype].itemsize
     params, unit = rank_params(cfg, how, rank)
-    mine = -(-params // shape["dp_shard"])
-    width = 2 if how.dtype == "bf16" else 4
-    resharded = how.reshard == "always" or (how.reshard == "auto" and how.pp == 1)
-    kept = activation_bytes(cfg, how.tp, c.micro_batch, how.recompute)
-    layers = [len(part) for part in split_layers(cfg, how.pp * how.vp)]
-    stage = max(layers[s] for s in how.stages_of(rank))
+    mine = -(-params // c.shards)
+    # FSDP adds the micro-batches' up whole, in the dtype that it will reduce in
+    adding = params if c.n_micro > 1 else 2 * unit
+    stages = max(layers_of(cfg, how)[rank]) * in_flight(how, rank, c.n_micro)
+    kept = activation_bytes(cfg, how.tp, B, how.recompute)
+    redone = activation_bytes(cfg, how.tp, B, "none") if how.recompute != "none" else 0
     parts = {
         "master weights (fp32)": 4 * mine,
         "optimizer (fp32)": 8 * mine,
         "gradients, sharded (fp32)": 4 * mine,
-        "gathered weights": width * (2 * unit if resharded else params),
-        "gradients, accumulating (fp32)": 4 * (params if n_micro > 1 else 2 * unit),
-        "activations in flight": kept * stage * in_flight(how, rank, n_micro),
-        "recomputed block": activation_bytes(cfg, how.tp, c.micro_batch, "none")
-        * (how.recompute != "none"),
+        "gathered weights": width * (2 * unit if how.reshards else params),
+        f"gradients, adding up ({how.reduce_dtype})": reduced * adding,
+        "activations in flight": kept * stages,
+        "recomputed block": redone,
     }
-    if how.pp * how.vp - 1 in how.stages_of(rank):
-        logits = min(TokenLogProbs.CHUNK, c.micro_batch * cfg.seq_len * cfg.vocab_size // how.tp)
-        states = c.micro_batch * cfg.seq_len * cfg.dim * width
-        parts["logits and head gradient"] = (
-            10 * logits + 4 * cfg.vocab_size * cfg.dim // how.tp + 2 * states
-        )
+    if how.n_stages - 1 in how.stages_of(rank):
+        logits = min(TokenLogProbs.CHUNK, B * cfg.seq_len * cfg.vocab_size // how.tp)
+        head = 4 * cfg.vocab_size * cfg.dim // how.tp + 2 * width * B * cfg.seq_len * cfg.dim
+        parts["logits and head gradient"] = 10 * logits + head
     return parts
 
 
+def wire_of(c: PlanConfig) -> dict[str, float]:
+    """Bytes that a GPU of the busiest pipeline rank sends in a step, by axis."""
+    cfg, how, n_micro, shards = SHAPES[c.shape], c.mesh, c.n_micro, c.shards
+    hidden = c.micro_batch * cfg.seq_len * cfg.dim * 2  # bf16
+    gathers = {"none": 8, "selective": 10, "full": 12}[how.recompute]  # a layer
+    per_layer = gathers * hidden * (how.tp - 1) / how.tp
+    params = max(rank_params(cfg, how, rank)[0] for rank in range(how.pp))
+    # one reduction; weights gathered in bf16 once, or where they are freed for every pass
+    passes = 2 * n_micro if how.reshards else 1
+    dp = (shards - 1) / shards * params * (2 * passes + DTYPES[how.reduce_dtype].itemsize)
+    return {
+        "tp": n_micro * max(map(sum, layers_of(cfg, how))) * per_layer,
+        "pp": 2 * n_micro * how.vp * hidden / how.tp if how.pp > 1 else 0.0,
+        "dp": dp + (8 * params / shards if how.dp_replicate > 1 else 0),
+    }
+
+
 def step_of(c: PlanConfig) -> dict[str, float]:
-    """A step's seconds by what they go to, and its wire traffic in bytes per GPU and axis: a
-    roofline without overlap. The slowest pipeline rank sets the pace."""
-    cfg, how, shape, gpu = SHAPES[c.shape], c.mesh, c.mesh.shape(c.gpus), GPUS[c.gpu]
-    B, T, D, tp = c.micro_batch, cfg.seq_len, cfg.dim, how.tp
-    n_micro = c.batch // (shape["dp_replicate"] * shape["dp_shard"]) // B
-    layers = [len(part) for part in split_layers(cfg, how.pp * how.vp)]
-    per_rank = [sum(layers[s] for s in how.stages_of(r)) for r in range(how.pp)]
-    last = next(r for r in range(how.pp) if len(layers) - 1 in how.stages_of(r))
-    head = 6 * cfg.vocab_size * D
-    block = (flops_per_token(cfg) - head) / cfg.n_layers
-    again = {"none": 0, "selective": 0, "full": 1 / 3}[how.recompute]
-    work = [n * block * (1 + again) + (r == last) * head * 8 / 6 for r, n in enumerate(per_rank)]
-    passes = {"none": 3, "selective": 4, "full": 4}[how.recompute]  # backward counts twice
-    touched = (52 * D + 8 * cfg.ffn_dim) * B * T / tp * passes  # norms, residuals, squared ReLU
-    gathers = {"none": 8, "selective": 10, "full": 12}[how.recompute]  # of (B, T, D) per layer
-    wire_tp = gathers * (tp - 1) / tp * B * T * D * 2
-    params = max(rank_params(cfg, how, r)[0] for r in range(how.pp))
-    shards = shape["dp_shard"]
-    wire = {
-        "tp": n_micro * max(per_rank) * wire_tp,
-        "pp": 2 * n_micro * (how.vp if how.pp > 1 else 0) * B * T * D * 2 / tp,
-        "dp": (shards - 1) / shards * params * (2 + (4 if how.reduce_dtype == "fp32" else 2)),
-    }
-    if how.reshard == "always" or (how.reshard == "auto" and how.pp == 1):
-        wire["dp"] += (shards - 1) / shards * params * 2 * (2 * n_micro - 1)  # gathered twice each
-    wire["dp"] += (how.dp_replicate > 1) * 2 * 4 * params / shards
+    """A step's seconds and MFU in percent, then the seconds by what they go to. A roofline without
+    overlap; the slowest pipeline rank sets the pace."""
+    cfg, how, gpu, n_micro = SHAPES[c.shape], c.mesh, GPUS[c.gpu], c.n_micro
+    rate = {name: getattr(gpu, name) * share for name, share in REACHED.items()}
+    tokens, layers = c.micro_batch * cfg.seq_len, [sum(n) for n in layers_of(cfg, how)]
+    head = 6 * cfg.vocab_size * cfg.dim
+    block = (flops_per_token(cfg) - head) / cfg.n_layers * (4 / 3 if how.recompute == "full" else 1)
+    work = [n * block for n in layers]
+    work[how.rank_of()[how.n_stages - 1]] += head * 8 / 6  # its logits are computed twice
+    # norms, residuals and squared ReLU, in bytes; backward counts twice
+    passes = 3 if how.recompute == "none" else 4
+    touched = (52 * cfg.dim + 8 * cfg.ffn_dim) * tokens / how.tp * passes
+    wire, params = wire_of(c), max(rank_params(cfg, how, r)[0] for r in range(how.pp))
     seconds = {
-        "matrix products": n_micro * B * T * max(work) / tp / (gpu.flops * REACHED["flops"]),
-        "element-wise": n_micro * max(per_rank) * touched / (gpu.hbm * REACHED["hbm"]),
-        "tp traffic": wire["tp"] / ((gpu.nvlink if tp <= 8 else gpu.network) * REACHED["nvlink"]),
+        "matrix products": n_micro * tokens * max(work) / how.tp / rate["flops"],
+        "element-wise": n_micro * max(layers) * touched / rate["hbm"],
+        "tp traffic": wire["tp"] / rate["nvlink" if how.tp <= 8 else "network"],
     }
-    seconds["bubble"] = sum(seconds.values()) * (how.pp - 1) / (how.vp * n_micro)
-    if how.schedule != "1f1b":
-        seconds["bubble"] /= 3  # weight gradients fill two thirds of it at best
-    seconds["pp traffic"] = wire["pp"] / (gpu.network * REACHED["network"])
-    seconds["dp traffic"] = wire["dp"] / (gpu.network * REACHED["network"])
-    seconds["optimizer"] = 28 * params / shards / (gpu.hbm * REACHED["hbm"])
+    # with zero-bubble schedules weight gradients fill two thirds of it at best
+    unfilled = 1 if how.schedule == "1f1b" else 1 / 3
+    seconds["bubble"] = sum(seconds.values()) * (how.pp - 1) / (how.vp * n_micro) * unfilled
+    seconds["pp traffic"] = wire["pp"] / rate["network"]
+    seconds["dp traffic"] = wire["dp"] / rate["network"]
+    seconds["optimizer"] = 28 * params / c.shards / rate["hbm"]  # reads p, g, m, v; writes p, m, v
     total = sum(seconds.values())
-    mfu = 100 * c.batch * T * flops_per_token(cfg) / (total * c.gpus * gpu.flops)
-    return {"seconds": total, "mfu": mfu, **seconds, **{f"wire {k}": v for k, v in wire.items()}}
+    mfu = 100 * c.batch * cfg.seq_len * flops_per_token(cfg) / (total * c.gpus * gpu.flops)
+    return {"seconds": total, "mfu": mfu, **seconds}
 
 
 def built_params(c: PlanConfig, rank: int) -> tuple[int, int, int]:
-    """Parameters of a pipeline rank as the training code lays them out: on its first GPU, all of
-    the rank's before tensor and data parallelism, and what rank_params says the GPUs of a tp group
-    share."""
+    """Parameters of a pipeline rank as the training code lays them out. (elements on its first GPU,
+    elements before tensor and data parallelism, tensors)"""
     cfg, how = SHAPES[c.shape], c.mesh
     with imagined_mesh(how, c.gpus, rank * (c.gpus // how.pp)) as mesh:
-        layers, last = split_layers(cfg, how.pp * how.vp), how.pp * how.vp - 1
+        layers, last = split_layers(cfg, how.n_stages), how.n_stages - 1
         stages = [build_stage(cfg, s, layers[s], last, mesh, how, []) for s in how.stages_of(rank)]
         params = [p for stage in stages for p in stage.model.parameters()]
-        return (
-            sum(p.to_local().numel() for p in params),
-            sum(p.numel() for p in params),
-            len(params),
-        )
+        here = sum(p.to_local().numel() for p in params)
+        return here, sum(p.numel() for p in params), len(params)
 
 
 def print_plan(c: PlanConfig) -> None:
     """The layout's table: first, middle and last pipeline rank, the wire, the prediction."""
-    cfg, how, gpu = SHAPES[c.shape], c.mesh, GPUS[c.gpu]
-    how.check(cfg, c.gpus, c.batch, c.micro_batch)
-    shape = how.shape(c.gpus)
-    log.info(
-        f"{c.shape} on {c.gpus:,} x {c.gpu}: " + ", ".join(f"{k} {v}" for k, v in shape.items())
-    )
+    how, gpu = c.mesh, GPUS[c.gpu]
+    how.check(SHAPES[c.shape], c.gpus, c.batch, c.micro_batch)
+    axes = ", ".join(f"{axis} {n}" for axis, n in how.shape(c.gpus).items())
+    log.info(f"{c.shape} on {c.gpus:,} x {c.gpu}: {axes}")
     built = [built_params(c, rank) for rank in range(how.pp)]
     log.info(f"parameters, built stage by stage: {sum(whole for _, whole, _ in built):,}")
+    tables = [memory_of(c, rank) for rank in range(how.pp)]
+    peaks = [sum(table.values()) for table in tables]
     ranks = sorted({0, how.pp // 2, how.pp - 1})
-    tables = {rank: memory_of(c, rank) for rank in ranks}
+
+    def row(name: str, values: list[float]) -> None:
+        log.info(f"{name:34}" + "".join(f"{values[rank]:>10.2f}" for rank in ranks))
+
     log.info(f"{'GB on a GPU of pipeline rank':34}" + "".join(f"{rank:>10}" for rank in ranks))
-    log.info(
-        f"{'parameters on it (millions)':34}"
-        + "".join(f"{built[r][0] / 1e6:>10.2f}" for r in ranks)
-    )
-    for part in sorted({p for t in tables.values() for p in t}, key=list(tables[ranks[-1]]).index):
-        row = "".join(f"{tables[r].get(part, 0) / 1e9:>10.2f}" for r in ranks)
-        log.info(f"{part:34}{row}")
-    peaks = [sum(memory_of(c, rank).values()) for rank in range(how.pp)]
-    log.info(f"{'peak':34}" + "".join(f"{peaks[r] / 1e9:>10.2f}" for r in ranks))
+    row("parameters on it (millions)", [here / 1e6 for here, _, _ in built])
+    for part in tables[-1] | tables[0]:
+        row(part, [table.get(part, 0) / 1e9 for table in tables])
+    row("peak", [peak / 1e9 for peak in peaks])
     verdict = "fits" if max(peaks) <= gpu.memory else "DOES NOT FIT"
-    log.info(
-        f"{verdict}: the fullest GPU needs {max(peaks) / 1e9:.1f} GB of {gpu.memory / 1e9:.0f} GB"
-    )
+    needs = f"the fullest GPU needs {max(peaks) / 1e9:.1f} GB of {gpu.memory / 1e9:.0f} GB"
+    log.info(f"{verdict}: {needs}")
+    for axis, n in wire_of(c).items():
+        log.info(f"on the wire, {axis}: {n / 1e9:.1f} GB per GPU and step")
+    log.info(f"bubble (p - 1) / (v m): {100 * (how.pp - 1) / (how.vp * c.n_micro):.1f} %")
     step = step_of(c)
-    for key in ("tp", "pp", "dp"):
-        log.info(f"on the wire, {key}: {step[f'wire {key}'] / 1e9:.1f} GB per GPU and step")
-    dp = shape["dp_replicate"] * shape["dp_shard"]
-    bubble = (how.pp - 1) / (how.vp * (c.batch // dp // c.micro_batch))
-    log.info(f"bubble (p - 1) / (v m): {100 * bubble:.1f} %")
-    names = [k for k in step if k not in ("seconds", "mfu") and not k.startswith("wire")]
-    log.info("seconds: " + ", ".join(f"{name} {step[name]:.2f}" for name in names))
-    log.info(f"predicted: {step['seconds']:.2f} s an iteration, MFU {step['mfu']:.1f} %")
+    seconds, mfu = step.pop("seconds"), step.pop("mfu")
+    log.info("seconds: " + ", ".join(f"{what} {s:.2f}" for what, s in step.items()))
+    log.info(f"predicted: {seconds:.2f} s an iteration, MFU {mfu:.1f} %")
 
 
 def print_report(c: PlanConfig) -> None:
     log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
     for gpus, batch, seconds, mfu in REPORT_ROWS:
         step = step_of(replace(c, gpus=gpus, batch=batch))
-        log.info(
-            f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f} "
-            f"{step['mfu']:15.1f} {mfu:14.1f}"
-        )
+        ours = f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f}"
+        log.info(f"{ours} {step['mfu']:15.1f} {mfu:14.1f}")
 
 
 def search(c: PlanConfig) -> list[tuple[float, float, PlanConfig]]:
-    """(seconds, bytes, plan) of every mesh of powers and divisors that runs and fits, fastest
-    first."""
+    """(seconds, bytes, plan) of the meshes of powers and divisors that fit, fastest first."""
     cfg, found = SHAPES[c.shape], []
     stages = [n for n in range(1, cfg.n_layers + 1) if cfg.n_layers % n == 0]
     virtual = [(pp, n // pp) for n in stages for pp in stages if n % pp == 0 and (pp > 1 or n == 1)]
     options = product((1, 2, 4, 8), virtual, (1, 2, 4), ("none", "selective", "full"))
     for tp, (pp, vp), micro_batch, recompute in options:
         how = replace(c.mesh, tp=tp, pp=pp, vp=vp, recompute=recompute, schedule="1f1b")
-        plan_ = replace(c, mesh=how, micro_batch=micro_batch)
+        option = replace(c, mesh=how, micro_batch=micro_batch)
         try:
             how.check(cfg, c.gpus, c.batch, micro_batch)
         except ValueError:
             continue
-        peak = max(sum(memory_of(plan_, rank).values()) for rank in (0, pp - 1))
+        peak = max(sum(memory_of(option, rank).values()) for rank in (0, pp - 1))
         if peak <= GPUS[c.gpu].memory:
-            found.append((step_of(plan_)["seconds"], peak, plan_))
+            found.append((step_of(option)["seconds"], peak, option))
     return sorted(found, key=lambda f: f[0])
 
 
@@ -1227,40 +1186,31 @@ def print_search(c: PlanConfig) -> None:
     log.info(f"{len(found)} meshes fit {c.gpus:,} x {c.gpu} with batch {c.batch:,}")
     for seconds, peak, p in found[: c.search]:
         m = p.mesh
-        log.info(
-            f"{seconds:8.2f} s  MFU {step_of(p)['mfu']:4.1f} %  {peak / 1e9:6.1f} GB  tp "
-            f"{m.tp} pp {m.pp} "
-            f"vp {m.vp} dp {m.shape(c.gpus)['dp_shard']} micro_batch {p.micro_batch} "
-            f"recompute {m.recompute}"
-        )
+        rate = f"{seconds:8.2f} s  MFU {step_of(p)['mfu']:4.1f} %  {peak / 1e9:6.1f} GB"
+        axes = f"tp {m.tp} pp {m.pp} vp {m.vp} dp {p.shards}"
+        log.info(f"{rate}  {axes} micro_batch {p.micro_batch} recompute {m.recompute}")
 
 
 def print_serving(c: PlanConfig) -> None:
-    """Decoding reads every weight but the input embedding once a step, and each sequence's
-    cache."""
+    """A decoding step reads every weight but the input embedding, and each sequence's cache."""
     cfg, gpu = SHAPES[c.shape], GPUS[c.gpu]
     embedding, rest = count_params(cfg)
     kv = cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * 2
     log.info(f"{c.shape} on {c.gpus} x {c.gpu}; KV cache {kv:,} bytes a token (bf16)")
-    for name, width, flops in (
-        ("bf16", 2, gpu.flops),
-        ("fp8 (embedding and head bf16)", 1, 2 * gpu.flops),
-    ):
+    for name, width in (("bf16", 2), ("fp8 (embedding and head bf16)", 1)):
+        flops = gpu.flops * 2 / width
         weights = width * rest + 2 * embedding
-        read = weights - embedding
         free = 0.9 * gpu.memory * c.gpus - weights
         log.info(f"{name}: weights {weights / 1e9:.1f} GB, {weights / c.gpus / 1e9:.1f} a GPU")
         if free <= 0:
             log.info(f"  DOES NOT FIT {c.gpus} x {gpu.memory / 1e9:.0f} GB at 90 %")
             continue
-        log.info(
-            f"  free for KV at 90 %: {free / 1e9:.0f} GB, {int(free // (kv * 4096))} "
-            f"sequences of 4,096"
-        )
+        n = int(free // (kv * 4096))
+        log.info(f"  free for KV at 90 %: {free / 1e9:.0f} GB, {n} sequences of 4,096")
         for batch, context in ((1, 0), (8, 1024), (32, 1024), (64, 2048), (128, 2048)):
-            bandwidth = (read + batch * context * kv) / (gpu.hbm * c.gpus)
+            read = weights - embedding + batch * context * kv
             compute = 2 * (rest + embedding / 2) * batch / (flops * c.gpus)
-            rate = batch / max(bandwidth, compute)
+            rate = batch / max(read / (gpu.hbm * c.gpus), compute)
             log.info(f"  ceiling, batch {batch:3} at {context:4} tokens: {rate:7.1f} tokens/s")
     log.info("a pipeline divides the batch-1 ceiling by its stages; no traffic is counted")
 
@@ -1270,18 +1220,10 @@ def main() -> None:
     log.setLevel(logging.INFO)
     try:
         if sys.argv[1:2] != ["plan"]:
-            raise ValueError(
-                "the only command is: parallel.py plan SHAPE; see parallel.py plan --help"
-            )
+            raise ValueError("the only command is `plan SHAPE`: see parallel.py plan --help")
         c = tyro.cli(PlanConfig, args=sys.argv[2:], prog="parallel.py plan")
-        if c.report:
-            print_report(c)
-        elif c.search:
-            print_search(c)
-        elif c.serve:
-            print_serving(c)
-        else:
-            print_plan(c)
+        modes = ((c.report, print_report), (c.search, print_search), (c.serve, print_serving))
+        next((show for asked, show in modes if asked), print_plan)(c)
     except ValueError as e:
         sys.exit(f"parallel.py: error: {e}")
 

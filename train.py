@@ -15,11 +15,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,13 +41,113 @@ from parallel import (
     init_mesh,
     peak_flops,
     shut_down,
+    step_folders,
     world_size,
 )
 
 log = logging.getLogger("nemotron4")
 
 
-# ---- configs and presets -------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with its own data and schedule; lengths in samples (sequences)."""
+
+    ramp: tuple[tuple[int, int], ...]
+    """(samples, batch), one after the other: the batch ramp, or one pair."""
+    lr: float
+    """Peak learning rate."""
+    min_lr: float
+    """Where the cosine over the whole phase ends."""
+    warmup: int = 0
+    """Samples of linear warm-up."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Source weights; empty: the default blend."""
+    late_blend: dict[str, float] = field(default_factory=dict)
+    """The blend once the rate has fallen below late_below."""
+    late_below: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.ramp or min(n for pair in self.ramp for n in pair) < 1:
+            raise ValueError(f"ramp={self.ramp}: pairs of samples and batch, each at least 1")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"lr={self.lr}, min_lr={self.min_lr}: 0 <= min_lr <= lr is needed")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup}: samples, 0 or more")
+
+    @property
+    def samples(self) -> int:
+        return sum(samples for samples, _ in self.ramp)
+
+    def lr_at(self, samples: int, batch: int) -> float:
+        """Linear warm-up, then cosine to min_lr, in samples of the phase (SPEC 3.4): a batch ramp
+        does not bend it."""
+        if samples < self.warmup:
+            return self.lr * (samples + batch) / (self.warmup + batch)
+        progress = min(1.0, (samples - self.warmup) / max(1, self.samples - self.warmup))
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def late_from(self) -> int:
+        """The sample of the phase from which the rate is below late_below."""
+        cosine = 2 * (self.late_below - self.min_lr) / (self.lr - self.min_lr) - 1
+        return self.warmup + math.ceil(math.acos(cosine) / math.pi * (self.samples - self.warmup))
+
+
+class Stretch(NamedTuple):
+    """Consecutive steps of one batch size."""
+
+    first_step: int
+    steps: int
+    first_sample: int
+    batch: int
+    phase: Phase
+    phase_sample: int  # where its phase begins
+
+
+class Course:
+    """A run's phases, laid out over its steps: what each step needs is a function of its number."""
+
+    def __init__(self, phases: tuple[Phase, ...]) -> None:
+        self.stretches: list[Stretch] = []
+        step = sample = 0
+        for phase in phases:
+            begins = sample
+            for samples, batch in phase.ramp:
+                steps = max(1, round(samples / batch))  # whole steps, as in the report's Table 2
+                self.stretches.append(Stretch(step, steps, sample, batch, phase, begins))
+                step, sample = step + steps, sample + steps * batch
+        self.steps, self.n_samples = step, sample
+
+    def at(self, step: int) -> Stretch:
+        return self.stretches[bisect(self.stretches, step, key=lambda s: s.first_step) - 1]
+
+    def samples(self, step: int) -> int:
+        """Samples consumed before the step."""
+        s = self.at(step)
+        return s.first_sample + (step - s.first_step) * s.batch
+
+    def lr(self, step: int) -> float:
+        s = self.at(step)
+        return s.phase.lr_at(self.samples(step) - s.phase_sample, s.batch)
+
+    def ends_a_stretch(self, step: int) -> bool:
+        """After `step` steps the batch grows or a phase ends: a good place for a checkpoint."""
+        return any(step == s.first_step + s.steps for s in self.stretches)
+
+    def blends(self) -> dict[int, dict[str, float]]:
+        """First sample → blend, aligned to steps."""
+        out = {}
+        for s in self.stretches:
+            if s.first_sample == s.phase_sample:
+                out[s.first_sample] = s.phase.blend
+            if s.phase.late_blend:
+                ahead = s.phase_sample + s.phase.late_from() - s.first_sample
+                steps = -(-ahead // s.batch)
+                if 0 <= steps < s.steps:
+                    out[s.first_sample + steps * s.batch] = s.phase.late_blend
+        return out
 
 
 @dataclass(frozen=True)
@@ -55,6 +159,9 @@ class RunConfig:
     out: Path | None = None
     """The run's folder; what it holds of the same run is continued. Default: the first unused of
     runs/PRESET, -2, -3 ..."""
+    init: str = ""
+    """Weights to start from, with a fresh optimizer: hf:FOLDER (a Hugging Face Nemotron), or the
+    FOLDER of another run. Empty: random."""
     steps: int = 1000
     seed: int = 0
     """Of the initial weights and of the data order."""
@@ -74,25 +181,38 @@ class RunConfig:
     """On matrices; norms and biases have none."""
     clip: float = 1.0
     """Largest gradient norm."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite, or a spike: end the run, or leave the update out."""
+    spike: float = 0.0
+    """A loss this many times the median of the last 32 is a spike; 0: none is."""
+    max_skips: int = 10
+    """Skipped steps after which the run ends all the same."""
     eval_every: int = 100
     """Steps between validations; the first and the last step validate too."""
     eval_batches: int = 8
     """Batches of validation data per source."""
     save_every: int = 500
-    """Steps between checkpoints; the last step saves too."""
+    """Steps between checkpoints; the last step and the end of a phase save too."""
     save_in_background: bool = False
     """Train on while a checkpoint is being written."""
     keep: int = 2
     """Newest checkpoints kept."""
+    grad_norms: bool = False
+    """Also log the gradient norm of embedding, attention, MLP, norms and head."""
+    profile: int = 0
+    """Steps to profile, from this start's third on; the trace goes to OUT/trace."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_batches", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"lr={self.lr}, min_lr={self.min_lr}: 0 <= min_lr <= lr is needed")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}: samples, 0 or more")
+        if self.spike and self.spike <= 1:
+            raise ValueError(f"spike={self.spike}: a factor above 1, or 0 for none")
+        self.course()
+
+    def course(self) -> Course:
+        ramp = ((self.steps * self.batch, self.batch),)
+        return Course((Phase(ramp, self.lr, self.min_lr, self.warmup),))
 
 
 @dataclass(frozen=True)
@@ -104,10 +224,22 @@ class PretrainConfig(RunConfig):
     tokens."""
     isolate: bool = False
     """Keep packed documents from seeing each other (the report's run did not)."""
+    phases: tuple[Phase, ...] = ()
+    """The recipe; where given, batch, lr, min_lr, warmup and blend are the phases', and the run may
+    end sooner, at steps."""
+
+    def course(self) -> Course:
+        if self.phases:
+            return Course(self.phases)
+        ramp = ((self.steps * self.batch, self.batch),)
+        return Course((Phase(ramp, self.lr, self.min_lr, self.warmup, self.blend),))
+
+
+# ---- presets -------------------------------------------------------------------------------------
 
 
 def nano() -> PretrainConfig:
-    """A laptop CPU, about two minutes; every detail of the architecture, on Python's own library
+    """A laptop CPU, about two minutes: every detail of the architecture, on Python's own library
     and documentation."""
     # optimizer of the 8T phase (SPEC 3.4); rate, warm-up, batch and length are ours, for this size
     return PretrainConfig(
@@ -124,10 +256,115 @@ def nano() -> PretrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in (nano,)}
+def nano_two_phase() -> PretrainConfig:
+    """The full recipe in miniature, under five minutes on a laptop: batch ramp, two phases, three
+    blends."""
+    # the report's proportions: batch 1 : 2 : 3, rate to a tenth, then to a hundredth of that, the
+    # last blend below a fifth of the phase's first rate; sizes are ours. The embedded corpus has no
+    # question-answering data: its source code stands in for what the second phase weighs up.
+    first = {"english": 0.85, "code": 0.15}
+    phases = (
+        Phase(((240, 4), (480, 8), (1200, 12)), 1.5e-3, 1.5e-4, 160, first),
+        Phase(
+            ((720, 12),), 1.5e-4, 1.5e-6, 0, {"english": 0.5, "code": 0.5},
+            late_blend={"english": 0.2, "code": 0.8}, late_below=3e-5,
+        ),
+    )  # fmt: skip
+    return replace(nano(), phases=phases, steps=Course(phases).steps, eval_every=20)
 
 
-# ---- optimizer and schedule ----------------------------------------------------------------------
+def small() -> PretrainConfig:
+    """One GPU, 126M parameters, 2.6B tokens: a real run in hours. Prepare data/small with
+    --vocab-size 32768 first."""
+    # the report is silent at this size: rate, batch and length are common choices, not NVIDIA's
+    return PretrainConfig(
+        model=SHAPES["small"],
+        data=Path("data/small"),
+        steps=10_000,
+        batch=256,
+        micro_batch=32,
+        lr=6e-4,
+        min_lr=6e-5,
+        warmup=256 * 500,
+    )
+
+
+def pretraining(lr: float, scale: int) -> tuple[Phase, ...]:
+    """The two phases of the 340B and the 15B. Batches are `scale` times 384, 768, 1152.
+
+    8T tokens: ramp of report Table 2 and arXiv 2402.16819 Table 2; warm-up 3,906,252 samples and
+    cosine to a tenth from NVIDIA's launch script (SPEC 3.4). 1T more: the report gives no numbers;
+    from the minimum rate to its hundredth, the second blend below a fifth of the first rate, is
+    "Reuse, Don't Retrain" (arXiv 2407.07263), by the same team on the 15B. Blends: the report's
+    70/15/15; the two of the second phase are unpublished, these are ours.
+    """
+    first = {"english": 0.70, "multilingual": 0.15, "code": 0.15}
+    quality = {"english": 0.60, "multilingual": 0.10, "code": 0.20, "quality": 0.10}
+    answers = {"english": 0.50, "multilingual": 0.10, "code": 0.20, "quality": 0.10, "qa": 0.10}
+    b = 384 * scale
+    ramp = ((48_828_125, b), (48_828_125, 2 * b), (1_855_468_750, 3 * b))  # 200 + 200 + 7600 B
+    return (
+        Phase(ramp, lr, lr / 10, 3_906_252, first),
+        Phase(((244_140_625, 3 * b),), lr / 10, lr / 1000, 0, quality, answers, lr / 50),
+    )
+
+
+def nemotron4_340b() -> PretrainConfig:
+    """The report: 9T tokens, tp 8, pp 12 interleaved by 8, on 1,536 to 6,144 H100s. Start it with
+    --steps 63578 on 1,536, then --steps 95367 on 3,072, then the rest on 6,144."""
+    phases = pretraining(1e-4, 2)  # 1e-4: NVIDIA's launch script (SPEC 3.4), not in the report
+    return PretrainConfig(
+        model=SHAPES["nemotron4-340b"],
+        mesh=MeshConfig(tp=8, pp=12, vp=8, recompute="selective"),  # report section 2.3, SPEC 3.3
+        data=Path("data/nemotron4"),
+        phases=phases,
+        steps=Course(phases).steps,
+        micro_batch=1,
+        save_in_background=True,
+    )
+
+
+def nemotron4_15b() -> PretrainConfig:
+    """The 15B (arXiv 2402.16819): tp 8, 96 to 288-way data parallel; its second phase as the
+    340B's."""
+    phases = pretraining(4.5e-4, 1)  # 4.5e-4: launch script and arXiv 2407.07263
+    return PretrainConfig(
+        model=SHAPES["nemotron4-15b"],
+        mesh=MeshConfig(tp=8, recompute="selective"),
+        data=Path("data/nemotron4"),
+        phases=phases,
+        steps=Course(phases).steps,
+        micro_batch=1,  # not printed
+        save_in_background=True,
+    )
+
+
+def minitron_8b() -> PretrainConfig:
+    """Continue the 8B on your own data, from its weights: --init hf:FOLDER."""
+    # no source prints a recipe for this: the 15B's minimum rate, no warm-up, a steep decay
+    phases = (Phase(((2_441_406, 1152),), 4.5e-5, 4.5e-7),)  # 10 B tokens
+    return PretrainConfig(
+        model=SHAPES["minitron-8b"],
+        mesh=MeshConfig(tp=2, recompute="selective"),
+        data=Path("data/nemotron4"),
+        phases=phases,
+        steps=Course(phases).steps,
+        micro_batch=1,
+        save_in_background=True,
+    )
+
+
+def minitron_4b() -> PretrainConfig:
+    """Continue the 4B (Nemotron-Mini) on your own data, from its weights: --init hf:FOLDER."""
+    mesh = MeshConfig(recompute="selective")
+    return replace(minitron_8b(), model=SHAPES["minitron-4b"], mesh=mesh)
+
+
+RECIPES = (nano, nano_two_phase, small, minitron_4b, minitron_8b, nemotron4_15b, nemotron4_340b)
+PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in RECIPES}
+
+
+# ---- optimizer -----------------------------------------------------------------------------------
 
 
 def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
@@ -138,38 +375,28 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    for (
-        p
-    ) in params:  # AdamW makes these at its first step; a checkpoint needs them to load into before
+    for p in params:  # AdamW makes these at its first step; a checkpoint needs them before
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=runner.device), **zeros}
     return optimizer
 
 
-def lr_at(samples: int, cfg: RunConfig) -> float:
-    """Linear warm-up, then cosine to min_lr, in samples consumed (SPEC 3.4), so that a batch ramp
-    does not bend it."""
-    if samples < cfg.warmup:
-        return cfg.lr * (samples + cfg.batch) / (cfg.warmup + cfg.batch)
-    progress = (samples - cfg.warmup) / max(1, cfg.steps * cfg.batch - cfg.warmup)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+def load_init(cfg: RunConfig, runner: Runner) -> None:
+    """Fill the weights from cfg.init: hf:FOLDER, or another run's newest checkpoint."""
+    if cfg.init.startswith("hf:"):
+        runner.load_hf(cfg.init[3:])
+    elif cfg.init:
+        weights = {f"model.{name}": p for name, p in runner.params().items()}
+        if Checkpoints(Path(cfg.init) / "checkpoints", 2, False).load(weights) is None:
+            raise ValueError(f"init={cfg.init}: no checkpoint there; hf:FOLDER is another format")
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
 # What may change between two starts of one run: where and how fast it runs, how often it reports,
 # when it ends.
-FREE = {
-    "out",
-    "mesh",
-    "micro_batch",
-    "steps",
-    "eval_every",
-    "eval_batches",
-    "save_every",
-    "keep",
-    "save_in_background",
-}
+FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
+FREE |= {"save_in_background", "keep", "grad_norms", "profile"}
 
 
 def as_json(cfg: RunConfig) -> dict[str, Any]:
@@ -230,10 +457,11 @@ class Metrics:
     """One line per step in the log, one object per step in metrics.jsonl, the same scalars for
     TensorBoard."""
 
-    def __init__(self, cfg: RunConfig, step: int, device: torch.device) -> None:
+    def __init__(self, cfg: RunConfig, step: int, last: int, device: torch.device) -> None:
         from torchtitan.components.metrics import TensorBoardLogger  # slow to import
 
-        self.cfg, self.device, self.start, self.begun = cfg, device, step, time.monotonic()
+        self.seq_len, self.device, self.start, self.last = cfg.model.seq_len, device, step, last
+        self.course, self.begun = cfg.course(), time.monotonic()
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
         self.writes = dist.get_rank() == 0
@@ -241,47 +469,41 @@ class Metrics:
             self.tensorboard = TensorBoardLogger(str(cfg.out / "tensorboard"))
             path = cfg.out / "metrics.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            self.file = path.open("w", buffering=1)
-            self.file.writelines(
-                row for row in old if row.endswith("}\n") and json.loads(row)["step"] <= step
-            )
+            kept = (r for r in old if r.endswith("}\n") and json.loads(r)["step"] <= step)
+            path.with_suffix(".tmp").write_text("".join(kept))
+            path.with_suffix(".tmp").rename(path)
+            self.file = path.open("a", buffering=1)
 
-    def step(self, step: int, seconds: float, tokens: int, **values: float) -> None:
-        """values: loss, grad_norm, lr, and val_loss... where this step validated."""
-        rate = self.cfg.batch * self.cfg.model.seq_len / seconds
+    def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+        """values: loss, grad_norm, lr, and what this step measured beside them."""
+        stretch, done = self.course.at(step - 1), self.course.samples(step - 1)
+        rate = stretch.batch * self.seq_len / seconds
         mfu = 100 * self.flops * rate if self.flops else None
-        row = {
-            "step": step,
-            "loss": values.pop("loss"),
-            "grad_norm": values.pop("grad_norm"),
-            "lr": values.pop("lr"),
-        }
-        row |= {
-            "tokens": tokens,
-            "tokens_per_s": rate,
-            "mfu": mfu,
-            "memory_gib": memory_gib(self.device),
-            **values,
-        }
-        left = (time.monotonic() - self.begun) / (step - self.start) * (self.cfg.steps - step)
+        row = {"step": step} | {key: values[key] for key in ("loss", "grad_norm", "lr")}
+        row |= {"tokens": (done + stretch.batch) * self.seq_len, "tokens_per_s": rate, "mfu": mfu}
+        row |= {"tokens_per_s_per_gpu": rate / world_size(), "memory_gib": memory_gib(self.device)}
+        row |= {"batch": stretch.batch} | values
+        samples = self.course.samples(step - 1) + stretch.batch - self.course.samples(self.start)
+        left = self.course.samples(self.last - 1) + self.course.at(self.last - 1).batch - done
+        eta = (time.monotonic() - self.begun) / samples * (left - stretch.batch)
+        number = {k: float("nan") if row[k] is None else row[k] for k in ("loss", "grad_norm")}
         log.info(
-            f"step {step:6d}/{self.cfg.steps}  loss {row['loss']:7.4f}  "
-            f"norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  {rate / 1e3:8.1f}k tok/s  "
+            f"step {step:6d}/{self.last}  loss {number['loss']:7.4f}  "
+            f"norm {number['grad_norm']:8.4f}  lr {row['lr']:.2e}  {rate / 1e3:8.1f}k tok/s  "
             f"mfu {'  --' if mfu is None else f'{mfu:4.1f}'}  {row['memory_gib']:5.1f} GiB  "
-            f"eta {timedelta(seconds=round(left))}"
+            f"eta {timedelta(seconds=round(eta))}"
         )
         if "val_loss" in values:
+            by_source = {k.split("/")[1]: v for k, v in values.items() if k.startswith("val_loss/")}
             parts = "  ".join(
-                f"{k.removeprefix('val_loss/')} {v:.4f}"
-                for k, v in values.items()
-                if k != "val_loss"
+                f"{source} {loss:.4f} ({values[f'val_bpb/{source}']:.3f} bits/byte)"
+                for source, loss in by_source.items()
             )
-            log.info(f"step {step:6d}/{self.cfg.steps}  val  {values['val_loss']:7.4f}  {parts}")
+            log.info(f"step {step:6d}/{self.last}  val  {values['val_loss']:7.4f}  {parts}")
         if self.writes:
             self.file.write(json.dumps(row) + "\n")
-            self.tensorboard.log(
-                {k: v for k, v in row.items() if k != "step" and v is not None}, step
-            )
+            scalars = {k: v for k, v in row.items() if k != "step" and v is not None}
+            self.tensorboard.log(scalars, step)
 
     def close(self) -> None:
         if self.writes:
@@ -301,13 +523,42 @@ def training_state(runner: Runner, optimizer: torch.optim.AdamW) -> dict[str, Te
     return state
 
 
-def stop_unless_finite(step: int, loss: float, norm: float) -> None:
+def what_is_wrong(cfg: RunConfig, loss: float, norm: float, recent: list[float]) -> str:
+    """Why a step must not update the weights; empty if nothing is wrong with it."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        return f"loss {loss}, gradient norm {norm}"
+    if cfg.spike and len(recent) >= 8 and loss > cfg.spike * (middle := median(recent)):
+        return f"loss {loss:.4f} is {loss / middle:.1f} times the median {middle:.4f} of late"
+    return ""
+
+
+def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: str) -> None:
+    """Raise, or say that the update is left out."""
+    if cfg.on_bad_step == "stop":
         raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {norm}: stopped before the update; the "
-            f"last checkpoint is untouched. "
-            "Lower --lr, or look at the batch"
+            f"step {step}: {wrong}: stopped before the update; the last checkpoint is untouched. "
+            f"Lower the rate, set --on-bad-step skip, or look at the batch: {batch}"
         )
+    if skipped > cfg.max_skips:
+        raise FloatingPointError(
+            f"step {step}: {wrong}: {skipped} steps skipped, max_skips={cfg.max_skips}. "
+            f"Lower the rate or look at the batch: {batch}"
+        )
+    log.warning(f"step {step}: {wrong}: update left out ({skipped} so far); batch: {batch}")
+
+
+@contextmanager
+def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
+    """Call what this yields after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
+    if not cfg.profile:
+        yield lambda: None
+        return
+    file = cfg.out / "trace" / f"rank{dist.get_rank()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    window = torch.profiler.schedule(wait=2, warmup=0, active=cfg.profile, repeat=1)
+    export = lambda p: p.export_chrome_trace(str(file))  # noqa: E731
+    with torch.profiler.profile(schedule=window, on_trace_ready=export) as profiler:
+        yield profiler.step
 
 
 def asked_to_stop() -> Callable[[], bool]:
@@ -333,42 +584,59 @@ def fit(
     runner: Runner,
     batches: Callable[[int], list[Batch]],
     loss_fn: LossFn,
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[int], dict[str, float]],
+    describe: Callable[[int], str],
 ) -> None:
-    """Train to cfg.steps, continuing from the newest checkpoint of cfg.out. batches(step) → this
-    rank's micro-batches."""
-    optimizer = make_optimizer(cfg, runner)
-    checkpoints, step = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background), 0
-    if saved := checkpoints.load(training_state(runner, optimizer)):
-        step = saved["step"]
-        finished = ": it is finished" if step >= cfg.steps else ""
-        log.info(f"continuing from step {step} of {cfg.out}{finished}")
-    metrics, asked = Metrics(cfg, step, runner.device), asked_to_stop()
-    while step < cfg.steps:
-        begun, lr = time.monotonic(), lr_at(step * cfg.batch, cfg)
-        loss = runner.step(batches(step), loss_fn).item()
-        norm = runner.clip_grad_norm(cfg.clip).item()
-        stop_unless_finite(step + 1, loss, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
+    """Train to cfg.steps, continuing from the newest checkpoint of cfg.out.
 
-        values = {"loss": loss, "grad_norm": norm, "lr": lr}
-        seconds, tokens = time.monotonic() - begun, step * cfg.batch * cfg.model.seq_len
-        if step == 1 or due(step, cfg.eval_every, cfg.steps):
-            values |= evaluate()
-        metrics.step(step, seconds, tokens, **values)
-        stop = asked()
-        if stop or due(step, cfg.save_every, cfg.steps):
-            checkpoints.save(step, training_state(runner, optimizer), {"tokens": tokens})
-        checkpoints.poll()
-        if stop:
-            log.info(
-                f"asked to stop: saved step {step}; the same command with --out {cfg.out} goes on"
-            )
-            break
+    batches(step) → this rank's micro-batches; evaluate(step) → what to log beside the loss;
+    describe(step) → the batch in words, for the log when something is wrong with it.
+    """
+    optimizer, course = make_optimizer(cfg, runner), cfg.course()
+    last = min(cfg.steps, course.steps)
+    checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
+    state = checkpoints.load(training_state(runner, optimizer))
+    if state is None:
+        load_init(cfg, runner)
+        state = {"step": 0, "recent": [], "skipped": 0}
+    else:
+        finished = ": it is finished" if state["step"] >= last else ""
+        log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
+    step, recent, skipped = state["step"], state["recent"], state["skipped"]
+    metrics, asked = Metrics(cfg, step, last, runner.device), asked_to_stop()
+    with profiled(cfg) as tick:
+        while step < last:
+            begun, lr = time.monotonic(), course.lr(step)
+            loss = runner.step(batches(step), loss_fn).item()
+            groups = runner.grad_norms() if cfg.grad_norms else {}
+            norm = runner.clip_grad_norm(cfg.clip).item()
+            values = {"loss": loss, "grad_norm": norm, "lr": lr, **groups}
+            if wrong := what_is_wrong(cfg, loss, norm, recent):
+                skipped += 1
+                handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
+                values = {k: v if math.isfinite(v) else None for k, v in values.items()}
+                values["skipped"] = skipped
+            else:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                recent = [*recent[-31:], loss]
+            optimizer.zero_grad()
+            step += 1
+
+            seconds = time.monotonic() - begun
+            if step == 1 or due(step, cfg.eval_every, last):
+                values |= evaluate(step)
+            metrics.step(step, seconds, values)
+            stop = asked()
+            if stop or due(step, cfg.save_every, last) or course.ends_a_stretch(step):
+                saved = {"step": step, "recent": recent, "skipped": skipped}
+                checkpoints.save(step, training_state(runner, optimizer), saved)
+            checkpoints.poll()
+            tick()
+            if stop:
+                log.info(f"asked to stop: saved step {step}; --out {cfg.out} goes on from there")
+                break
     checkpoints.finish()
     metrics.close()
 
@@ -382,15 +650,17 @@ def lm_loss(log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return -log_probs.sum()
 
 
-def micro_batches(cfg: RunConfig, runner: Runner, sampler: Sampler, first: int) -> list[Batch]:
-    """This rank's share of samples first ... first + batch - 1: contiguous, so the mesh does not
-    change what is seen."""
-    share = cfg.batch // runner.dp
+def micro_batches(
+    cfg: RunConfig, runner: Runner, sampler: Sampler, first: int, batch: int
+) -> list[Batch]:
+    """This rank's share of samples first ... first + batch - 1: contiguous, so that the mesh does
+    not change what is seen."""
+    share = batch // runner.dp
     start = first + runner.dp_rank * share
     out = []
     for i in range(start, start + share, cfg.micro_batch):
-        batch = sampler.batch(range(i, i + cfg.micro_batch))
-        out.append({**batch, "count": (batch["targets"] >= 0).sum()})
+        rows = sampler.batch(range(i, i + cfg.micro_batch))
+        out.append({**rows, "count": (rows["targets"] >= 0).sum()})
     return out
 
 
@@ -414,51 +684,133 @@ def open_data(cfg: PretrainConfig) -> TokenData:
     return data
 
 
+def check_mesh(cfg: RunConfig) -> None:
+    """Refuse what cannot run from here on; what the folder has behind it ran on another mesh."""
+    done = [int(p.name[5:]) for p in step_folders(cfg.out / "checkpoints")] if cfg.out else []
+    for s in cfg.course().stretches:
+        if max(done, default=0) < s.first_step + s.steps and s.first_step < cfg.steps:
+            cfg.mesh.check(cfg.model, world_size(), s.batch, cfg.micro_batch)
+
+
+def evaluator(
+    cfg: PretrainConfig, runner: Runner, data: TokenData, blends: dict[int, dict[str, float]]
+) -> Callable[[int], dict[str, float]]:
+    """evaluate(step) → validation loss and bits per byte of each source, and the loss weighted by
+    the blend of the step."""
+    course, make = cfg.course(), partial(Sampler, data, split="val", isolate=cfg.isolate)
+    sources = list(dict.fromkeys(s for blend in blends.values() for s in blend))
+    sources = [s for s in sources if data.n_tokens(s, "val") > 1]
+    val = {s: make(blend={s: 1.0}, seq_len=cfg.model.seq_len, seed=0) for s in sources}
+
+    def evaluate(step: int) -> dict[str, float]:
+        first, batch = course.samples(step - 1), course.at(step - 1).batch
+        out, losses = {}, {}
+        for source, sampler in val.items():
+            n = min(cfg.eval_batches, max(1, sampler.windows[source] // batch))
+            micro = [
+                m
+                for at in range(0, n * batch, batch)
+                for m in micro_batches(cfg, runner, sampler, at, batch)
+            ]
+            losses[source] = runner.eval(micro, lm_loss).item()
+            out[f"val_loss/{source}"] = losses[source]
+            out[f"val_bpb/{source}"] = losses[source] / math.log(2) / data.bytes_per_token(source)
+        blend = blends[max(at for at in blends if at <= first)]
+        weights = {s: blend.get(s, 0.0) for s in losses}
+        if not sum(weights.values()):
+            return out
+        total = sum(weights[s] * losses[s] for s in losses) / sum(weights.values())
+        return {"val_loss": total} | out
+
+    return evaluate
+
+
 def pretrain(preset: str, cfg: PretrainConfig) -> None:
-    cfg.mesh.check(cfg.model, world_size(), cfg.batch, cfg.micro_batch)
+    check_mesh(cfg)
     mesh = init_mesh(cfg.mesh)
-    cfg = dataclasses.replace(cfg, out=cfg.out or free_folder(preset))
-    data = open_data(cfg)
-    blend = data.blend(cfg.blend)
-    sampler = Sampler(data, blend, cfg.model.seq_len, cfg.seed, isolate=cfg.isolate)
-    val = {
-        s: Sampler(data, {s: 1.0}, cfg.model.seq_len, 0, "val", cfg.isolate)
-        for s in blend
-        if data.n_tokens(s, "val") > 1
-    }
+    cfg = replace(cfg, out=cfg.out or free_folder(preset))
+    data, course = open_data(cfg), cfg.course()
+    blends = {first: data.blend(blend) for first, blend in course.blends().items()}
+    sampler = Sampler(
+        data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
+    )
     open_folder(cfg)
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
-
-    def evaluate() -> dict[str, float]:
-        """Validation loss per source, and weighted by the blend."""
-        losses = {}
-        for source, val_sampler in val.items():
-            n = min(cfg.eval_batches, max(1, val_sampler.windows[source] // cfg.batch))
-            firsts = range(0, n * cfg.batch, cfg.batch)
-            micro = [m for first in firsts for m in micro_batches(cfg, runner, val_sampler, first)]
-            losses[source] = runner.eval(micro, lm_loss).item()
-        if not losses:
-            return {}
-        weight = sum(blend[s] for s in losses)
-        total = sum(blend[s] * loss for s, loss in losses.items()) / weight
-        return {"val_loss": total} | {f"val_loss/{s}": loss for s, loss in losses.items()}
+    evaluate = evaluator(cfg, runner, data, blends)
 
     embedding, rest = count_params(cfg.model)
-    log.info(
-        f"{preset}: {(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M "
-        f"embedding), {world_size()} process(es)"
-    )
-    sources = [f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items()]
-    last = ", ".join(f"{s} {e:.2f}" for s, e in sampler.epochs(cfg.steps * cfg.batch).items())
-    log.info(f"blend: {', '.join(sources)}; epochs by step {cfg.steps}: {last}")
+    size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
+    log.info(f"{preset}: {size}, {world_size()} process(es)")
+    for first, blend in blends.items():
+        parts = ", ".join(f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items())
+        log.info(f"blend from sample {first:,}: {parts}")
+    epochs = sampler.epochs(course.samples(min(cfg.steps, course.steps) - 1))
+    log.info("epochs by the end: " + ", ".join(f"{s} {e:.2f}" for s, e in epochs.items()))
     log.info(f"folder: {cfg.out}")
-    fit(
-        cfg,
-        runner,
-        lambda step: micro_batches(cfg, runner, sampler, step * cfg.batch),
-        lm_loss,
-        evaluate,
-    )
+
+    def batches(step: int) -> list[Batch]:
+        return micro_batches(cfg, runner, sampler, course.samples(step), course.at(step).batch)
+
+    def describe(step: int) -> str:
+        first = course.samples(step)
+        return sampler.describe(range(first, first + course.at(step).batch))
+
+    fit(cfg, runner, batches, lm_loss, evaluate, describe)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw loss, learning rate, batch size and speed of one or several runs into one PNG."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path = Path("report.png")
+
+
+def report(cfg: ReportConfig) -> None:
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ValueError("the report needs matplotlib: pip install -e '.[report]'") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if not cfg.runs:
+        raise ValueError("no run given: train.py report RUN ...")
+    fig, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    loss, rate, batch, speed = panels.flat
+    for i, run in enumerate(cfg.runs):
+        path = run / "metrics.jsonl"
+        if not path.exists():
+            raise ValueError(f"{run}: no metrics.jsonl: not a run's folder")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        tokens = [r["tokens"] / 1e6 for r in rows]
+        look = dict(color=f"C{i % 10}", lw=1 + 1.5 * (len(cfg.runs) - 1 - i), alpha=0.8)
+        nan = float("nan")
+        loss.plot(tokens, [r["loss"] or nan for r in rows], label=run.name, **look)
+        val = [(r["tokens"] / 1e6, r["val_loss"]) for r in rows if "val_loss" in r]
+        loss.plot(*zip(*val, strict=True), "o", ms=5, color=look["color"]) if val else None
+        rate.plot(tokens, [r["lr"] for r in rows], label=run.name, **look)
+        batch.plot(tokens, [r["batch"] for r in rows], drawstyle="steps-post", **look)
+        measured = all(r["mfu"] is not None for r in rows)
+        ys = [r["mfu"] if measured else r["tokens_per_s"] / 1e3 for r in rows]
+        speed.plot(tokens, ys, **{**look, "lw": 1})
+        speed.set_title("MFU, %" if measured else "thousand tokens/s (device without a known peak)")
+    loss.set_title("loss (points: validation)")
+    rate.set_title("learning rate")
+    batch.set_title("batch, sequences")
+    for panel in panels.flat:
+        panel.set_xlabel("million tokens")
+        panel.grid(alpha=0.3)
+    batch.set_ylim(bottom=0)
+    speed.set_ylim(bottom=0)
+    loss.legend()
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(cfg.out, dpi=110)
+    log.info(f"wrote {cfg.out}")
 
 
 def choose_config(
@@ -493,7 +845,11 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     set_up_logging()
-    run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, __doc__)))
+    if sys.argv[1:2] == ["report"]:
+        args = dict(args=sys.argv[2:], prog="train.py report")
+        run(lambda: report(tyro.cli(ReportConfig, **args)))
+    else:
+        run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, __doc__)))
 
 
 if __name__ == "__main__":

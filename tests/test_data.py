@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 import data
-from data import SPECIALS, PrepareConfig, Sampler, TokenData, load_tokenizer, permute, prepare
+from data import (
+    SPECIALS,
+    PrepareConfig,
+    Sampler,
+    TokenData,
+    load_tokenizer,
+    permute,
+    prepare,
+    shares_of,
+)
 
 ROOT = Path(__file__).parents[1]
 UGLY = [
@@ -423,15 +432,14 @@ def test_a_huge_epoch_needs_no_memory():
 )
 def test_blend_proportions_are_exact_to_a_sample_per_thousand(weights):
     sampler = object.__new__(Sampler)
-    rest = np.cumsum(weights[::-1])[::-1]
-    sampler.names = tuple("abcd"[: len(weights)])
-    sampler.shares = [round(w / r * 2**32) for w, r in zip(weights, rest, strict=True)]
-    sampler.windows, sampler.seed = {s: 10**9 for s in sampler.names}, 0
+    blend = dict(zip("abcd", weights, strict=False))
+    sampler.windows, sampler.seed = {s: 10**9 for s in blend}, 0
+    sampler.parts = [(0, shares_of(blend))]
     seen = [sampler.locate(i)[0] for i in range(5000)]
     for first in (0, 777, 4000):
-        for name, w in zip(sampler.names, weights, strict=True):
+        for name, w in blend.items():
             assert abs(seen[first : first + 1000].count(name) - 1000 * w) <= 1.0 + 1e-6
-    assert sampler.counts(5000) == {s: seen.count(s) for s in sampler.names}
+    assert sampler.counts(5000) == {s: seen.count(s) for s in blend}
 
 
 def test_every_window_and_every_document_is_seen_once_per_epoch(corpus):
@@ -449,6 +457,34 @@ def test_every_window_and_every_document_is_seen_once_per_epoch(corpus):
         tokens[1:].tolist()
     )  # every token but the first is predicted exactly once
     assert sampler.epochs(n)["english"] == 1.0
+
+
+def test_a_later_blend_goes_on_where_the_one_before_stopped_in_each_source(corpus):
+    data_ = TokenData(corpus)
+    later = {100: {"code": 1.0}, 160: {"english": 0.2, "code": 0.8}}
+    sampler = Sampler(data_, {"english": 0.75, "code": 0.25}, 64, seed=3, later=later)
+    located = [sampler.locate(i) for i in range(400)]
+    for first, last, share in ((0, 100, 0.75), (100, 160, 0.0), (160, 400, 0.2)):
+        names = [s for s, _, _ in located[first:last]]
+        assert abs(names.count("english") - share * (last - first)) <= 1
+    for source in ("english", "code"):  # no window twice in an epoch, none left out by a change
+        seen = [(e, w) for s, e, w in located if s == source]
+        whole = sampler.windows[source]
+        assert len(set(seen)) == len(seen)
+        assert [e for e, _ in seen] == [k // whole for k in range(len(seen))]
+    for i in (0, 50, 100, 101, 160, 161, 399):
+        counts = sampler.counts(i)
+        assert counts == {s: [x[0] for x in located[:i]].count(s) for s in ("english", "code")}
+
+
+def test_a_batch_is_described_by_its_documents(corpus):
+    data_ = TokenData(corpus)
+    sampler = Sampler(data_, {"english": 1.0}, 64, seed=3)
+    source, _, window = sampler.locate(7)
+    first, last = map(int, sampler.describe([7]).split()[-1].split("-"))
+    offsets = data_.offsets(source, "train")
+    assert offsets[first] <= window * 64 < offsets[first + 1]
+    assert offsets[last] <= min(window * 64 + 64, offsets[-1] - 1) < offsets[last + 1]
 
 
 def test_a_sample_is_a_pure_function_of_seed_and_number(corpus):

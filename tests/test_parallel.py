@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import sys
 from functools import partial
 from unittest.mock import patch
@@ -214,6 +215,18 @@ def test_bf16_runs_keep_fp32_master_weights(on_ranks):
     for dtypes, seen, loss in on_ranks(2, bf16_run, cfg):
         assert dtypes == {torch.float32} and seen == {(torch.bfloat16, torch.float32)}
         assert abs(loss - plain_pytorch(config())[0][0]) < 0.05
+
+
+def shards_after_eval(cfg):
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    runner.eval(my_batches(cfg, runner, 0), lm_loss)
+    return {(type(p).__name__, p.dtype) for p in runner.params().values()}
+
+
+@pytest.mark.parametrize("n, axes", [(2, {"reshard": "never"}), (4, {"pp": 2, "vp": 2}), (2, {})])
+def test_after_an_evaluation_the_parameters_are_the_sharded_fp32_ones(on_ranks, n, axes):
+    for kinds in on_ranks(n, shards_after_eval, config(dtype="bf16", **axes)):
+        assert kinds == {("DTensor", torch.float32)}
 
 
 def decayed(cfg):
@@ -516,3 +529,57 @@ def test_an_unknown_shape_or_gpu_gets_a_suggestion():
         PlanConfig(shape="nemotron-340b")
     with pytest.raises(ValueError, match="no gpu 'H10'"):
         PlanConfig(gpu="H10")
+
+
+# ---- moving a run --------------------------------------------------------------------------------
+
+
+def some_steps(cfg, root, first, last):
+    """[(loss, norm)] of steps first..last-1, from the newest checkpoint on; saves at last."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    optimizer, out = make_optimizer(cfg, runner), []
+    checkpoints = Checkpoints(root, 2, False)
+    saved = checkpoints.load(training_state(runner, optimizer))
+    assert (saved["step"] if saved else 0) == first
+    for step in range(first, last):
+        loss = runner.step(my_batches(cfg, runner, step), lm_loss).item()
+        out.append((loss, runner.clip_grad_norm(1.0).item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoints.save(last, training_state(runner, optimizer), {})
+    return out
+
+
+MOVES = [(1, {}), (4, {"tp": 4}), (4, {"pp": 4}), (4, {"tp": 2, "dp_replicate": 2})]
+
+
+def test_a_run_moved_to_another_mesh_continues_the_same_loss_curve(on_ranks, tmp_path):
+    want = torch.tensor(on_ranks(1, some_steps, config(), tmp_path / "whole", 0, 6)[0])
+    four_axes = config(tp=2, pp=2, vp=2)
+    start = on_ranks(8, some_steps, four_axes, tmp_path / "moved", 0, 3)[0]
+    for n, axes in MOVES:
+        here = tmp_path / f"moved_{n}_{len(axes)}_{list(axes)}"
+        shutil.copytree(tmp_path / "moved", here)
+        for rest in on_ranks(n, some_steps, config(**axes), here, 3, 6):
+            assert torch.allclose(torch.tensor(start + rest), want, rtol=1e-5), axes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "n, axes", [(1, {}), (4, {"tp": 2, "pp": 2}), (2, {"tp": 2, "recompute": "selective"})]
+)
+def test_compiled_blocks_train_alike(on_ranks, n, axes):
+    want = torch.tensor(plain_pytorch(config()))
+    for got in on_ranks(n, train_three_steps, config(compile=True, **axes), timeout=600):
+        assert torch.allclose(torch.tensor(got), want, rtol=1e-5), (got, want)
+
+
+@pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
+def test_gradients_are_reduced_in_the_dtype_asked_for(on_ranks, reduce_dtype):
+    cfg = config(reduce_dtype=reduce_dtype, dtype="bf16")
+    exact = plain_pytorch(config())[0]
+    loss, norm = on_ranks(2, train_three_steps, cfg)[0][0]
+    assert abs(loss - exact[0]) < 0.05 and norm == pytest.approx(exact[1], rel=0.05)
+    other = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, reduce_dtype="fp32"))
+    same = on_ranks(2, train_three_steps, other)[0][0][1] == norm
+    assert same == (reduce_dtype == "fp32")

@@ -17,9 +17,9 @@ import torch
 
 import train
 from data import Sampler, TokenData
-from model import ModelConfig
-from parallel import MeshConfig
-from train import PRESETS, PretrainConfig, choose_config, lr_at, micro_batches, nano
+from model import ModelConfig, hf_config
+from parallel import Checkpoints, MeshConfig, Runner, init_mesh, load_hf, save_hf
+from train import PRESETS, Course, Phase, PretrainConfig, choose_config, micro_batches, nano
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, vocab_size=512, seq_len=32, init_std=0.05)
@@ -91,9 +91,8 @@ def batches_on(cfg, step):
 
     def on(dp, dp_rank, micro_batch):
         here = type("Ranks", (), {"dp": dp, "dp_rank": dp_rank})
-        return micro_batches(
-            dataclasses.replace(cfg, micro_batch=micro_batch), here, sampler, step * cfg.batch
-        )
+        at = dataclasses.replace(cfg, micro_batch=micro_batch)
+        return micro_batches(at, here, sampler, step * cfg.batch, cfg.batch)
 
     return on
 
@@ -164,16 +163,169 @@ def test_isolating_documents_changes_the_loss(on_ranks, corpus, tmp_path):
 
 
 def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_in_samples():
-    cfg = dataclasses.replace(nano(), lr=1.0, min_lr=0.1, warmup=100, batch=10, steps=110)
-    assert lr_at(0, cfg) == pytest.approx(10 / 110) and lr_at(90, cfg) == pytest.approx(100 / 110)
-    assert lr_at(100, cfg) == 1.0
-    for share, want in (
-        (0.25, 0.55 + 0.45 * math.sqrt(0.5)),
-        (0.5, 0.55),
-        (0.75, 0.55 - 0.45 * math.sqrt(0.5)),
-        (1.0, 0.1),
-    ):
-        assert lr_at(100 + round(1000 * share), cfg) == pytest.approx(want)
+    phase = Phase(((300, 10), (800, 20)), lr=1.0, min_lr=0.1, warmup=100)
+    assert phase.lr_at(0, 10) == pytest.approx(10 / 110)
+    assert phase.lr_at(90, 10) == pytest.approx(100 / 110)
+    assert phase.lr_at(100, 10) == 1.0
+    half = 0.45 * math.sqrt(0.5)
+    for share, want in ((0.25, 0.55 + half), (0.5, 0.55), (0.75, 0.55 - half), (1.0, 0.1)):
+        assert phase.lr_at(100 + round(1000 * share), 20) == pytest.approx(want)
+
+
+def test_the_340b_presets_totals_are_the_reports():
+    cfg = PRESETS["nemotron4_340b"]()
+    course = cfg.course()
+    assert [s.steps for s in course.stretches] == [63_578, 31_789, 805_325, 105_964]
+    assert [s.batch for s in course.stretches] == [768, 1536, 2304, 2304]
+    first, second = cfg.phases
+    assert first.samples == 1_953_125_000 and first.samples * 4096 == 8.0e12
+    assert abs(course.stretches[3].first_sample / first.samples - 1) < 1e-6
+    assert second.samples * 4096 == 1.0e12 and cfg.steps == 1_006_656
+    assert first.warmup * 4096 == pytest.approx(16.0e9, rel=1e-6)
+    assert first.samples - first.warmup == 1_949_218_748  # NVIDIA's decay samples
+    assert course.lr(63_578 + 31_789 + 805_325 - 1) == pytest.approx(1e-5)
+    assert course.lr(cfg.steps - 1) == pytest.approx(1e-7, rel=1e-3)
+    assert second.late_from() / second.samples == pytest.approx(0.711, abs=5e-4)
+
+
+def test_the_15b_presets_totals_are_its_papers():
+    course = PRESETS["nemotron4_15b"]().course()
+    assert [s.batch for s in course.stretches] == [384, 768, 1152, 1152]
+    assert sum(s.steps * s.batch for s in course.stretches[:3]) * 4096 == pytest.approx(
+        8e12, rel=1e-6
+    )
+    assert max(map(course.lr, range(0, 100_000, 999))) == pytest.approx(4.5e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_the_checks_on_some_number_of_processes(name):
+    cfg = PRESETS[name]()
+    worlds = {"nemotron4_340b": 6144, "nemotron4_15b": 768, "minitron_8b": 16}
+    for stretch in cfg.course().stretches:
+        world = worlds.get(name, 1)
+        cfg.mesh.check(cfg.model, world, stretch.batch, cfg.micro_batch)
+
+
+def test_steps_samples_batches_and_blends_of_a_course_agree():
+    a, b, late = {"english": 1.0}, {"code": 1.0}, {"english": 0.5, "code": 0.5}
+    phases = (
+        Phase(((40, 4), (80, 8)), 1.0, 0.1, 8, a),
+        Phase(((120, 12),), 0.1, 0.001, 0, b, late, 0.02),
+    )
+    course = Course(phases)
+    assert [(s.first_step, s.steps, s.first_sample) for s in course.stretches] == [
+        (0, 10, 0), (10, 10, 40), (20, 10, 120)
+    ]  # fmt: skip
+    sample = 0
+    for step in range(course.steps):
+        assert course.samples(step) == sample
+        sample += course.at(step).batch
+    assert sample == course.n_samples == 240
+    assert [step for step in range(1, 31) if course.ends_a_stretch(step)] == [10, 20, 30]
+    switch = next(step for step in range(20, 30) if course.lr(step) <= 0.02)
+    assert course.blends() == {0: a, 120: b, course.samples(switch): late}
+
+
+def two_phases(corpus, out, **changes):
+    """A ramp 4, 8 with a change of blend and a second phase: 6 + 4 + 4 steps."""
+    phases = (
+        Phase(((24, 4), (32, 8)), 3e-3, 3e-4, 8, {"english": 0.75, "code": 0.25}),
+        Phase(((32, 8),), 3e-4, 3e-6, 0, {"english": 0.5, "code": 0.5}, {"code": 1.0}, 6e-5),
+    )
+    more = dict(phases=phases, steps=14, eval_every=100, save_every=100, micro_batch=1)
+    return config(corpus, out, **(more | changes))
+
+
+def test_a_two_phase_run_logs_its_batches_rates_and_checkpoints(on_ranks, corpus, tmp_path):
+    cfg = two_phases(corpus, tmp_path / "a", keep=9)
+    on_ranks(2, pretrain, cfg)
+    got, course = rows(cfg.out), cfg.course()
+    assert [r["batch"] for r in got] == [4] * 6 + [8] * 8
+    assert [r["tokens"] // 32 for r in got] == [course.samples(s) for s in range(1, 14)] + [88]
+    assert [r["lr"] for r in got] == pytest.approx([course.lr(s) for s in range(14)])
+    saved = sorted(p.name for p in (cfg.out / "checkpoints").iterdir())
+    assert saved == ["step_000006", "step_000010", "step_000014"]
+    assert {"val_bpb/english", "val_bpb/code", "val_loss/english"} <= got[-1].keys()
+
+
+def test_a_ramped_run_moved_to_more_ranks_gives_the_losses_of_one_that_was_not(
+    on_ranks, corpus, tmp_path
+):
+    whole, moved = two_phases(corpus, tmp_path / "whole"), two_phases(corpus, tmp_path / "moved")
+    on_ranks(2, pretrain, whole)
+    on_ranks(2, pretrain, dataclasses.replace(moved, steps=6))  # up to where the batch grows
+    on_ranks(4, pretrain, dataclasses.replace(moved, micro_batch=2))
+    got, want = losses(moved.out), losses(whole.out)
+    assert len(got) == 14
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_blend_changes_at_the_right_sample(corpus):
+    cfg = two_phases(corpus, None)
+    course, data = cfg.course(), TokenData(corpus)
+    blends = {at: data.blend(b) for at, b in course.blends().items()}
+    sampler = Sampler(data, blends[0], 32, 0, later=blends)
+    names = [sampler.locate(i)[0] for i in range(88)]
+    assert names[:56].count("code") == 14
+    switch = course.samples(next(s for s in range(10, 14) if course.lr(s) <= 6e-5))
+    assert 56 < switch < 88 and set(names[switch:]) == {"code"}
+    assert names[56:switch].count("english") == (switch - 56) // 2
+
+
+def test_bits_per_byte_are_nats_per_token_in_the_datas_units(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=1)
+    on_ranks(1, pretrain, cfg)
+    row, val = rows(cfg.out)[0], TokenData(corpus).manifest["sources"]["code"]["val"]
+    per_byte = row["val_loss/code"] / math.log(2) * val["tokens"] / val["bytes"]
+    assert row["val_bpb/code"] == pytest.approx(per_byte)
+
+
+def test_a_run_starts_from_another_runs_weights_with_a_fresh_optimizer(on_ranks, corpus, tmp_path):
+    first = config(corpus, tmp_path / "a", steps=6)
+    on_ranks(2, pretrain, first)
+    on_ranks(
+        1,
+        pretrain,
+        config(corpus, tmp_path / "b", init=str(first.out), steps=1, lr=0.0, min_lr=0.0),
+    )
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
+        rows(first.out)[-1]["val_loss"], rel=1e-6
+    )
+    assert "no checkpoint there" in error_of(
+        on_ranks, config(corpus, tmp_path / "c", init=str(tmp_path))
+    )
+
+
+def export(cfg, out):
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, 0)
+    weights = {f"model.{n}": p for n, p in runner.params().items()}
+    Checkpoints(cfg.out / "checkpoints", 2, False).load(weights)
+    save_hf(runner, out)
+
+
+def test_a_transformers_folder_is_trained_saved_and_opened_again_in_transformers(
+    on_ranks, corpus, tmp_path
+):
+    from transformers import AutoModelForCausalLM, NemotronConfig, NemotronForCausalLM
+
+    config_ = {k: v for k, v in hf_config(TINY).items() if k not in ("architectures", "model_type")}
+    theirs = NemotronForCausalLM(NemotronConfig(**config_))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if name.endswith("norm.weight"):
+                p.zero_()  # transformers starts it at a gain of two
+    theirs.save_pretrained(tmp_path / "hf")
+    cfg = config(corpus, tmp_path / "a", init=f"hf:{tmp_path / 'hf'}", steps=20, save_every=20)
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(tp=2, dtype="fp32"), micro_batch=2)
+    on_ranks(4, pretrain, cfg)  # dp 2, tp 2
+    on_ranks(4, export, cfg, tmp_path / "out")
+    ours, again = load_hf(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = torch.arange(30)[None]
+    with torch.no_grad():
+        assert (ours(x) - again(x).logits).abs().max() < 1e-4
+        assert (ours(x) - theirs(x).logits).abs().max() > 0.1  # it has learnt something
+    assert rows(cfg.out)[-1]["loss"] < rows(cfg.out)[0]["loss"] - 0.3
 
 
 def error_of(on_ranks, cfg):
@@ -220,10 +372,58 @@ def test_a_non_finite_loss_stops_before_the_update(on_ranks, corpus, tmp_path):
     assert len(rows(cfg.out)) == int(saved[-1].name[-6:]) >= 1  # what was good is kept
 
 
-@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf)])
-def test_neither_a_nan_loss_nor_an_infinite_norm_passes(loss, norm):
-    with pytest.raises(FloatingPointError, match="step 3"):
-        train.stop_unless_finite(3, loss, norm)
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf), (9.0, 1.0)])
+def test_neither_a_nan_nor_an_infinite_norm_nor_a_spike_passes(loss, norm):
+    cfg = dataclasses.replace(nano(), spike=2.0)
+    assert train.what_is_wrong(cfg, loss, norm, [3.0] * 10)
+    assert not train.what_is_wrong(cfg, 3.5, 1.0, [3.0] * 10)
+    with pytest.raises(FloatingPointError, match="step 3: .*english documents 4-5"):
+        train.handle_bad_step(cfg, 3, "loss nan", 1, "english documents 4-5")
+
+
+def poisoned(cfg, steps):
+    """The run with a loss that is not a number at some steps; returns what it warned of."""
+    honest, count, said = train.Runner.step, iter(range(10_000)), []
+
+    def step(self, batches, loss_fn):
+        loss = honest(self, batches, loss_fn)
+        return loss * math.nan if next(count) in steps else loss
+
+    train.Runner.step = step
+    train.log.addFilter(lambda record: said.append(record.getMessage()) or True)
+    train.set_up_logging()
+    train.pretrain("tiny", cfg)
+    return said
+
+
+def test_bad_steps_are_skipped_logged_and_bounded(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", on_bad_step="skip", max_skips=2)
+    said = "\n".join(on_ranks(2, poisoned, cfg, (2, 5))[0])
+    got = rows(cfg.out)
+    assert [r["step"] for r in got if r["loss"] is None] == [3, 6] and len(got) == 8
+    assert [r.get("skipped") for r in got if "skipped" in r] == [1, 2]
+    assert re.search(r"step 3: loss nan.*left out \(1 so far\); batch: \w+ documents \d+-\d+", said)
+    with pytest.raises(AssertionError, match="3 steps skipped, max_skips=2"):
+        on_ranks(1, poisoned, dataclasses.replace(cfg, out=tmp_path / "b"), (2, 4, 5))
+
+
+def test_a_profile_window_writes_a_trace_and_groups_have_norms(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", profile=2, grad_norms=True, steps=5)
+    on_ranks(2, pretrain, cfg)
+    trace = json.loads((cfg.out / "trace" / "rank0.json").read_text())
+    assert any("aten::mm" in str(e.get("name")) for e in trace["traceEvents"])
+    row = rows(cfg.out)[0]
+    groups = [row[f"grad_norm/{g}"] for g in ("embed", "attn", "mlp", "norm", "head")]
+    assert math.sqrt(sum(g * g for g in groups)) == pytest.approx(row["grad_norm"], rel=1e-5)
+
+
+def test_the_report_draws_runs_into_one_picture(on_ranks, corpus, tmp_path):
+    on_ranks(1, pretrain, config(corpus, tmp_path / "a"))
+    on_ranks(1, pretrain, two_phases(corpus, tmp_path / "b"))
+    train.report(train.ReportConfig((tmp_path / "a", tmp_path / "b"), tmp_path / "r.png"))
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="not a run's folder"):
+        train.report(train.ReportConfig((tmp_path,), tmp_path / "r.png"))
 
 
 def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):
@@ -240,7 +440,9 @@ def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"lr": 1e-5, "min_lr": 1e-4}, {"warmup": -1}, {"keep": 0}], ids=str
+    "change",
+    [{"steps": 0}, {"lr": 1e-5, "min_lr": 1e-4}, {"warmup": -1}, {"keep": 0}, {"spike": 0.5}],
+    ids=str,
 )
 def test_impossible_settings_are_refused_with_their_numbers(change):
     with pytest.raises(ValueError, match=f"{list(change)[0]}={list(change.values())[0]}"):
@@ -264,7 +466,8 @@ def torchrun(cfg, n, *more, before=""):
         "from pathlib import Path; train.set_up_logging()\n"
         "c = t.config(Path(sys.argv[1]), Path(sys.argv[2]), steps=int(sys.argv[3]), save_every=2)\n"
         "background = sys.argv[4] == 'background'\n"
-        "c = dataclasses.replace(c, save_in_background=background, eval_every=1000)\n"
+        "mesh = dataclasses.replace(c.mesh, timeout=20)\n"
+        "c = dataclasses.replace(c, save_in_background=background, eval_every=1000, mesh=mesh)\n"
         "train.run(lambda: train.pretrain('tiny', c))\n"
     )
     script = cfg.out.with_suffix(".py")
@@ -340,3 +543,18 @@ def test_one_ranks_failure_ends_the_job_with_its_traceback(corpus, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - begun < 60
     assert "RuntimeError: the second rank is broken" in out
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_answering_ends_the_job_in_a_bounded_time(corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=1000)
+    silent = (
+        "import os, time, parallel; step = parallel.Runner.step; count = iter(range(10**6))\n"
+        "def hang(self, *args):\n"
+        "    if os.environ['RANK'] == '1' and next(count) == 3: time.sleep(600)\n"
+        "    return step(self, *args)\n"
+        "parallel.Runner.step = hang\n"
+    )
+    process = torchrun(cfg, 2, "foreground", before=silent)
+    out, _ = process.communicate(timeout=150)  # torchrun gives the sleeper 30 s to leave
+    assert process.returncode != 0 and "Timed out waiting 20000ms" in out
