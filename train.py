@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node 2 train.py nano
 python train.py nano --steps 50 --out runs/try --lr 2e-3
+python train.py report runs/nano runs/try
 """
 
 import dataclasses
@@ -76,6 +77,9 @@ class Phase:
             raise ValueError(f"lr={self.lr}, min_lr={self.min_lr}: 0 <= min_lr <= lr is needed")
         if self.warmup < 0:
             raise ValueError(f"warmup={self.warmup}: samples, 0 or more")
+        if self.late_blend and not self.min_lr < self.late_below <= self.lr:
+            between = f"between min_lr={self.min_lr} and lr={self.lr}"
+            raise ValueError(f"late_below={self.late_below}: a late blend needs a rate {between}")
 
     @property
     def samples(self) -> int:
@@ -675,12 +679,9 @@ def open_data(cfg: PretrainConfig) -> TokenData:
         dist.barrier()
     data = TokenData(cfg.data)
     if data.vocab_size != cfg.model.vocab_size:
-        raise ValueError(
-            f"{cfg.data} has a vocabulary of {data.vocab_size}, the model of "
-            f"{cfg.model.vocab_size}: "
-            f"set --model.vocab-size {data.vocab_size}, or prepare the data with the model's "
-            f"tokenizer"
-        )
+        todo = f"set --model.vocab-size {data.vocab_size}, or prepare with the model's tokenizer"
+        sizes = f"a vocabulary of {data.vocab_size}, the model of {cfg.model.vocab_size}"
+        raise ValueError(f"{cfg.data} has {sizes}: {todo}")
     return data
 
 

@@ -206,6 +206,21 @@ def test_every_preset_passes_the_checks_on_some_number_of_processes(name):
         cfg.mesh.check(cfg.model, world, stretch.batch, cfg.micro_batch)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"ramp": ()}, "ramp="),
+        ({"ramp": ((10, 0),)}, "ramp="),
+        ({"min_lr": 2.0}, "min_lr=2.0"),
+        ({"late_blend": {"code": 1.0}}, "late_below=0.0"),
+        ({"late_blend": {"code": 1.0}, "late_below": 1.5}, "late_below=1.5"),
+    ],
+)
+def test_an_impossible_phase_is_refused_with_its_numbers(change, words):
+    with pytest.raises(ValueError, match=words):
+        Phase(**{"ramp": ((10, 2),), "lr": 1.0, "min_lr": 0.1, **change})
+
+
 def test_steps_samples_batches_and_blends_of_a_course_agree():
     a, b, late = {"english": 1.0}, {"code": 1.0}, {"english": 0.5, "code": 0.5}
     phases = (
