@@ -4,9 +4,12 @@ top."""
 import ast
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import tyro
 
 import data
 import parallel
@@ -49,13 +52,16 @@ def test_the_model_knows_nothing_of_ranks():
     assert "distributed" not in sources()["model"]
 
 
+CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshConfig)
+CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig)
+
+
 def test_every_option_is_read_somewhere():
     text = "\n".join(sources().values())
-    for config in (train.PretrainConfig, parallel.MeshConfig, data.PrepareConfig, data.ShowConfig):
+    for config in CONFIGS:
         for field in dataclasses.fields(config):
-            assert re.search(rf"\b(cfg|self)\.(mesh\.|model\.)?{field.name}\b", text), (
-                f"{config.__name__}.{field.name}"
-            )
+            read = rf"\b(cfg|self|c|p|how|phase|mesh)\.{field.name}\b"
+            assert re.search(read, text), f"{config.__name__}.{field.name}"
 
 
 def test_rank_zero_is_asked_for_only_where_files_are_written():
@@ -69,9 +75,31 @@ def test_the_first_command_of_the_readme_is_before_line_20():
     assert any("train.py nano" in line for line in lines[:19])
 
 
-def test_the_readme_names_files_and_commands_that_exist():
+def readme_commands(file):
+    """The arguments of each command of the README that runs the file."""
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(rf"^(?:torchrun[^\n]*?|python) {file} ([^#`\n]*)", text, re.M)
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_readmes_files_exist_and_its_commands_parse():
     text = (ROOT / "README.md").read_text()
     for file in set(re.findall(r"\b([a-z]+\.py)\b", text)) & {f"{m}.py" for m in ALLOWED}:
         assert (ROOT / file).exists(), file
-    for preset in re.findall(r"train\.py ([a-z_0-9]+)", text):
-        assert preset in train.PRESETS, preset
+    for file, least in (("train.py", 6), ("data.py", 2), ("parallel.py", 4)):
+        assert len(readme_commands(file)) >= least, file
+    for args in readme_commands("train.py"):
+        if args[0] == "report":
+            tyro.cli(train.ReportConfig, args=args[1:])
+        elif "--help" not in args:
+            train.choose_config(args, train.PRESETS, "")
+    for args in readme_commands("data.py"):
+        tyro.cli({"prepare": data.PrepareConfig, "show": data.ShowConfig}[args[0]], args=args[1:])
+    for command, *args in readme_commands("parallel.py"):
+        assert command == "plan"
+        tyro.cli(parallel.PlanConfig, args=args)
+
+
+def test_pictures_of_the_readme_are_in_the_repository():
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG"
