@@ -653,7 +653,8 @@ class Runner:
         for name, p in self.params().items():
             axes = dict(zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True))
             copies = self.cfg.tp if "tp" in axes and axes["tp"].is_replicate() else 1
-            out[name] = p.grad.to_local().double().square().sum() / copies
+            norm = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64)
+            out[name] = norm.square() / copies
         return out
 
     def grad_norms(self) -> dict[str, float]:
@@ -729,7 +730,8 @@ class Checkpoints:
         self.writing, self.signed = self.root / f"step_{step:06d}.partial", False
         self.state = {"step": step, **state}
         if self.rank == 0:
-            shutil.rmtree(self.writing, ignore_errors=True)
+            for left_by_a_kill in (*self.root.glob("*.partial"), *self.root.glob("*.old")):
+                shutil.rmtree(left_by_a_kill)
             self.writing.mkdir(parents=True)
         dist.barrier()
         where = str(self.writing)
@@ -775,8 +777,11 @@ class Checkpoints:
 
     def seal(self) -> None:
         """state.json with everyone's checksums, the rename, and the oldest removed."""
-        files = {}
-        for sums in self.signatures():
+        files, signed = {}, self.signatures()
+        if len(signed) < self.world:
+            few = f"{len(signed)} of {self.world} processes' files are in {self.writing}"
+            raise RuntimeError(f"{few}: --out must be a folder that all machines share")
+        for sums in signed:
             files |= json.loads(sums.read_text())
             sums.unlink()
         (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
@@ -787,9 +792,7 @@ class Checkpoints:
 
     def discard(self, folders: list[Path]) -> None:
         for folder in folders:  # half deleted, it must not have a checkpoint's name
-            old = folder.with_suffix(".old")
-            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
-            shutil.rmtree(folder.rename(old))
+            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fill the tensors in place from the newest checkpoint that is whole, of any mesh. Returns
