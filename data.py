@@ -483,11 +483,13 @@ class TokenWriter:
     def __init__(self, stem: str, dtype: type, eos: int) -> None:
         self.bin, self.idx = open(f"{stem}.bin", "wb"), open(f"{stem}.idx", "wb")
         self.dtype, self.eos = dtype, np.array([eos], dtype).tobytes()
-        self.counts = dict(documents=0, tokens=0, bytes=0)
+        self.counts, self.crc = dict(documents=0, tokens=0, bytes=0), 0
         self.idx.write(np.int64(0).tobytes())
 
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
-        self.bin.write(ids.astype(self.dtype).tobytes() + self.eos)
+        document = ids.astype(self.dtype).tobytes() + self.eos
+        self.crc = zlib.crc32(document, self.crc)
+        self.bin.write(document)
         self.counts["documents"] += 1
         self.counts["tokens"] += len(ids) + 1
         self.counts["bytes"] += n_bytes
@@ -498,7 +500,7 @@ class TokenWriter:
             f.flush()
             os.fsync(f.fileno())
             f.close()
-        return self.counts
+        return {**self.counts, "crc": self.crc}
 
 
 def prepare(cfg: PrepareConfig) -> None:
@@ -528,7 +530,8 @@ def prepare(cfg: PrepareConfig) -> None:
 def training_texts(cfg: PrepareConfig, sources: dict[str, Reader]) -> Iterator[str]:
     """About cfg.train_bytes of text, an equal share from each source, in the order of the files."""
     for name, read in sources.items():
-        left, title = cfg.train_bytes // len(sources), f"{name}: text for the tokenizer"
+        share, title = cfg.train_bytes // len(sources), f"{name}: text for the tokenizer"
+        left = share
         for text in tqdm(read(), desc=title, unit=" docs", leave=False):
             if isinstance(text, str):
                 yield text
@@ -537,6 +540,8 @@ def training_texts(cfg: PrepareConfig, sources: dict[str, Reader]) -> Iterator[s
                     break
             elif not cfg.skip_bad:
                 raise text
+        if left == share:
+            raise ValueError(f"source {name!r} is empty: no document in it")
 
 
 def prepare_source(
@@ -556,7 +561,9 @@ def prepare_source(
     if not train["documents"]:
         left = f"{hygiene.counts}, {val['documents']} for validation"
         raise ValueError(f"source {name!r} is empty: no document left for training ({left})")
-    both = {unit: train[unit] + val[unit] for unit in train}
+    if not val["documents"] and cfg.val_fraction:
+        log.warning(f"{name}: too few documents for a validation split of {cfg.val_fraction}")
+    both = {unit: train[unit] + val[unit] for unit in ("documents", "tokens", "bytes")}
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in hygiene.counts.items())
     log.info(
         f"{name}: {both['documents']:,} documents ({val['documents']:,} for validation), "
@@ -583,6 +590,12 @@ class TokenData:
         self.manifest = json.loads(path.read_text())
         self.vocab_size: int = self.manifest["vocab_size"]
         self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens: a run that is resumed on other data is another run."""
+        entries = self.manifest["sources"].items()
+        return " ".join(f"{s}:{e['train']['tokens']}:{e['train']['crc']:08x}" for s, e in entries)
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.folder / self.manifest["tokenizer"])
@@ -618,7 +631,8 @@ class TokenData:
         total = sum(weights.values())
         if min(weights.values()) < 0 or not 0 < total < float("inf"):
             raise ValueError(f"blend {weights}: weights finite, none negative, and not all zero")
-        return {s: w / total for s, w in weights.items() if w > 0}
+        # in the manifest's order: sample i must not depend on how the weights were written down
+        return {s: weights[s] / total for s in self.sources if weights.get(s, 0) > 0}
 
 
 def permute(i: int, n: int, key: int) -> int:

@@ -36,7 +36,6 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -227,7 +226,11 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         started = {} if "WORLD_SIZE" in os.environ else alone
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout), **started)
-    return init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
+    mesh = init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
+    for axis in AXES:  # the groups of the axes would start with torch's default
+        group = mesh[axis].get_group()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=cfg.timeout), group)
+    return mesh
 
 
 def shut_down() -> None:
@@ -683,7 +686,8 @@ class Runner:
 
 def step_folders(root: Path) -> list[Path]:
     """Checkpoints, oldest first: what is still being written has another name."""
-    return sorted(p for p in root.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    folders = (p for p in root.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
 def checksum(file: Path) -> list[int]:
@@ -788,7 +792,14 @@ class Checkpoints:
         final = self.writing.with_suffix("")
         self.discard([final] if final.exists() else [])
         self.writing.rename(final)
-        self.discard(step_folders(self.root)[: -self.keep])
+        self.discard([p for p in step_folders(self.root) if not self.pinned(p)][: -self.keep])
+
+    def pinned(self, folder: Path) -> bool:
+        """Whether a checkpoint was saved with pin=True: it stays."""
+        try:
+            return json.loads((folder / "state.json").read_text()).get("pin", False)
+        except (OSError, ValueError):
+            return False  # damaged: as any other
 
     def discard(self, folders: list[Path]) -> None:
         for folder in folders:  # half deleted, it must not have a checkpoint's name
@@ -951,6 +962,11 @@ class PlanConfig:
     """Weights, KV cache and the bandwidth ceiling of decoding on these GPUs."""
 
     def __post_init__(self) -> None:
+        if min(self.gpus, self.batch, self.micro_batch) < 1:
+            sizes = f"gpus={self.gpus}, batch={self.batch}, micro_batch={self.micro_batch}"
+            raise ValueError(f"{sizes}: each must be at least 1")
+        if self.report and self.shape != "nemotron4-340b":
+            raise ValueError(f"--report is about nemotron4-340b, not {self.shape}")
         for what, name, table in (("shape", self.shape, SHAPES), ("gpu", self.gpu, GPUS)):
             if name not in table:
                 close = difflib.get_close_matches(name, table, n=1, cutoff=0.3) or list(table)
@@ -989,6 +1005,8 @@ def flash_on_meta(q: Tensor, k: Tensor, v: Tensor, visible: None) -> Tensor:
 @cache
 def activation_bytes(cfg: ModelConfig, tp: int, micro_batch: int, recompute: str) -> int:
     """What a block keeps of a micro-batch until its backward: run on meta tensors, and counted."""
+    from torch.distributed._tools.mem_tracker import MemTracker  # private: the dry run alone
+
     with imagined_mesh(MeshConfig(tp=tp), tp, 0) as mesh, patch("model.attend", flash_on_meta):
         model = on_meta(replace(cfg, n_layers=1)).to(torch.bfloat16)
         with torch.device("meta"):
@@ -1160,6 +1178,7 @@ def print_plan(c: PlanConfig) -> None:
 def print_report(c: PlanConfig) -> None:
     log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
     for gpus, batch, seconds, mfu in REPORT_ROWS:
+        c.mesh.check(SHAPES[c.shape], gpus, batch, c.micro_batch)
         step = step_of(replace(c, gpus=gpus, batch=batch))
         ours = f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f}"
         log.info(f"{ours} {step['mfu']:15.1f} {mfu:14.1f}")
@@ -1228,7 +1247,7 @@ def main() -> None:
         modes = ((c.report, print_report), (c.search, print_search), (c.serve, print_serving))
         next((show for asked, show in modes if asked), print_plan)(c)
     except ValueError as e:
-        sys.exit(f"parallel.py: error: {e}")
+        sys.exit(f"parallel.py: error: {e} (--search 10 lists what fits)")
 
 
 if __name__ == "__main__":

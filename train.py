@@ -142,15 +142,16 @@ class Course:
 
     def blends(self) -> dict[int, dict[str, float]]:
         """First sample → blend, aligned to steps."""
-        out = {}
+        out, late = {}, set()
         for s in self.stretches:
             if s.first_sample == s.phase_sample:
                 out[s.first_sample] = s.phase.blend
-            if s.phase.late_blend:
+            if s.phase.late_blend and s.phase_sample not in late:
                 ahead = s.phase_sample + s.phase.late_from() - s.first_sample
-                steps = -(-ahead // s.batch)
-                if 0 <= steps < s.steps:
+                steps = max(0, -(-ahead // s.batch))
+                if steps < s.steps:
                     out[s.first_sample + steps * s.batch] = s.phase.late_blend
+                    late.add(s.phase_sample)
         return out
 
 
@@ -200,7 +201,7 @@ class RunConfig:
     save_in_background: bool = False
     """Train on while a checkpoint is being written."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside those where a phase ends or the batch grows."""
     grad_norms: bool = False
     """Also log the gradient norm of embedding, attention, MLP, norms and head."""
     profile: int = 0
@@ -210,8 +211,13 @@ class RunConfig:
         for name in ("steps", "eval_every", "eval_batches", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("max_skips", "profile", "eps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.spike and self.spike <= 1:
             raise ValueError(f"spike={self.spike}: a factor above 1, or 0 for none")
+        if self.clip <= 0:
+            raise ValueError(f"clip={self.clip}: the largest norm is positive; inf clips nothing")
         self.course()
 
     def course(self) -> Course:
@@ -231,6 +237,15 @@ class PretrainConfig(RunConfig):
     phases: tuple[Phase, ...] = ()
     """The recipe; where given, batch, lr, min_lr, warmup and blend are the phases', and the run may
     end sooner, at steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for f in dataclasses.fields(self):
+            of_phases = f.name in ("batch", "lr", "min_lr", "warmup", "blend")
+            default = {} if f.name == "blend" else f.default
+            if self.phases and of_phases and getattr(self, f.name) != default:
+                what = f"{f.name}={getattr(self, f.name)}"
+                raise ValueError(f"{what}: this run has phases: set --phases.0.{f.name} and so on")
 
     def course(self) -> Course:
         if self.phases:
@@ -274,7 +289,14 @@ def nano_two_phase() -> PretrainConfig:
             late_blend={"english": 0.2, "code": 0.8}, late_below=3e-5,
         ),
     )  # fmt: skip
-    return replace(nano(), phases=phases, steps=Course(phases).steps, eval_every=20)
+    return PretrainConfig(
+        model=SHAPES["nano"],
+        mesh=MeshConfig(dtype="fp32"),
+        phases=phases,
+        steps=Course(phases).steps,
+        micro_batch=2,
+        eval_every=20,
+    )
 
 
 def small() -> PretrainConfig:
@@ -385,21 +407,38 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
     return optimizer
 
 
+def check_init(cfg: RunConfig) -> None:
+    """Refuse an init that is not there, or another model's; what transformers wrote is checked as
+    it is read."""
+    if not cfg.init or cfg.init.startswith("hf:"):
+        return
+    file = Path(cfg.init) / "config.json"
+    if not file.exists() or not step_folders(Path(cfg.init) / "checkpoints"):
+        raise ValueError(
+            f"init={cfg.init}: no run with a checkpoint there (hf:FOLDER is for others)"
+        )
+    theirs, mine = json.loads(file.read_text())["model"], as_json(cfg)["model"]
+    for key in sorted(mine.keys() - {"seq_len", "init_std"}):
+        if theirs.get(key) != mine[key]:
+            raise ValueError(
+                f"init={cfg.init} has {key}={theirs.get(key)}, this run {mine[key]}: "
+                f"set --model.{key.replace('_', '-')}"
+            )
+
+
 def load_init(cfg: RunConfig, runner: Runner) -> None:
     """Fill the weights from cfg.init: hf:FOLDER, or another run's newest checkpoint."""
     if cfg.init.startswith("hf:"):
         runner.load_hf(cfg.init[3:])
     elif cfg.init:
         weights = {f"model.{name}": p for name, p in runner.params().items()}
-        if Checkpoints(Path(cfg.init) / "checkpoints", 2, False).load(weights) is None:
-            raise ValueError(f"init={cfg.init}: no checkpoint there; hf:FOLDER is another format")
+        Checkpoints(Path(cfg.init) / "checkpoints", 2, False).load(weights)
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
-# What may change between two starts of one run: where and how fast it runs, how often it reports,
-# when it ends.
-FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
+# What may change between two starts of one run: where and how fast it runs, how often it reports.
+FREE = {"out", "mesh", "micro_batch", "eval_every", "eval_batches", "save_every"}
 FREE |= {"save_in_background", "keep", "grad_norms", "profile"}
 
 
@@ -417,27 +456,29 @@ def free_folder(name: str) -> Path:
     return root / (name if n == 1 else f"{name}-{n}")
 
 
-def open_folder(cfg: RunConfig) -> None:
-    """Write config.json into the run's folder, or refuse a folder that holds another run."""
-    file, mine = cfg.out / "config.json", as_json(cfg)
-    if file.exists():
-        theirs = json.loads(file.read_text())
-        differ = [
-            k for k in sorted((mine.keys() | theirs.keys()) - FREE) if mine.get(k) != theirs.get(k)
-        ]
-        if differ:
+def open_folder(cfg: RunConfig, data: str) -> None:
+    """Write config.json into the run's folder, or refuse a folder that holds another run. data: the
+    fingerprint of what it trains on."""
+    file, mine = cfg.out / "config.json", as_json(cfg) | {"data_fingerprint": data}
+    begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
+    # with phases the schedule does not depend on where the run is told to stop
+    free = FREE | ({"steps"} if getattr(cfg, "phases", ()) else set())
+    if file.exists() and begun:
+        try:
+            theirs = json.loads(file.read_text())
+        except ValueError as e:
+            raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
+        keys = sorted((mine.keys() | theirs.keys()) - free)
+        if differ := [k for k in keys if mine.get(k) != theirs.get(k)]:
             what = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in differ)
-            raise ValueError(
-                f"{cfg.out} holds another run ({what}): choose another --out, or remove it"
-            )
-    elif cfg.out.exists() and any(cfg.out.iterdir()):
-        raise ValueError(
-            f"{cfg.out} is not empty and holds no run (no config.json): choose another --out"
-        )
+            raise ValueError(f"{cfg.out} holds another run ({what}): choose another --out")
+    elif cfg.out.exists() and any(p.name != "config.json" for p in cfg.out.iterdir()):
+        raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(mine, indent=2))
+        file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2))
+        file.with_suffix(".tmp").rename(file)
 
 
 # ---- logging -------------------------------------------------------------------------------------
@@ -559,7 +600,7 @@ def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
         return
     file = cfg.out / "trace" / f"rank{dist.get_rank()}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    window = torch.profiler.schedule(wait=2, warmup=0, active=cfg.profile, repeat=1)
+    window = torch.profiler.schedule(wait=1, warmup=1, active=cfg.profile, repeat=1)
     export = lambda p: p.export_chrome_trace(str(file))  # noqa: E731
     with torch.profiler.profile(schedule=window, on_trace_ready=export) as profiler:
         yield profiler.step
@@ -635,6 +676,7 @@ def fit(
             stop = asked()
             if stop or due(step, cfg.save_every, last) or course.ends_a_stretch(step):
                 saved = {"step": step, "recent": recent, "skipped": skipped}
+                saved["pin"] = course.ends_a_stretch(step) and step < course.steps
                 checkpoints.save(step, training_state(runner, optimizer), saved)
             checkpoints.poll()
             tick()
@@ -688,8 +730,10 @@ def open_data(cfg: PretrainConfig) -> TokenData:
 def check_mesh(cfg: RunConfig) -> None:
     """Refuse what cannot run from here on; what the folder has behind it ran on another mesh."""
     done = [int(p.name[5:]) for p in step_folders(cfg.out / "checkpoints")] if cfg.out else []
-    for s in cfg.course().stretches:
-        if max(done, default=0) < s.first_step + s.steps and s.first_step < cfg.steps:
+    stretches = cfg.course().stretches
+    for s in stretches:
+        ahead = max(done, default=0) < s.first_step + s.steps and s.first_step < cfg.steps
+        if ahead or s is stretches[-1]:  # validation takes the last batch size throughout
             cfg.mesh.check(cfg.model, world_size(), s.batch, cfg.micro_batch)
 
 
@@ -699,13 +743,15 @@ def evaluator(
     """evaluate(step) → validation loss and bits per byte of each source, and the loss weighted by
     the blend of the step."""
     course, make = cfg.course(), partial(Sampler, data, split="val", isolate=cfg.isolate)
+    batch = course.stretches[-1].batch  # of every validation: a ramp must not change the set
     sources = list(dict.fromkeys(s for blend in blends.values() for s in blend))
-    sources = [s for s in sources if data.n_tokens(s, "val") > 1]
+    if without := [s for s in sources if data.n_tokens(s, "val") < 2]:
+        log.warning(f"no validation data in {', '.join(without)}: prepare with more documents")
+    sources = [s for s in sources if s not in without]
     val = {s: make(blend={s: 1.0}, seq_len=cfg.model.seq_len, seed=0) for s in sources}
 
     def evaluate(step: int) -> dict[str, float]:
-        first, batch = course.samples(step - 1), course.at(step - 1).batch
-        out, losses = {}, {}
+        first, out, losses = course.samples(step - 1), {}, {}
         for source, sampler in val.items():
             n = min(cfg.eval_batches, max(1, sampler.windows[source] // batch))
             micro = [
@@ -735,7 +781,8 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     sampler = Sampler(
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
     )
-    open_folder(cfg)
+    check_init(cfg)
+    open_folder(cfg, data.fingerprint)
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     evaluate = evaluator(cfg, runner, data, blends)
 
@@ -745,7 +792,7 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     for first, blend in blends.items():
         parts = ", ".join(f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items())
         log.info(f"blend from sample {first:,}: {parts}")
-    epochs = sampler.epochs(course.samples(min(cfg.steps, course.steps) - 1))
+    epochs = sampler.epochs(course.samples(min(cfg.steps, course.steps)))
     log.info("epochs by the end: " + ", ".join(f"{s} {e:.2f}" for s, e in epochs.items()))
     log.info(f"folder: {cfg.out}")
 
@@ -771,6 +818,19 @@ class ReportConfig:
     out: Path = Path("report.png")
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    path, rows = run / "metrics.jsonl", []
+    if not path.exists():
+        raise ValueError(f"{run}: no metrics.jsonl: not a run's folder")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in ("tokens", "batch", "mfu", "lr", "loss")} | row)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a row of this program's metrics") from None
+    return rows
+
+
 def report(cfg: ReportConfig) -> None:
     try:
         import matplotlib
@@ -783,23 +843,20 @@ def report(cfg: ReportConfig) -> None:
         raise ValueError("no run given: train.py report RUN ...")
     fig, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     loss, rate, batch, speed = panels.flat
-    for i, run in enumerate(cfg.runs):
-        path = run / "metrics.jsonl"
-        if not path.exists():
-            raise ValueError(f"{run}: no metrics.jsonl: not a run's folder")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    histories = {run: read_metrics(run) for run in cfg.runs}
+    measured = all(row["mfu"] is not None for rows in histories.values() for row in rows)
+    for i, (run, rows) in enumerate(histories.items()):
         tokens = [r["tokens"] / 1e6 for r in rows]
         look = dict(color=f"C{i % 10}", lw=1 + 1.5 * (len(cfg.runs) - 1 - i), alpha=0.8)
-        nan = float("nan")
-        loss.plot(tokens, [r["loss"] or nan for r in rows], label=run.name, **look)
+        losses = [float("nan") if r["loss"] is None else r["loss"] for r in rows]
+        loss.plot(tokens, losses, label=run.name, **look)
         val = [(r["tokens"] / 1e6, r["val_loss"]) for r in rows if "val_loss" in r]
         loss.plot(*zip(*val, strict=True), "o", ms=5, color=look["color"]) if val else None
         rate.plot(tokens, [r["lr"] for r in rows], label=run.name, **look)
         batch.plot(tokens, [r["batch"] for r in rows], drawstyle="steps-post", **look)
-        measured = all(r["mfu"] is not None for r in rows)
         ys = [r["mfu"] if measured else r["tokens_per_s"] / 1e3 for r in rows]
         speed.plot(tokens, ys, **{**look, "lw": 1})
-        speed.set_title("MFU, %" if measured else "thousand tokens/s (device without a known peak)")
+    speed.set_title("MFU, %" if measured else "thousand tokens/s (a device has no known peak)")
     loss.set_title("loss (points: validation)")
     rate.set_title("learning rate")
     batch.set_title("batch, sequences")
@@ -832,13 +889,19 @@ def choose_config(
 def run(main: Callable[[], None]) -> None:
     """Run a stage as a program: errors of the user in a line, others with their traceback, and no
     collective teardown on the failing path, where it would hang; torchrun reaps the other ranks."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
-        shut_down() if dist.is_initialized() else None
-    except (ValueError, FloatingPointError) as e:
-        log.error(f"error: {e}")
+        if dist.is_initialized():
+            shut_down()
+    except (ValueError, FloatingPointError, OSError) as e:
+        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
+        if isinstance(e, ValueError) and raised_in.parent != Path(__file__).parent:
+            traceback.print_exc()  # torch's or a bug of ours, not the user's
+        log.error(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
         os._exit(2)
     except Exception:
+        log.error(f"rank {rank} failed:")
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -496,6 +496,12 @@ def test_a_sample_is_a_pure_function_of_seed_and_number(corpus):
     assert not np.array_equal(forwards["tokens"], make(6).batch(range(50))["tokens"])
 
 
+def test_the_order_in_which_weights_are_written_changes_nothing(corpus):
+    data_ = TokenData(corpus)
+    a, b = (data_.blend(w) for w in ({"code": 0.2, "english": 0.8}, {"english": 0.8, "code": 0.2}))
+    assert list(a) == list(b) == list(data_.sources)
+
+
 def test_isolated_documents_restart_their_positions_and_predict_nothing_across_their_ends(corpus):
     data_ = TokenData(corpus)
     sampler = Sampler(data_, {"english": 1.0}, seq_len=2048, seed=0, isolate=True)

@@ -317,6 +317,23 @@ def test_what_is_still_being_written_is_not_a_checkpoint(tmp_path):
     assert [p.name for p in step_folders(tmp_path)] == ["step_000005"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps_past_a_million(tmp_path):
+    for step in (999_500, 1_000_000, 20, 1_000_500):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    names = ["step_000020", "step_999500", "step_1000000", "step_1000500"]
+    assert [p.name for p in step_folders(tmp_path)] == names
+
+
+def group_timeouts(cfg):
+    mesh, cpu = init_mesh(cfg.mesh), torch.device("cpu")
+    groups = [mesh[axis].get_group() for axis in mesh.mesh_dim_names]
+    return [g._get_backend(cpu).options._timeout.total_seconds() for g in groups]
+
+
+def test_every_axis_waits_as_long_as_it_is_told(on_ranks):
+    assert on_ranks(4, group_timeouts, config(tp=2, timeout=77)) == [[77.0] * 4] * 4
+
+
 def hf_round_trip(cfg, folder, out):
     runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
     runner.load_hf(folder)

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,12 +248,13 @@ def two_phases(corpus, out, **changes):
         Phase(((24, 4), (32, 8)), 3e-3, 3e-4, 8, {"english": 0.75, "code": 0.25}),
         Phase(((32, 8),), 3e-4, 3e-6, 0, {"english": 0.5, "code": 0.5}, {"code": 1.0}, 6e-5),
     )
+    default = {key: getattr(PretrainConfig, key) for key in ("batch", "lr", "min_lr", "warmup")}
     more = dict(phases=phases, steps=14, eval_every=100, save_every=100, micro_batch=1)
-    return config(corpus, out, **(more | changes))
+    return config(corpus, out, **(default | more | changes))
 
 
 def test_a_two_phase_run_logs_its_batches_rates_and_checkpoints(on_ranks, corpus, tmp_path):
-    cfg = two_phases(corpus, tmp_path / "a", keep=9)
+    cfg = two_phases(corpus, tmp_path / "a", save_every=3, keep=1)  # ends of stretches stay
     on_ranks(2, pretrain, cfg)
     got, course = rows(cfg.out), cfg.course()
     assert [r["batch"] for r in got] == [4] * 6 + [8] * 8
@@ -307,9 +309,45 @@ def test_a_run_starts_from_another_runs_weights_with_a_fresh_optimizer(on_ranks,
     assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
         rows(first.out)[-1]["val_loss"], rel=1e-6
     )
-    assert "no checkpoint there" in error_of(
+    assert "no run with a checkpoint there" in error_of(
         on_ranks, config(corpus, tmp_path / "c", init=str(tmp_path))
     )
+
+
+def test_weights_of_another_shape_are_refused(on_ranks, corpus, tmp_path):
+    first = config(corpus, tmp_path / "a", steps=2)
+    on_ranks(1, pretrain, first)
+    for change, words in (
+        ({"n_layers": 1}, "n_layers=2, this run 1"),
+        ({"rope_base": 5e5}, "rope_base"),
+    ):
+        other = dataclasses.replace(TINY, **change)
+        cfg = config(corpus, tmp_path / "b", init=str(first.out), model=other)
+        assert words in error_of(on_ranks, cfg)
+    assert not (tmp_path / "b").exists()
+
+
+def test_options_that_the_phases_own_are_refused_beside_them(corpus):
+    for change in ({"lr": 1.0}, {"batch": 64}, {"blend": {"code": 1.0}}, {"warmup": 5}):
+        with pytest.raises(ValueError, match=f"{list(change)[0]}=.*set --phases.0"):
+            dataclasses.replace(PRESETS["nano_two_phase"](), **change)
+
+
+def test_a_run_is_not_resumed_on_other_data_or_with_another_schedule(on_ranks, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    cfg = config(tmp_path / "data", tmp_path / "a", steps=2)
+    on_ranks(1, pretrain, cfg)
+    assert "steps: 2 there, 5 here" in error_of(on_ranks, dataclasses.replace(cfg, steps=5))
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["sources"]["code"]["train"]["crc"] ^= 1
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    assert "holds another run (data_fingerprint" in error_of(on_ranks, cfg)
+
+
+def test_a_start_that_failed_does_not_lock_its_folder(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=2, init=f"hf:{tmp_path}")
+    assert "no config.json" in error_of(on_ranks, cfg)
+    on_ranks(1, pretrain, dataclasses.replace(cfg, init=""))
 
 
 def export(cfg, out):
@@ -456,7 +494,15 @@ def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"lr": 1e-5, "min_lr": 1e-4}, {"warmup": -1}, {"keep": 0}, {"spike": 0.5}],
+    [
+        {"steps": 0},
+        {"lr": 1e-5, "min_lr": 1e-4},
+        {"warmup": -1},
+        {"keep": 0},
+        {"spike": 0.5},
+        {"clip": 0.0},
+        {"max_skips": -1},
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused_with_their_numbers(change):
