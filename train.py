@@ -437,8 +437,9 @@ def load_init(cfg: RunConfig, runner: Runner) -> None:
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
-# What may change between two starts of one run: where and how fast it runs, how often it reports.
-FREE = {"out", "mesh", "micro_batch", "eval_every", "eval_batches", "save_every"}
+# What may change between two starts of one run: where and how fast it runs, how often it reports,
+# when it ends.
+FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
 FREE |= {"save_in_background", "keep", "grad_norms", "profile"}
 
 
@@ -461,17 +462,18 @@ def open_folder(cfg: RunConfig, data: str) -> None:
     fingerprint of what it trains on."""
     file, mine = cfg.out / "config.json", as_json(cfg) | {"data_fingerprint": data}
     begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
-    # with phases the schedule does not depend on where the run is told to stop
-    free = FREE | ({"steps"} if getattr(cfg, "phases", ()) else set())
     if file.exists() and begun:
         try:
             theirs = json.loads(file.read_text())
         except ValueError as e:
             raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
-        keys = sorted((mine.keys() | theirs.keys()) - free)
+        keys = sorted((mine.keys() | theirs.keys()) - FREE)
         if differ := [k for k in keys if mine.get(k) != theirs.get(k)]:
             what = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in differ)
             raise ValueError(f"{cfg.out} holds another run ({what}): choose another --out")
+        if theirs["steps"] != cfg.steps and not mine.get("phases"):
+            both = f"{theirs['steps']} steps before, {cfg.steps} now"
+            log.warning(f"{cfg.out}: {both}: from here on the learning rate is that of {cfg.steps}")
     elif cfg.out.exists() and any(p.name != "config.json" for p in cfg.out.iterdir()):
         raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
     dist.barrier()  # everyone has looked before anyone writes

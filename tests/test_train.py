@@ -333,15 +333,22 @@ def test_options_that_the_phases_own_are_refused_beside_them(corpus):
             dataclasses.replace(PRESETS["nano_two_phase"](), **change)
 
 
-def test_a_run_is_not_resumed_on_other_data_or_with_another_schedule(on_ranks, corpus, tmp_path):
+def test_a_run_is_not_resumed_on_other_data(on_ranks, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "data")
     cfg = config(tmp_path / "data", tmp_path / "a", steps=2)
     on_ranks(1, pretrain, cfg)
-    assert "steps: 2 there, 5 here" in error_of(on_ranks, dataclasses.replace(cfg, steps=5))
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     manifest["sources"]["code"]["train"]["crc"] ^= 1
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     assert "holds another run (data_fingerprint" in error_of(on_ranks, cfg)
+
+
+def test_a_run_may_be_extended_and_says_that_its_schedule_changes(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=4)
+    on_ranks(1, pretrain, cfg)
+    said = on_ranks(1, poisoned, dataclasses.replace(cfg, steps=6), ())[0]
+    assert any("4 steps before, 6 now" in line for line in said)
+    assert [r["step"] for r in rows(cfg.out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_start_that_failed_does_not_lock_its_folder(on_ranks, corpus, tmp_path):
