@@ -168,6 +168,7 @@ class RunConfig:
     """Weights to start from, with a fresh optimizer: hf:FOLDER (a Hugging Face Nemotron), or the
     FOLDER of another run. Empty: random."""
     steps: int = 1000
+    """Optimizer steps."""
     seed: int = 0
     """Of the initial weights and of the data order."""
     batch: int = 16
@@ -181,6 +182,7 @@ class RunConfig:
     warmup: int = 0
     """Samples of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW, as eps (which no source prints)."""
     eps: float = 1e-8
     weight_decay: float = 0.1
     """On matrices; norms and biases have none."""
@@ -882,7 +884,7 @@ def choose_config(
         close = difflib.get_close_matches(argv[0], presets, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
         raise ValueError(f"no preset {argv[0]!r}: {hint}")
-    table = {name: (f.__doc__, f()) for name, f in presets.items()}
+    table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
     return argv[0] if argv else "", tyro.extras.overridable_config_cli(
         table, args=argv, description=description
     )
@@ -915,7 +917,8 @@ def main() -> None:
         args = dict(args=sys.argv[2:], prog="train.py report")
         run(lambda: report(tyro.cli(ReportConfig, **args)))
     else:
-        run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, __doc__)))
+        about = "Pretrain a preset, changed by options. `train.py report RUN ...` draws runs."
+        run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))
 
 
 if __name__ == "__main__":
