@@ -1,8 +1,10 @@
 """Pretraining, and the one loop (`fit`) that every stage of the system runs through.
 
-torchrun --nproc_per_node 2 train.py nano
-python train.py nano --steps 50 --out runs/try --lr 2e-3
-python train.py report runs/nano runs/try
+A preset is a function that returns a complete frozen config; the command line changes its fields.
+
+    torchrun --nproc_per_node 2 train.py nano
+    python train.py nano --steps 50 --out runs/try --lr 2e-3
+    python train.py report runs/nano runs/try
 """
 
 import dataclasses
@@ -122,7 +124,7 @@ class Course:
                 steps = max(1, round(samples / batch))  # whole steps, as in the report's Table 2
                 self.stretches.append(Stretch(step, steps, sample, batch, phase, begins))
                 step, sample = step + steps, sample + steps * batch
-        self.steps, self.n_samples = step, sample
+        self.steps = step
 
     def at(self, step: int) -> Stretch:
         return self.stretches[bisect(self.stretches, step, key=lambda s: s.first_step) - 1]
@@ -440,9 +442,9 @@ def load_init(cfg: RunConfig, runner: Runner) -> None:
 # ---- the run's folder ----------------------------------------------------------------------------
 
 # What may change between two starts of one run: where and how fast it runs, how often it reports,
-# when it ends.
+# when it ends, and what it does about a bad step.
 FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
-FREE |= {"save_in_background", "keep", "grad_norms", "profile"}
+FREE |= {"save_in_background", "keep", "grad_norms", "profile", "on_bad_step", "spike", "max_skips"}
 
 
 def as_json(cfg: RunConfig) -> dict[str, Any]:
@@ -476,7 +478,7 @@ def open_folder(cfg: RunConfig, data: str) -> None:
         if theirs["steps"] != cfg.steps and not mine.get("phases"):
             both = f"{theirs['steps']} steps before, {cfg.steps} now"
             log.warning(f"{cfg.out}: {both}: from here on the learning rate is that of {cfg.steps}")
-    elif cfg.out.exists() and any(p.name != "config.json" for p in cfg.out.iterdir()):
+    elif not file.exists() and any(p.name != "config.tmp" for p in cfg.out.glob("*")):
         raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
@@ -525,16 +527,15 @@ class Metrics:
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """values: loss, grad_norm, lr, and what this step measured beside them."""
-        stretch, done = self.course.at(step - 1), self.course.samples(step - 1)
-        rate = stretch.batch * self.seq_len / seconds
+        batch, done = self.course.at(step - 1).batch, self.course.samples(step)
+        rate = batch * self.seq_len / seconds
         mfu = 100 * self.flops * rate if self.flops else None
         row = {"step": step} | {key: values[key] for key in ("loss", "grad_norm", "lr")}
-        row |= {"tokens": (done + stretch.batch) * self.seq_len, "tokens_per_s": rate, "mfu": mfu}
+        row |= {"tokens": done * self.seq_len, "tokens_per_s": rate, "mfu": mfu}
         row |= {"tokens_per_s_per_gpu": rate / world_size(), "memory_gib": memory_gib(self.device)}
-        row |= {"batch": stretch.batch} | values
-        samples = self.course.samples(step - 1) + stretch.batch - self.course.samples(self.start)
-        left = self.course.samples(self.last - 1) + self.course.at(self.last - 1).batch - done
-        eta = (time.monotonic() - self.begun) / samples * (left - stretch.batch)
+        row |= {"batch": batch} | values
+        pace = (time.monotonic() - self.begun) / (done - self.course.samples(self.start))
+        eta = pace * (self.course.samples(self.last) - done)
         number = {k: float("nan") if row[k] is None else row[k] for k in ("loss", "grad_norm")}
         log.info(
             f"step {step:6d}/{self.last}  loss {number['loss']:7.4f}  "

@@ -236,7 +236,7 @@ def test_steps_samples_batches_and_blends_of_a_course_agree():
     for step in range(course.steps):
         assert course.samples(step) == sample
         sample += course.at(step).batch
-    assert sample == course.n_samples == 240
+    assert sample == course.samples(course.steps) == 240
     assert [step for step in range(1, 31) if course.ends_a_stretch(step)] == [10, 20, 30]
     switch = next(step for step in range(20, 30) if course.lr(step) <= 0.02)
     assert course.blends() == {0: a, 120: b, course.samples(switch): late}
@@ -463,8 +463,10 @@ def test_bad_steps_are_skipped_logged_and_bounded(on_ranks, corpus, tmp_path):
     assert [r["step"] for r in got if r["loss"] is None] == [3, 6] and len(got) == 8
     assert [r.get("skipped") for r in got if "skipped" in r] == [1, 2]
     assert re.search(r"step 3: loss nan.*left out \(1 so far\); batch: \w+ documents \d+-\d+", said)
+    cfg = dataclasses.replace(cfg, out=tmp_path / "b")
     with pytest.raises(AssertionError, match="3 steps skipped, max_skips=2"):
-        on_ranks(1, poisoned, dataclasses.replace(cfg, out=tmp_path / "b"), (2, 4, 5))
+        on_ranks(1, poisoned, cfg, (2, 4, 5))
+    on_ranks(1, pretrain, dataclasses.replace(cfg, on_bad_step="stop", spike=9.0))  # goes on
 
 
 def test_a_profile_window_writes_a_trace_and_groups_have_norms(on_ranks, corpus, tmp_path):
