@@ -764,6 +764,72 @@ class Sampler:
         return row
 
 
+# ---- chat template -------------------------------------------------------------------------------
+
+ROLES = {"user": "User", "assistant": "Assistant"}
+# NeMo-Aligner's system text for the reward model (SPEC 2.3)
+REWARD_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+Messages = list[dict[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+def check_messages(messages: Messages) -> None:
+    """ValueError, naming the message and the rule: an optional system turn, then user and assistant
+    in turns, the user first."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: a list of {role, content}, at least one")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"messages[{i}]: an object with a role and a text as content")
+        first = messages[0].get("role") == "system"
+        want = "system" if i == 0 and first else ("user", "assistant")[(i - first) % 2]
+        if (role := message.get("role")) != want:
+            rule = "an optional system turn, then user and assistant in turns"
+            raise ValueError(f"messages[{i}] has role {role!r}, not {want!r}: {rule}")
+    if messages[-1]["role"] == "system":
+        raise ValueError("messages: a user turn is missing after the system turn")
+
+
+def render_chat(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Messages in the Nemotron template → ids, int32 (T), and which of them are trained, bool (T).
+
+    Trained are an assistant's text and the <extra_id_1> after it, by which it learns to stop. A
+    missing system turn is an empty one. After a last user turn comes the head of the answer, for
+    the model to go on from. Texts are tokenised apart from what surrounds them, so that no token
+    spans a boundary, and a marker spelt out in one stays text. No bos. (SPEC 2.2)
+    """
+    check_messages(messages)
+    start, turn = ([tokenizer.special(f"<extra_id_{i}>")] for i in (0, 1))
+    system, turns = messages[0]["content"], messages[1:]
+    if messages[0]["role"] != "system":
+        system, turns = "", messages
+    pieces = [(start, False), (tokenizer.encode(f"System\n{system}\n"), False)]
+    answered = False
+    for message in turns:
+        pieces += [(turn, answered), (tokenizer.encode(ROLES[message["role"]] + "\n"), False)]
+        answered = message["role"] == "assistant"
+        pieces.append((tokenizer.encode(message["content"] + "\n"), answered))
+    pieces.append((turn, answered))
+    if not answered:
+        pieces.append((tokenizer.encode("Assistant\n"), False))
+    ids = np.concatenate([np.asarray(part, np.int32) for part, _ in pieces])
+    return ids, np.concatenate([np.full(len(part), trained) for part, trained in pieces])
+
+
+def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
+    """The reward model's input, int32 (T): the conversation up to the assistant turn to be scored,
+    then <extra_id_2>, whose state the head reads."""
+    check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("messages: the last one, which is scored, must be the assistant's")
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": REWARD_SYSTEM}, *messages]
+    ids, _ = render_chat(messages, tokenizer)
+    return np.append(ids[:-1], np.int32(tokenizer.special("<extra_id_2>")))
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 
