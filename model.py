@@ -155,6 +155,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, causal=True)
+    if visible is not None and q.shape[1] == 1:
+        # decoding: the query heads of one key-value head stand as its tokens, no kernel repeats k, v
+        group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, K, H / K, E)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(group, k, v, visible).view_as(q)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, E)
     causal, gqa = visible is None, q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=gqa)
@@ -269,6 +274,13 @@ class Nemotron(nn.Module):
         positions (B, T) restart with each packed document; documents (B, T) are ids that attention
         does not cross. cache: `n_keys` and `extend` (see Attention), for keys of earlier positions.
         """
+        h = self.hidden(x, positions, documents, cache)
+        return self.head(h, targets) if self.head is not None else h
+
+    def hidden(
+        self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Any
+    ) -> Tensor:
+        """The states (B, T, D) that the head reads; generate.py wants it to read few of them."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         rope = rope_angles(self.cfg, positions)
@@ -277,8 +289,7 @@ class Nemotron(nn.Module):
         h = self.embed(x) if self.embed is not None else x
         for block in self.blocks.values():
             h = block(h, rope, visible, positions, cache)
-        h = self.norm(h) if self.norm is not None else h
-        return self.head(h, targets) if self.head is not None else h
+        return self.norm(h) if self.norm is not None else h
 
 
 # ---- initialisation and counts -------------------------------------------------------------------

@@ -860,6 +860,57 @@ def hf_slices(folder: Path, cfg: ModelConfig, names: Iterable[str]) -> Iterator[
                 yield ours[theirs], lazy
 
 
+def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
+    """Parameter → the dimension that tensor parallelism cuts, read off the plan. Not in it: what
+    every rank holds whole."""
+    cuts = {}
+    for name in full_shapes(cfg):
+        module = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
+        style, lm = plan()[module], not cfg.n_attributes
+        if isinstance(style, styles.ColwiseParallel) or (isinstance(style, HeadParallel) and lm):
+            cuts[name] = 0
+        elif isinstance(style, styles.RowwiseParallel):
+            cuts[name] = 0 if module == "embed" else 1
+    return cuts
+
+
+@torch.no_grad()
+def load_parts(
+    folder: Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
+) -> dict[str, Tensor]:
+    """This tensor-parallel rank's pieces of the named parameters, plain tensors for inference, from
+    a Hugging Face folder or the newest whole checkpoint of a run, written on any mesh."""
+    tp, shapes, cuts = mesh["tp"], full_shapes(cfg), tp_cuts(cfg)
+    rank, parts, sharded = tp.get_local_rank(), {}, {}
+    for name, dtype in dtypes.items():
+        shape = list(shapes[name])
+        if name in cuts:
+            shape[cuts[name]] //= tp.size()
+        parts[name] = torch.empty(shape, dtype=dtype, device=mesh.device_type)
+        at = [Shard(cuts[name]) if name in cuts else Replicate()]
+        sharded[f"model.{name}"] = DTensor.from_local(parts[name], tp, at, run_check=False)
+    if (folder / "checkpoints").exists():
+        if Checkpoints(folder / "checkpoints", 2, False).load(sharded) is None:
+            raise ValueError(f"{folder}: a run without a checkpoint: train it first")
+        return parts
+    for name, lazy in hf_slices(folder, cfg, dtypes):
+        index = [slice(None)] * len(shapes[name])
+        if name in cuts:
+            n = parts[name].shape[cuts[name]]
+            index[cuts[name]] = slice(rank * n, (rank + 1) * n)
+        parts[name].copy_(lazy[tuple(index)])
+    return parts
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The model of a run's folder or of a Hugging Face folder."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: no config.json: neither a run nor a Hugging Face folder")
+    found = json.loads(path.read_text())
+    return ModelConfig(**found["model"]) if "model" in found else config_from_hf(found)
+
+
 def read_hf_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.exists():

@@ -33,7 +33,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from data import PrepareConfig, Sampler, TokenData, prepare
+from data import PrepareConfig, Sampler, TokenData, Tokenizer, prepare
 from model import SHAPES, ModelConfig, count_params, flops_per_token
 from parallel import (
     Batch,
@@ -461,9 +461,9 @@ def free_folder(name: str) -> Path:
     return root / (name if n == 1 else f"{name}-{n}")
 
 
-def open_folder(cfg: RunConfig, data: str) -> None:
-    """Write config.json into the run's folder, or refuse a folder that holds another run. data: the
-    fingerprint of what it trains on."""
+def open_folder(cfg: RunConfig, data: str, tokenizer: Tokenizer) -> None:
+    """Write config.json and the tokenizer into the run's folder, or refuse a folder that holds
+    another run. data: the fingerprint of what it trains on."""
     file, mine = cfg.out / "config.json", as_json(cfg) | {"data_fingerprint": data}
     begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
     if file.exists() and begun:
@@ -485,6 +485,7 @@ def open_folder(cfg: RunConfig, data: str) -> None:
         cfg.out.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2))
         file.with_suffix(".tmp").rename(file)
+        tokenizer.save(cfg.out)  # generate.py needs no more than this folder
 
 
 # ---- logging -------------------------------------------------------------------------------------
@@ -787,7 +788,7 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
     )
     check_init(cfg)
-    open_folder(cfg, data.fingerprint)
+    open_folder(cfg, data.fingerprint, data.tokenizer())
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     evaluate = evaluator(cfg, runner, data, blends)
 

@@ -1,0 +1,950 @@
+"""One engine that samples, chats, scores, evaluates and serves the model that was trained.
+
+Many requests share a batch: each has a row of the key-value cache, a row is refilled as soon as it
+is done, a prefix that another row has already computed is copied. What a request yields depends on
+its own seed and positions, never on what it is batched with.
+
+    python generate.py sample runs/nano --prompts "import os" "def main" --max-tokens 64
+    python generate.py chat path/to/a/Nemotron/folder
+    python generate.py serve runs/nano --port 8000
+"""
+# Shapes in comments: N rows  T tokens  S key slots  D dim  V vocab_size, as in model.py
+
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+from data import Tokenizer, embedded_english, load_tokenizer
+from model import ModelConfig, Nemotron, RewardHead
+from parallel import (
+    DTYPES,
+    MeshConfig,
+    fp32_logits,
+    init_mesh,
+    load_parts,
+    on_meta,
+    read_config,
+    shut_down,
+    split_layers,
+    tp_cuts,
+    world_size,
+)
+
+log = logging.getLogger("nemotron4")
+
+
+# ---- the model, laid out for inference -----------------------------------------------------------
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves few fp32 rows to one
+    thread of MKL: oneDNN divides them, and a single row is best as one batched product."""
+    if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight)
+    threads, (rows, width) = torch.get_num_threads(), weight.shape
+    if x.numel() == width and rows % threads == 0:
+        column = x.reshape(1, width, 1).expand(threads, width, 1)
+        return torch.bmm(weight.view(threads, -1, width), column).view(*x.shape[:-1], rows)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class Linear(nn.Module):
+    """A matrix, or its share; weight-only int8 or float8 with a scale for each row, if quantized.
+    summed: over these processes, the last part of a tensor-parallel pair."""
+
+    def __init__(self, weight: Tensor, summed: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale: Tensor | None = None
+        self.summed = summed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            y = product(x, self.weight)
+        elif self.weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and not x.is_cuda:
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        if self.summed is not None:
+            dist.all_reduce(y, group=self.summed)
+        return y
+
+    def quantize(self, kind: str) -> None:
+        dtype, top = {"int8": (torch.int8, 127), "float8": (torch.float8_e4m3fn, 448)}[kind]
+        weight = self.weight.float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
+        scaled = weight / scale
+        scaled = scaled.round() if kind == "int8" else scaled
+        self.scale = scale[:, 0].to(self.weight.dtype)
+        self.weight = nn.Parameter(scaled.to(dtype), requires_grad=False)
+
+
+class Embedding(nn.Module):
+    """This rank's words; the others' are theirs to add."""
+
+    def __init__(self, weight: Tensor, tp: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.group, self.first = tp.get_group(), tp.get_local_rank() * len(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mine = ids - self.first
+        here = (mine >= 0) & (mine < len(self.weight))
+        h = F.embedding(mine.clamp(0, len(self.weight) - 1), self.weight) * here[..., None]
+        dist.all_reduce(h, group=self.group)
+        return h
+
+
+def lay_out(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
+    """A Nemotron around these tensors, a stage's layers and a tensor-parallel rank's share of them.
+    The plan is parallel.py's; without a sequence to divide, plain tensors and an all-reduce do."""
+    model, cuts = on_meta(cfg), tp_cuts(cfg) if tp is not None else {}
+    for name in ("embed", "norm", "head"):
+        if f"{name}.weight" not in parts:
+            setattr(model, name, None)
+    here = {key for key in model.blocks if f"blocks.{key}.attn.wq.weight" in parts}
+    model.blocks = nn.ModuleDict({key: b for key, b in model.blocks.items() if key in here})
+    for path, module in list(model.named_modules()):
+        owner, _, child = path.rpartition(".")
+        cut = cuts.get(f"{path}.weight")
+        if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
+            new = Linear(parts[f"{path}.weight"], tp.get_group() if cut == 1 else None)
+            setattr(model.get_submodule(owner), child, new)
+        elif isinstance(module, nn.Embedding) and cut is not None:
+            model.embed = Embedding(parts["embed.weight"], tp)
+        else:
+            for kind in [name for name, _ in module.named_parameters(recurse=False)]:
+                tensor = nn.Parameter(parts[f"{path}.{kind}"], requires_grad=False)
+                setattr(module, kind, tensor)
+    return model.eval()
+
+
+# ---- keys and values -----------------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of n slots (rows), preallocated. Within a row, slot = position; what pads a
+    batch goes behind the last. model.py calls `extend` for the rows that `select` chose."""
+
+    def __init__(
+        self, cfg: ModelConfig, layers: list[int], tp: int, slots: int, context: int, like: Tensor
+    ) -> None:
+        shape = (len(layers), 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
+        # zeros: a masked slot must hold a number, since 0 x NaN is NaN
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.layers = {layer: i for i, layer in enumerate(layers)}
+        self.context = context
+
+    def select(self, rows: slice, n_keys: int) -> None:
+        self.rows, self.n_keys = rows, n_keys
+        self.index = torch.arange(rows.start, rows.stop, device=self.kv.device)[:, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.kv[self.layers[layer]]
+        keys[self.index, positions] = k
+        values[self.index, positions] = v
+        return keys[self.rows, : self.n_keys], values[self.rows, : self.n_keys]
+
+    def copy(self, source: int, target: int, n: int) -> None:
+        self.kv[:, :, target, :n] = self.kv[:, :, source, :n]
+
+    def swap(self, i: int, j: int, n: int) -> None:
+        self.kv[:, :, [i, j], :n] = self.kv[:, :, [j, i], :n]
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is sampled. The filters apply in transformers' order: repetition penalty,
+    temperature, top_k, top_p, min_p, each to what the one before left."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Keep the k likeliest; 0: all."""
+    min_p: float = 0.0
+    """Keep what is at least this share of the likeliest's probability."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit (multiplies a negative one) of each token that occurred before."""
+    n: int = 1
+    """Samples of each prompt; they differ in their random stream."""
+    seed: int = 0
+    """A sample is a function of (prompt, seed, its number) alone."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample; not part of it."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end a sample; default: the tokenizer's </s>."""
+    logprobs: int | None = None
+    """Log-probabilities, before any filter, of each token and of that many likeliest ones."""
+    echo: bool = False
+    """The prompt is part of the result, with its own log-probabilities if asked for."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("top_k", 0, 1 << 31), ("repetition_penalty", 0, 1e4), ("n", 1, 1024),
+        ):  # fmt: skip
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name}={value}: must be in {low}..{high:g}")
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            raise ValueError("top_p and repetition_penalty must be above 0")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ValueError(f"logprobs={self.logprobs}: must be in 0..20")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop={self.stop!r}: texts, none of them empty")
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """A number in (0, 1) of these three alone."""
+    digest = hashlib.blake2b(f"{seed}/{sample}/{position}".encode(), digest_size=4).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**32
+
+
+def keep_likeliest(p: Tensor, mass: Tensor) -> Tensor:
+    """p (N, V) → p where the likeliest tokens that together reach mass (N) are, else 0."""
+    for n in (min(256, p.shape[1]), p.shape[1]):  # few tokens nearly always do
+        top, index = p.topk(n)
+        total = top.cumsum(1)
+        if n == p.shape[1] or bool((total[:, -1] >= mass).all()):
+            break
+    top = top.masked_fill(total - top >= mass[:, None], 0)
+    return torch.zeros_like(p).scatter_(1, index, top)
+
+
+def sample(
+    logits: Tensor, params: list[SamplingParams], seen: list[list[int]], u: list[float]
+) -> Tensor:
+    """One token of each row: logits fp32 (N, V), the tokens before, a uniform number → ids (N).
+
+    By the inverse of the distribution function, in the vocabulary's order: one number a token, so
+    that neither the batch nor the size of the vocabulary enters.
+    """
+    column = lambda name: logits.new_tensor([getattr(p, name) for p in params])  # noqa: E731
+    if any(p.repetition_penalty != 1 for p in params):
+        logits = logits.clone()
+        for row, p, ids in zip(logits, params, seen, strict=True):
+            at = torch.tensor(sorted(set(ids)), device=row.device)
+            row[at] = torch.where(
+                row[at] > 0, row[at] / p.repetition_penalty, row[at] * p.repetition_penalty
+            )
+    best = logits.argmax(1)
+    temperature = column("temperature")
+    if not temperature.any():
+        return best
+    x = logits / temperature.clamp(min=1e-6)[:, None]
+    if largest := max(p.top_k for p in params):
+        top = x.topk(min(largest, x.shape[1])).values
+        k = column("top_k").long().clamp(max=x.shape[1])
+        least = top.gather(1, (k[:, None] - 1).clamp(min=0))
+        x = x.masked_fill((x < least) & (k > 0)[:, None], -torch.inf)
+    probs = x.softmax(1)
+    if min(p.top_p for p in params) < 1:
+        top_p = column("top_p")
+        probs = torch.where((top_p < 1)[:, None], keep_likeliest(probs, top_p), probs)
+    if any(p.min_p for p in params):
+        low = probs.amax(1, keepdim=True) * column("min_p")[:, None]
+        probs = probs.masked_fill(probs < low, 0)
+    total = probs.double().cumsum(1)
+    at = torch.tensor(u, dtype=torch.float64, device=probs.device)[:, None] * total[:, -1:]
+    drawn = torch.searchsorted(total, at, right=True)[:, 0]
+    return torch.where(temperature > 0, drawn, best)
+
+
+class TextStream:
+    """Token ids → text as it becomes certain. Held back: a character whose bytes are not all there,
+    and what may be the beginning of a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.ids: list[int] = []  # those still needed to decode what follows
+        self.taken = 0  # characters of their text that have been taken
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        """→ the text that is now certain; `stopped` once a stop text was met."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        # at most three replacement characters at the end may yet become one character
+        certain = max(len(text.rstrip("\ufffd")), len(text) - 3)
+        self.held += text[self.taken : certain]
+        self.taken = max(self.taken, certain)
+        if certain == len(text) and len(self.ids) > 8:
+            self.ids = self.ids[-1:]
+            self.taken = len(self.tokenizer.decode(self.ids))
+        return self.release(final=False)
+
+    def finish(self) -> str:
+        """→ the rest."""
+        self.held += self.tokenizer.decode(self.ids)[self.taken :]
+        self.ids, self.taken = [], 0
+        return self.release(final=True)
+
+    def release(self, final: bool) -> str:
+        if self.stopped:
+            return ""
+        if found := [at for at in map(self.held.find, self.stop) if at >= 0]:
+            self.stopped = True
+            return self.held[: min(found)]
+        keep = 0
+        for stop in () if final else self.stop:
+            begins = (n for n in range(len(stop) - 1, keep, -1) if self.held.endswith(stop[:n]))
+            keep = max(keep, next(begins, 0))
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return out
+
+
+# ---- the engine ----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Completion:
+    """One sample of one prompt, as far as it has come."""
+
+    index: int
+    """Its number among the prompt's samples."""
+    n_prompt: int
+    ids: list[int] = field(default_factory=list)
+    """Tokens, without the one that stopped it; after those of the prompt with echo."""
+    text: str = ""
+    finish_reason: Literal["", "stop", "length", "cancelled"] = ""
+    logprobs: list[float | None] = field(default_factory=list)
+    """Of each of ids, if asked for; None for a first token, which nothing predicts."""
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The likeliest tokens in its place, and their log-probabilities."""
+    scores: list[float] = field(default_factory=list)
+    """A reward model's attributes of the prompt."""
+    cached: int = 0
+    """Prompt tokens whose keys and values another row had computed."""
+
+
+Listener = Callable[[Completion, str], None]
+
+
+@dataclass(eq=False)
+class Row:
+    """A completion in the making, in a slot of the cache or waiting for one."""
+
+    ids: list[int]  # prompt and what was sampled
+    params: SamplingParams
+    out: Completion
+    stop_ids: tuple[int, ...]
+    stream: TextStream | None
+    listener: Listener | None
+    score_from: int  # positions from here on want their log-probabilities
+    done: int = 0  # tokens whose keys and values are in the cache
+    cancelled: bool = False
+
+
+Prompt = str | list[int] | np.ndarray
+
+
+class Engine:
+    """A continuous batch over one copy of a model, on one process or on tp x pp of them, which then
+    all call the same methods with the same arguments.
+
+    Slots are ordered: those that decode, those that read their prompts, those that are free. A free
+    slot keeps the keys of what it last held, for a later prompt that begins alike.
+    """
+
+    def __init__(
+        self,
+        model: Nemotron,
+        tokenizer: Tokenizer | None = None,
+        slots: int = 32,
+        context: int = 0,
+        chunk: int = 512,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        """model: a Nemotron, whole; with a mesh, this process's part by `load_engine`. context: the
+        longest prompt and answer, by default the model's seq_len. chunk: prompt tokens computed
+        between two tokens of the rows that decode."""
+        self.cfg, self.tokenizer, self.chunk, self.mesh = model.cfg, tokenizer, chunk, mesh
+        self.context = context or self.cfg.seq_len
+        if slots < 1 or chunk < 1 or not 1 <= self.context <= self.cfg.seq_len:
+            rule = f"slots and chunk at least 1, context in 1..{self.cfg.seq_len} (seq_len)"
+            raise ValueError(f"slots={slots}, chunk={chunk}, context={context}: {rule}")
+        if mesh is None:
+            model = lay_out(self.cfg, dict(model.state_dict()), None)
+        self.model, self.hidden = model, model.hidden
+        self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
+        self.world = self.tp * self.pp
+        weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
+        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        self.dtype, self.device = like.dtype, like.device
+        layers = [int(key) for key in model.blocks]
+        self.cache = Cache(self.cfg, layers, self.tp, slots, self.context, like)
+        self.slots: list[Row | None] = [None] * slots
+        self.decoding = self.active = 0  # slots [0, decoding) and [decoding, active)
+        # what each slot's keys are of, and how many of them are computed
+        self.tokens = np.full((slots, self.context), -1, np.int32)
+        self.computed = np.zeros(slots, np.int64)
+        self.freed = np.zeros(slots, np.int64)  # at which step
+        self.waiting: deque[Row] = deque()
+        self.steps = self.prompt_tokens = self.new_tokens = self.cached_tokens = 0
+
+    # -- requests
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Ids that may be given to the model, or a ValueError."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a text needs a tokenizer: Engine(model, tokenizer)")
+            prompt = self.tokenizer.encode(prompt)
+        ids = [int(i) for i in prompt]
+        if not ids:
+            raise ValueError("an empty prompt: give at least one token")
+        if len(ids) > self.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        if wrong := [i for i in ids if not 0 <= i < self.cfg.vocab_size]:
+            raise ValueError(f"token {wrong[0]} is not in 0..{self.cfg.vocab_size - 1}")
+        return ids
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        listener: Listener | None = None,
+        score_from: int | None = None,
+    ) -> list[Row]:
+        """Queue a prompt; its n rows. listener(completion, new text) is told of every step that
+        adds to one, the last time with its finish_reason. score_from: log-probabilities of the
+        prompt from this token on alone (echo asks for all)."""
+        ids, stop_ids = self.encode(prompt), params.stop_ids
+        if stop_ids is None:
+            stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
+        first = len(ids)
+        if score_from is not None or (params.echo and params.logprobs is not None):
+            first = min(len(ids), max(1, score_from or 1))
+        rows = []
+        for i in range(params.n):
+            out = Completion(i, len(ids))
+            stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+            if params.echo:
+                out.ids = list(ids)
+                out.text = self.tokenizer.decode(ids) if self.tokenizer else ""
+                if params.logprobs is not None:
+                    out.logprobs, out.tops = [None], [[]]
+            rows.append(Row(list(ids), params, out, stop_ids, stream, listener, first))
+        self.waiting.extend(rows)
+        return rows
+
+    def cancel(self, row: Row) -> None:
+        """It leaves at the next step."""
+        row.cancelled = True
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.active or self.waiting)
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Prompts → completions in their order, n of each one after the other."""
+        params = params or SamplingParams()
+        rows = [row for prompt in prompts for row in self.submit(prompt, params)]
+        begun = self.new_tokens + self.prompt_tokens
+        with tqdm(total=len(rows), unit=" samples", disable=not progress) as bar:
+            start = time.perf_counter()
+            while self.busy:
+                self.step()
+                bar.update(sum(bool(row.out.finish_reason) for row in rows) - bar.n)
+                rate = (self.new_tokens + self.prompt_tokens - begun) / (
+                    time.perf_counter() - start
+                )
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        return [row.out for row in rows]
+
+    def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
+        """(context, continuation) → completions whose logprobs and tops (the likeliest token) are
+        the continuation's."""
+        params = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
+        rows = []
+        for context, continuation in pairs:
+            rows += self.submit([*context, *continuation], params, score_from=len(context))
+        while self.busy:
+            self.step()
+        return [row.out for row in rows]
+
+    # -- one step
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit who fits, compute a chunk of the prompts being read, then a token of every row."""
+        self.steps += 1
+        for slot in reversed(range(self.active)):
+            if self.slots[slot].cancelled:
+                self.finish(slot, "cancelled")
+        gone = [row for row in self.waiting if row.cancelled]
+        for row in gone:
+            self.waiting.remove(row)
+            self.tell(row, "", "cancelled")
+        self.admit()
+        if reading := self.active - self.decoding:
+            rows = range(self.decoding, self.active)
+            left = max(len(self.slots[i].ids) - self.slots[i].done for i in rows)
+            self.advance(rows, min(left, max(1, self.chunk // reading)))
+        if self.decoding:
+            self.advance(range(self.decoding), 1)
+
+    def admit(self) -> None:
+        """Free slots to those who wait, each with the longest prefix that some slot has computed. A
+        row waits for another that is about to compute a longer one."""
+        looked_at = 0
+        while self.active < len(self.slots) and looked_at < min(len(self.waiting), len(self.slots)):
+            row = self.waiting[looked_at]
+            ids = np.array(row.ids, np.int32)
+            # the last token, and those before a token to be scored, are computed in any case
+            most = min(len(ids), row.score_from) - 1
+            differ = np.c_[self.tokens[:, :most] != ids[:most], np.ones(len(self.slots), bool)]
+            same = differ.argmax(1)
+            have = np.minimum(same, self.computed)
+            soon = same[self.decoding : self.active].max(initial=0)
+            if soon > have.max() + 16:
+                looked_at += 1
+                continue
+            del self.waiting[looked_at]
+            self.place(row, ids, int(have.argmax()), int(have.max()))
+
+    def place(self, row: Row, ids: np.ndarray, source: int, shared: int) -> None:
+        """Into the first free slot: the source itself if it is free, else the one longest unused."""
+        slot = self.active
+        if source >= slot and shared:
+            self.swap(source, slot)
+        else:
+            self.swap(slot + int(self.freed[slot:].argmin()), slot)
+            self.cache.copy(source, slot, shared)
+        self.slots[slot], row.done, row.out.cached = row, shared, shared
+        self.computed[slot] = shared
+        self.tokens[slot, : len(ids)] = ids
+        self.tokens[slot, len(ids) :] = -1
+        self.cached_tokens += shared
+        self.active += 1
+
+    def swap(self, i: int, j: int) -> None:
+        if i != j:
+            self.cache.swap(i, j, int(self.computed[[i, j]].max()))
+            self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
+            for table in (self.tokens, self.computed, self.freed):
+                table[[i, j]] = table[[j, i]]
+
+    def advance(self, slots: range, T: int) -> None:
+        """Compute the next T tokens of these slots' rows, or as many as they have; where a row's end
+        is reached, sample its next token."""
+        rows = [self.slots[i] for i in slots]
+        tokens = np.zeros((len(rows), T), np.int64)
+        positions = np.full((len(rows), T), self.context)  # padding
+        wanted: list[tuple[Row, int, int]] = []  # states that the head reads: row, which, predicts
+        for r, row in enumerate(rows):
+            n = min(T, len(row.ids) - row.done)
+            tokens[r, :n] = row.ids[row.done : row.done + n]
+            positions[r, :n] = np.arange(row.done, row.done + n)
+            first = min(row.score_from, len(row.ids)) - 1
+            wanted += [
+                (row, r * T + t, row.done + t + 1) for t in range(max(0, first - row.done), n)
+            ]
+            row.done += n
+            self.computed[slots[r]] = row.done
+            self.prompt_tokens += max(0, min(row.done, row.out.n_prompt) - row.done + n)
+        h = self.forward(tokens, positions, slots)
+        for (row, _, at), values in zip(wanted, self.read(h, wanted), strict=True):
+            if at < len(row.ids):
+                self.note(row, row.ids[at], values)
+            elif self.cfg.n_attributes:
+                row.out.scores = values
+                self.settle(row, None, values)
+            else:
+                self.settle(row, int(values[0]), values)
+        self.rearrange(slots)
+
+    def rearrange(self, slots: range) -> None:
+        """Those that are done leave; those that have read their prompts join the ones that decode."""
+        for slot in reversed(slots):
+            row = self.slots[slot]
+            if row.out.finish_reason:
+                self.release(slot)
+        for slot in range(self.decoding, self.active):
+            if len(self.slots[slot].ids) - self.slots[slot].done == 1:
+                self.swap(slot, self.decoding)
+                self.decoding += 1
+
+    def settle(self, row: Row, token: int | None, values: list[float]) -> None:
+        """The end of what row knows is reached: a token was sampled, or none was asked for."""
+        end = min(row.out.n_prompt + row.params.max_tokens, self.context)
+        if token is None or len(row.ids) >= end:
+            return self.tell(row, "", "length")
+        self.new_tokens += 1
+        if token in row.stop_ids:
+            return self.tell(row, "", "stop")
+        row.ids.append(token)
+        row.out.ids.append(token)
+        self.note(row, token, values)
+        text = row.stream.push(token) if row.stream else ""
+        if row.stream and row.stream.stopped:
+            return self.tell(row, text, "stop")
+        return self.tell(row, text, "length" if len(row.ids) == end else "")
+
+    def note(self, row: Row, token: int, values: list[float]) -> None:
+        """Keep a token's log-probability, and the likeliest ones, if asked for."""
+        if row.params.logprobs is not None:
+            top = list(zip(map(int, values[2::2]), values[3::2], strict=True))
+            row.out.logprobs.append(values[1])
+            row.out.tops.append(top[: row.params.logprobs])
+
+    def tell(self, row: Row, text: str, reason: str) -> None:
+        if reason and row.stream:
+            text += row.stream.finish()
+        row.out.text += text
+        row.out.finish_reason = reason
+        if row.listener and (text or reason or row.params.logprobs is not None):
+            row.listener(row.out, text)
+
+    def finish(self, slot: int, reason: str) -> None:
+        self.tell(self.slots[slot], "", reason)
+        self.release(slot)
+
+    def release(self, slot: int) -> None:
+        """Free a slot: the last of its kind takes its place."""
+        ids = self.slots[slot].ids
+        self.tokens[slot, : len(ids)] = ids
+        self.freed[slot] = self.steps
+        if slot < self.decoding:
+            self.decoding -= 1
+            self.swap(slot, self.decoding)
+            slot = self.decoding
+        self.active -= 1
+        self.swap(slot, self.active)
+        self.slots[self.active] = None
+
+    # -- the model
+
+    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: range) -> Tensor | None:
+        """The states (N T, D) that the head reads, on the last pipeline rank. Through a pipeline the rows go in
+        parts, one behind the other."""
+        tokens, positions = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
+        real = positions.where(positions < self.context, 0)
+        parts = min(self.pp, len(slots))
+        edges = [len(slots) * i // parts for i in range(parts + 1)]
+        states, sent = [], []
+        for a, b in zip(edges, edges[1:], strict=False):
+            n_keys = int(real[a:b].max()) + 1
+            self.cache.select(slice(slots[a], slots[b - 1] + 1), n_keys)
+            x = tokens[a:b]
+            if self.pp > 1 and self.model.embed is None:
+                shape = (*x.shape, self.cfg.dim)
+                x = torch.empty(shape, dtype=self.dtype, device=self.device)
+                group = self.mesh["pp"].get_group()
+                dist.recv(x, group=group, group_src=self.mesh["pp"].get_local_rank() - 1)
+            h = self.hidden(x, positions[a:b], None, self.cache)
+            if self.model.head is None:
+                group, to = self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank() + 1
+                sent.append((dist.isend(h.contiguous(), group=group, group_dst=to), h))
+            else:
+                states.append(h)
+        for work, _ in sent:
+            work.wait()
+        return torch.cat(states).flatten(0, 1) if states else None
+
+    def read(self, h: Tensor | None, wanted: list[tuple[Row, int, int]]) -> list[list[float]]:
+        """The head on states of h (n, D), for (row, state, position predicted) → of each [token, its
+        log-probability, then the likeliest tokens and theirs], or a reward model's attributes. The
+        token is the one known to be there, else a sample."""
+        exact = any(row.params.logprobs is not None for row, _, _ in wanted)
+        most = max((row.params.logprobs or 0 for row, _, _ in wanted), default=0)
+        shape = (len(wanted), self.cfg.n_attributes or 2 + 2 * most)
+        out = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        if h is not None and wanted:
+            h = h[[state for _, state, _ in wanted]]
+            if self.cfg.n_attributes:
+                out = self.model.head(h).double()
+            else:
+                step = max(1, (1 << 25) // self.cfg.vocab_size)  # logits alive at once
+                for i in range(0, len(wanted), step):
+                    part = slice(i, i + step)
+                    out[part] = self.choose(h[part], wanted[part], exact, most)
+        if self.world > 1:  # of the last stage's first process: all go on with the same
+            dist.broadcast(out, src=int(self.mesh.mesh[-1].flatten()[0]))
+        return out.tolist()
+
+    def choose(
+        self, h: Tensor, wanted: list[tuple[Row, int, int]], exact: bool, most: int
+    ) -> Tensor:
+        """States (n, D) → fp64 (n, 2 + 2 most), as `read` returns them."""
+        logits = self.logits(h, exact)
+        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
+        new = [i for i, (row, _, at) in enumerate(wanted) if at == len(row.ids)]
+        known = [row.ids[at] if at < len(row.ids) else 0 for row, _, at in wanted]
+        ids = torch.tensor(known, device=h.device)
+        if new:
+            rows = [wanted[i][0] for i in new]
+            u = [uniform(row.params.seed, row.out.index, len(row.ids)) for row in rows]
+            every = len(new) == len(wanted)
+            ids[new] = sample(
+                logits if every else logits[new], [r.params for r in rows], [r.ids for r in rows], u
+            )
+        out[:, 0] = ids
+        if exact:
+            log_probs = logits.log_softmax(1)
+            out[:, 1] = log_probs.gather(1, ids[:, None])[:, 0]
+            top, index = log_probs.topk(most)
+            out[:, 2::2], out[:, 3::2] = index, top
+        return out
+
+    def logits(self, h: Tensor, exact: bool) -> Tensor:
+        """States (n, D) → at least fp32 (n, V). exact: no rounding to bf16 on the way, which does for
+        a sample but not for a log-probability that is reported (see fp32_logits)."""
+        weight = self.model.head.weight
+        logits = fp32_logits(h, weight) if exact or h.is_cuda else product(h, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.tp == 1:
+            return logits
+        shares = [torch.empty_like(logits) for _ in range(self.tp)]
+        dist.all_gather(shares, logits, group=self.mesh["tp"].get_group())
+        return torch.cat(shares, dim=1)
+
+    @torch.inference_mode()
+    def quantize(self, kind: Literal["int8", "float8"]) -> str:
+        """The blocks' matrices to 8 bits, a scale for each output row; embedding and head stay.
+        Returns what that does to logits and perplexity on Python's documentation."""
+        assert not self.busy
+        T = min(512, self.context - 1)
+        text = "".join(t for t, _ in zip(embedded_english(), range(8), strict=False))
+        ids = self.tokenizer.encode(text)[: 2 * T + 1].astype(np.int64)
+        tokens, targets = ids[:-1].reshape(2, T), torch.from_numpy(ids[1:]).to(self.device)
+        positions, numbers = np.tile(np.arange(T), (2, 1)), torch.zeros(4, dtype=torch.float64)
+
+        def measure() -> tuple[Tensor, float]:
+            h = self.forward(tokens, positions, range(2))
+            logits = self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
+            return logits, F.cross_entropy(logits, targets).exp() if h is not None else 0.0
+
+        exact, perplexity = measure()
+        for module in self.model.blocks.modules():
+            if isinstance(module, Linear):
+                module.quantize(kind)
+        self.computed[:] = 0  # the cache holds keys of other weights
+        logits, new = measure()
+        error = (logits - exact).square().mean().sqrt()
+        values = [error, exact.square().mean().sqrt(), perplexity, new]
+        numbers = torch.tensor([float(x) for x in values], device=self.device)
+        if self.world > 1:
+            dist.broadcast(numbers, src=int(self.mesh.mesh[-1].flatten()[0]))
+        error, size, perplexity, new = numbers.tolist()
+        return (
+            f"{kind}: root mean square error of the logits {error:.4f} (they are {size:.3f}), "
+            f"perplexity {perplexity:.3f} -> {new:.3f} ({new / perplexity - 1:+.2%}), {2 * T} tokens"
+        )
+
+
+# ---- from the command line to an engine ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One copy of the model over tp x pp processes: tp answers soonest, pp serves most."""
+
+    tp: int = 1
+    """Tensor parallel: heads, MLP and vocabulary divided."""
+    pp: int = 1
+    """Pipeline parallel: layers divided."""
+    timeout: int = 1800
+    """Seconds after which a process that does not answer ends the job."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which model, and how it is run. Common to all commands."""
+
+    model: tyro.conf.Positional[Path]
+    """A run's folder (its newest checkpoint, written on any mesh) or a Hugging Face folder."""
+    tokenizer: str = ""
+    """A file, folder or tiktoken name; default: the one in the model's folder."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    quantize: Literal["none", "int8", "float8"] = "none"
+    """Weight-only, of the blocks' matrices; says what it costs."""
+    slots: int = 32
+    """Rows of the batch."""
+    context: int = 0
+    """Longest prompt and answer; default: the model's seq_len."""
+    chunk: int = 512
+    """Prompt tokens computed between two tokens of the rows that decode."""
+    compile: bool = False
+    """torch.compile the blocks."""
+    mesh: Layout = field(default_factory=Layout)
+
+
+def tokenizer_of(cfg: EngineConfig) -> Tokenizer:
+    """The one asked for, the one in the model's folder, or that of the data a run trained on."""
+    if cfg.tokenizer:
+        return load_tokenizer(cfg.tokenizer)
+    try:
+        return load_tokenizer(cfg.model)
+    except ValueError as e:
+        raise ValueError(f"{e}, or set --tokenizer") from e
+
+
+def load_engine(cfg: EngineConfig) -> Engine:
+    """The model's parts for this process, and an engine around them."""
+    model, layout = read_config(cfg.model), cfg.mesh
+    tokenizer = tokenizer_of(cfg)
+    if tokenizer.vocab_size > model.vocab_size:
+        both = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+        raise ValueError(f"{both}: set --tokenizer to the one it was trained with")
+    mesh_cfg = MeshConfig(tp=layout.tp, pp=layout.pp, timeout=layout.timeout)
+    world = layout.tp * layout.pp
+    if world != world_size():
+        start = f"start {world} with torchrun, or set --mesh.tp and --mesh.pp"
+        raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
+    mesh_cfg.check(model, world, batch=layout.pp, micro_batch=1)
+    mesh = init_mesh(mesh_cfg)
+    dtype = DTYPES["bf16" if mesh.device_type == "cuda" else "fp32"]
+    dtype = dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
+    rank = mesh["pp"].get_local_rank()
+    layers = split_layers(model, layout.pp)[rank]
+    wanted = {}
+    for name, p in on_meta(model).named_parameters():
+        first, last = name.startswith("embed"), name.startswith(("norm", "head"))
+        block = name.startswith("blocks.") and int(name.split(".")[1]) in layers
+        if block or (first and rank == 0) or (last and rank == layout.pp - 1):
+            # norms and a reward head compute in fp32 anyhow
+            small = p.ndim < 2 or (model.n_attributes and name.startswith("head"))
+            wanted[name] = torch.float32 if small else dtype
+    parts = load_parts(cfg.model, model, wanted, mesh)
+    laid_out = lay_out(model, parts, mesh["tp"] if layout.tp > 1 else None)
+    engine = Engine(laid_out, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
+    if cfg.quantize != "none":
+        log.info(engine.quantize(cfg.quantize))
+    if cfg.compile:
+        for block in laid_out.blocks.values():
+            block.compile(dynamic=True)
+    return engine
+
+
+class Driver:
+    """Runs an engine in its own thread, for callers in others. With several processes the first one
+    drives; the others `follow`, told of every request and cancellation before each step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.news: queue.SimpleQueue = queue.SimpleQueue()
+        self.rows: dict[int, list[Row]] = {}  # those under way, by the request's number
+        self.numbers = itertools.count()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.failed: BaseException | None = None
+
+    def submit(self, ids: list[int], params: SamplingParams, listener: Listener) -> int:
+        """Queue a request from any thread → its number. The listener is called in the engine's."""
+        number = next(self.numbers)
+        self.news.put(("submit", number, ids, params, listener))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """From any thread; nothing happens if the request is done. Its rows end as cancelled."""
+        self.news.put(("cancel", number))
+
+    def stop(self) -> None:
+        """End the thread, and the processes that follow."""
+        self.news.put(("stop",))
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def run(self) -> None:
+        try:
+            while self.turn():
+                pass
+        except BaseException as e:
+            self.failed = e  # the server says it is not alive
+            log.exception("the engine failed")
+
+    def follow(self) -> None:
+        """What the other processes do."""
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Take what is new, then one step; False once stopped."""
+        going = True
+        for what, *args in self.share(self.wait() if self.leads else []):
+            if what == "stop":
+                going = False
+            elif what == "cancel":
+                for row in self.rows.get(args[0], ()):
+                    self.engine.cancel(row)
+            else:
+                number, ids, params, listener = args
+                self.rows[number] = self.engine.submit(ids, params, listener)
+        if self.engine.busy:
+            self.engine.step()
+            done = lambda rows: all(row.out.finish_reason for row in rows)  # noqa: E731
+            self.rows = {n: rows for n, rows in self.rows.items() if not done(rows)}
+        return going
+
+    @property
+    def leads(self) -> bool:
+        return self.engine.world == 1 or dist.get_rank() == 0
+
+    def wait(self) -> list[tuple]:
+        """News; without work, wait for some, but never so long that those who follow give up."""
+        news = []
+        try:
+            if not self.engine.busy:
+                news.append(self.news.get(timeout=30))
+            while True:
+                news.append(self.news.get_nowait())
+        except queue.Empty:
+            return news
+
+    def share(self, news: list[tuple]) -> list[tuple]:
+        """What is new to the first process, on all of them: as JSON, without the listeners."""
+        if self.engine.world == 1:
+            return news
+        plain = [[*item[:3], asdict(item[3])] if item[0] == "submit" else [*item] for item in news]
+        text = np.frombuffer(json.dumps(plain).encode(), np.uint8).copy()
+        size = torch.tensor([len(text) if news else 0])
+        dist.broadcast(size, src=0)
+        if not size:
+            return []
+        text = torch.from_numpy(text) if self.leads else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(text, src=0)
+        if self.leads:
+            return news
+        return [from_json(*item) for item in json.loads(bytes(text.numpy()))]
+
+
+def from_json(what: str, *args: Any) -> tuple:
+    """An item of the news, on a process that follows."""
+    if what != "submit":
+        return (what, *args)
+    number, ids, params = args
+    tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in params.items()}
+    return (what, number, ids, SamplingParams(**tuples), None)
