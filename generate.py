@@ -529,19 +529,22 @@ class Engine:
             same = differ.argmax(1)
             have = np.minimum(same, self.computed)
             soon = same[self.decoding : self.active].max(initial=0)
-            if soon > have.max() + 16:
+            if soon > have.max():
                 looked_at += 1
                 continue
             del self.waiting[looked_at]
             self.place(row, ids, int(have.argmax()), int(have.max()))
 
     def place(self, row: Row, ids: np.ndarray, source: int, shared: int) -> None:
-        """Into the first free slot: the source itself if it is free, else the one longest unused."""
+        """Into the first free slot: the source itself, if it is free and would not forget more than
+        is shared; else the one longest unused."""
         slot = self.active
-        if source >= slot and shared:
+        if source >= slot and 2 * shared > self.computed[source]:
             self.swap(source, slot)
         else:
-            self.swap(slot + int(self.freed[slot:].argmin()), slot)
+            oldest = slot + int(self.freed[slot:].argmin())
+            self.swap(oldest, slot)
+            source = oldest if source == slot else slot if source == oldest else source
             self.cache.copy(source, slot, shared)
         self.slots[slot], row.done, row.out.cached = row, shared, shared
         self.computed[slot] = shared
