@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from transformers import LogitsProcessorList, NemotronForCausalLM
-from transformers.generation import logits_process as theirs
+from transformers.generation import logits_process as hf
 
 import data
 import generate
@@ -203,3 +203,366 @@ def test_every_mesh_yields_the_same_with_a_batch_of_many(on_ranks, folder, tp, p
         for a, b in zip(got[2], want[2], strict=True):
             assert np.allclose(a, b, atol=1e-4)
         assert got[3].startswith("int8")
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def filtered(logits, params, ids):
+    """Oracle: transformers' processors in its own order → probabilities."""
+    chain = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        chain.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    chain.append(hf.TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        chain.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chain.append(hf.TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        chain.append(hf.MinPLogitsWarper(params.min_p))
+    return chain(torch.tensor([ids]), logits[None].clone()).softmax(-1)[0]
+
+
+FILTERS = {
+    "plain": {},
+    "cold": {"temperature": 0.6},
+    "hot": {"temperature": 1.7},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.1},
+    "penalty": {"repetition_penalty": 1.5},
+    "all": {
+        "temperature": 1.3,
+        "top_k": 12,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_samples_follow_the_exact_distribution(name):
+    """Chi-square over 40,000 samples of 40 tokens, each of its own random stream."""
+    params, seen = SamplingParams(**FILTERS[name]), [3, 5, 5, 9]
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
+    want = filtered(logits, params, seen).double().numpy()
+    n = 40_000
+    u = [generate.uniform(seed, 0, 4) for seed in range(n)]
+    ids = generate.sample(logits.expand(n, 40), [params] * n, [seen] * n, u)
+    counts = np.bincount(ids.numpy(), minlength=40)
+    assert counts[want == 0].sum() == 0
+    expected = want[want > 0] * n
+    rare = expected < 5  # too few for the test: together
+    if rare.any():
+        expected = np.append(expected[~rare], expected[rare].sum())
+        counts = np.append(counts[want > 0][~rare], counts[want > 0][rare].sum())
+    else:
+        counts = counts[want > 0]
+    assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_rows_of_a_batch_keep_their_own_settings():
+    params = [SamplingParams(**changes) for changes in FILTERS.values()]
+    params.append(SamplingParams(temperature=0))
+    logits = torch.randn(len(params), 600, generator=torch.Generator().manual_seed(2)) * 3
+    seen = [[i, 2 * i + 1] for i in range(len(params))]
+    for k in range(50):
+        u = [generate.uniform(k, i, 0) for i in range(len(params))]
+        together = generate.sample(logits, params, seen, u)
+        for i, p in enumerate(params):
+            single = generate.sample(logits[i : i + 1], [p], [seen[i]], [u[i]])
+            assert single[0] == together[i]
+    assert together[-1] == logits[-1].argmax()
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_the_least_number_of_tokens_also_when_all_are_equally_likely(mass):
+    for p in (torch.full((2, 1000), 1e-3), torch.randn(2, 1000).mul(4).softmax(1)):
+        kept = generate.keep_likeliest(p, torch.tensor([mass, mass]))
+        for row, before in zip(kept, p, strict=True):
+            n = int((row > 0).sum())
+            ordered = before.double().sort(descending=True).values.cumsum(0)
+            assert n == pytest.approx(int((ordered < mass - 1e-6).sum()) + 1, abs=1)
+            assert torch.equal(row[row > 0], before[row > 0])
+
+
+def test_a_seed_is_a_stream_and_samples_of_one_prompt_differ():
+    engine = Engine(tiny(), slots=8)
+    params = SamplingParams(max_tokens=10, n=4, seed=5, stop_ids=())
+    a = engine.generate([[9, 10]], params)
+    assert [out.index for out in a] == [0, 1, 2, 3]
+    assert len({tuple(out.ids) for out in a}) == 4
+    assert [out.ids for out in engine.generate([[9, 10]], params)] == [out.ids for out in a]
+    other = engine.generate([[9, 10]], dataclasses.replace(params, seed=6))
+    assert not {tuple(out.ids) for out in other} & {tuple(out.ids) for out in a}
+    assert engine.generate([[9, 10]], dataclasses.replace(params, n=1))[0].ids == a[0].ids
+
+
+def test_uniform_numbers_are_uniform_and_never_zero_or_one():
+    u = [
+        generate.uniform(seed, sample, at)
+        for seed in range(10)
+        for sample in range(10)
+        for at in range(100)
+    ]
+    assert 0 < min(u) and max(u) < 1
+    assert stats.kstest(u, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": -1}, "temperature"), ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -1}, "top_k"),
+        ({"min_p": 2}, "min_p"), ({"n": 0}, "n=0"), ({"max_tokens": -1}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"), ({"stop": "a"}, "stop"), ({"stop": ("",)}, "stop"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+    ],
+)  # fmt: skip
+def test_impossible_sampling_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(**change)
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ([], "empty"),
+        ([-1], "token -1"),
+        ([512], "token 512"),
+        ([9] * 97, "context 96"),
+        ("a", "tokenizer"),
+    ],
+)
+def test_impossible_prompts_are_refused(prompt, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(tiny()).generate([prompt])
+
+
+def test_a_sample_ends_where_the_context_does():
+    engine = Engine(tiny(), context=20)
+    out = engine.generate([[9] * 15], dataclasses.replace(GREEDY, max_tokens=100))[0]
+    assert len(out.ids) == 5 and out.finish_reason == "length"
+    assert engine.generate([[9] * 20], GREEDY)[0].ids == []
+    with pytest.raises(ValueError, match="context=97"):
+        Engine(tiny(), context=97)
+
+
+def test_echo_gives_the_prompt_and_its_log_probs(folder):
+    engine = Engine(load_hf(folder), data.load_tokenizer(folder))
+    params = SamplingParams(max_tokens=3, temperature=0, echo=True, logprobs=1, stop_ids=())
+    out = engine.generate(["import os"], params)[0]
+    prompt = engine.encode("import os")
+    assert out.ids[: len(prompt)] == prompt and out.text.startswith("import os")
+    assert out.logprobs[0] is None and len(out.logprobs) == len(out.ids) == len(out.tops)
+    assert np.allclose(out.logprobs[1:], log_probs(load_hf(folder), out.ids), atol=1e-4)
+    none = engine.generate(["import os"], dataclasses.replace(params, max_tokens=0))[0]
+    assert none.ids == prompt and none.logprobs[1:] == pytest.approx(
+        out.logprobs[1 : len(prompt)], abs=1e-5
+    )
+
+
+def test_scores_are_the_continuations_log_probs_and_share_their_contexts():
+    model, prompts = tiny(), ragged_prompts()
+    pairs = [(prompts[6], prompts[i]) for i in (1, 2, 3)] + [(prompts[1], prompts[3])]
+    engine = Engine(model, slots=4, chunk=16)
+    for (context, continuation), out in zip(pairs, engine.score(pairs), strict=True):
+        want = log_probs(model, context + continuation)[len(context) - 1 :]
+        assert np.allclose(out.logprobs, want, atol=1e-4)
+        assert len(out.tops) == len(continuation) == len(out.logprobs)
+    assert engine.cached_tokens == 2 * (len(prompts[6]) - 1)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer of one byte a token: every character is cut."""
+
+    specials = {"</s>": 256}
+    vocab_size = 257
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def streamed(tokenizer, ids, stop=()):
+    """The pieces that a stream gives, and whether it stopped."""
+    stream, pieces = TextStream(tokenizer, stop), []
+    for i in ids:
+        pieces.append(stream.push(int(i)))
+        if stream.stopped:
+            break
+    return [*pieces, stream.finish()], stream.stopped
+
+
+TEXTS = (
+    "plain",
+    "naïve café",
+    "日本語のテキスト",
+    "ends with 👩‍👩‍👧🏽",
+    "🇨🇭" * 5,
+    "a\ufffdb\ufffd",
+    "\ufffd" * 9,
+    "",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_characters_cut_by_tokens_come_out_whole(text, corpus):
+    for tokenizer in (Bytes(), data.TokenData(corpus).tokenizer()):
+        pieces, stopped = streamed(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == text and not stopped
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_any_tokens_whatever_stream_to_their_decoded_text(corpus):
+    rng = np.random.default_rng(0)
+    for tokenizer in (Bytes(), data.TokenData(corpus).tokenizer()):
+        for _ in range(200):
+            ids = rng.integers(0, tokenizer.vocab_size, rng.integers(0, 60)).tolist()
+            assert "".join(streamed(tokenizer, ids)[0]) == tokenizer.decode(ids)
+
+
+def test_a_stream_is_not_late():
+    pieces, _ = streamed(Bytes(), Bytes().encode("ab é c"), ("xyz",))
+    assert pieces == ["a", "b", " ", "", "é", " ", "c", ""]
+
+
+@pytest.mark.parametrize(
+    "text, stop, want, stopped",
+    [
+        ("one two three", ("two",), "one ", True),
+        ("one two three", ("three", "two th"), "one ", True),
+        ("ababac", ("abac",), "ab", True),
+        ("aaaab", ("aab",), "aa", True),
+        ("ends in a hal", ("half",), "ends in a hal", False),
+        ("größe 👍 fin", ("👍",), "größe ", True),
+        ("größe 👍", ("👍👎", "ß👍"), "größe 👍", False),
+        ("stop", ("stop",), "", True),
+        ("a<extra_id_1>User", ("<extra_id_1>User", "<extra_id_1>"), "a", True),
+    ],
+)
+def test_stop_texts_split_over_tokens_end_the_text(text, stop, want, stopped, corpus):
+    for tokenizer in (Bytes(), data.TokenData(corpus).tokenizer()):
+        pieces, did = streamed(tokenizer, tokenizer.encode(text), stop)
+        assert ("".join(pieces), did) == (want, stopped)
+
+
+def test_random_stop_texts_cut_at_their_first_occurrence():
+    rng = random.Random(1)
+    for _ in range(500):
+        text = "".join(rng.choice("abé👍") for _ in range(rng.randrange(20)))
+        stop = tuple(
+            "".join(rng.choice("abé👍") for _ in range(rng.randrange(1, 4))) for _ in range(2)
+        )
+        found = [at for at in map(text.find, stop) if at >= 0]
+        pieces, stopped = streamed(Bytes(), Bytes().encode(text), stop)
+        assert "".join(pieces) == (text[: min(found)] if found else text)
+        assert stopped == bool(found)
+
+
+def test_the_engine_streams_what_it_returns_and_stops_at_texts_and_tokens(folder):
+    engine = Engine(load_hf(folder), data.load_tokenizer(folder), slots=4)
+    params = SamplingParams(max_tokens=40, seed=1, stop_ids=())
+    free = engine.generate(["import"], params)[0]
+    pieces = []
+    engine.submit("import", params, lambda out, text: pieces.append((text, out.finish_reason)))
+    while engine.busy:
+        engine.step()
+    assert "".join(text for text, _ in pieces) == free.text
+    assert [reason for _, reason in pieces if reason] == ["length"]
+    assert free.text == engine.tokenizer.decode(free.ids)
+    stop = free.text[20:23]
+    cut = engine.generate(["import"], dataclasses.replace(params, stop=(stop,)))[0]
+    assert cut.text == free.text[: free.text.find(stop)] and cut.finish_reason == "stop"
+    token = free.ids[10]
+    ended = engine.generate(["import"], dataclasses.replace(params, stop_ids=(token,)))[0]
+    assert ended.ids == free.ids[: free.ids.index(token)] and ended.finish_reason == "stop"
+
+
+def test_generation_ends_at_the_end_of_a_document_by_default(folder):
+    engine = Engine(load_hf(folder), data.load_tokenizer(folder), slots=16)
+    outs = engine.generate(["x"], SamplingParams(max_tokens=90, n=16, temperature=3.0))
+    assert {out.finish_reason for out in outs} == {"stop", "length"}
+    assert not any(3 in out.ids for out in outs)
+
+
+# ---- models from folders -------------------------------------------------------------------------
+
+
+def test_a_reward_model_gives_its_attributes_at_the_last_token(tmp_path):
+    cfg = dataclasses.replace(TINY, n_attributes=5)
+    model = Nemotron(cfg)
+    init_weights(model, 1)
+    prompts = ragged_prompts()
+    outs = Engine(model, slots=4, chunk=16).generate(prompts, SamplingParams(max_tokens=0))
+    for prompt, out in zip(prompts, outs, strict=True):
+        with torch.no_grad():
+            want = model(torch.tensor([prompt]))[0, -1]
+        assert np.allclose(out.scores, want, atol=1e-5) and out.ids == []
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_eight_bit_weights_cost_little_and_say_what(folder, kind, dtype, caplog):
+    with caplog.at_level("INFO", "nemotron4"):
+        engine = load_engine(EngineConfig(folder, quantize=kind, dtype=dtype, slots=4))
+    plain = load_engine(EngineConfig(folder, dtype=dtype, slots=4))
+    said = caplog.messages[-1]
+    error, size = map(
+        float,
+        said.replace("(they are ", "")
+        .replace(")", "")
+        .replace(",", "")
+        .split("logits ")[1]
+        .split()[:2],
+    )
+    assert 0 < error < 0.1 * size and said.startswith(kind)
+    pairs = [(p[:1], p[1:]) for p in ragged_prompts() if len(p) > 1]
+    differ = [
+        np.subtract(a.logprobs, b.logprobs)
+        for a, b in zip(engine.score(pairs), plain.score(pairs), strict=True)
+    ]
+    spread = np.concatenate(differ).std()
+    assert 0 < spread < 0.5
+    weights = [
+        m.weight.dtype for m in engine.model.blocks.modules() if isinstance(m, generate.Linear)
+    ]
+    assert set(weights) == {torch.int8 if kind == "int8" else torch.float8_e4m3fn}
+
+
+def test_bf16_gives_nearly_the_same_log_probs(folder):
+    pairs = [(p[:1], p[1:]) for p in ragged_prompts() if len(p) > 1]
+    exact = load_engine(EngineConfig(folder, dtype="fp32")).score(pairs)
+    half = load_engine(EngineConfig(folder, dtype="bf16")).score(pairs)
+    worst = max(
+        np.abs(np.subtract(a.logprobs, b.logprobs)).mean() for a, b in zip(exact, half, strict=True)
+    )
+    assert 0 < worst < 0.1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mesh": generate.Layout(tp=2)}, "tp=2"),
+        ({"tokenizer": "cl100k"}, "did you mean"),
+        ({"slots": 0}, "slots=0"),
+    ],
+)
+def test_an_impossible_engine_is_refused(folder, change, words):
+    with pytest.raises(ValueError, match=words):
+        load_engine(EngineConfig(folder, **change))
+
+
+def test_a_folder_without_a_model_or_tokenizer_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="neither a run"):
+        load_engine(EngineConfig(tmp_path))
+    save_hf(tiny(), tmp_path)
+    with pytest.raises(ValueError, match="--tokenizer"):
+        load_engine(EngineConfig(tmp_path))
