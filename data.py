@@ -1,4 +1,5 @@
-"""Text in, token batches out: tokenizers, `prepare`, token files, and a sampler without state.
+"""Text in, token batches out: tokenizers, `prepare`, token files, a stateless sampler; for alignment
+the chat template, rows of conversations, pairs and scored responses, and their packing.
 
 Everything here is about text and needs neither a model nor torch. Section 2.1 of the report
 (blend), arXiv 2402.16819 (tokenizer, hygiene).
@@ -16,13 +17,14 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import sys
 import sysconfig
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -287,15 +289,22 @@ def read_text(path: Path) -> Documents:
             line += piece.count(b"\n")
 
 
-def read_jsonl(path: Path, text_field: str) -> Documents:
-    """One JSON object a line, gzipped or not; a gzip stream that breaks off ends as bad."""
+def numbered_lines(path: Path) -> Iterator[tuple[str, bytes | BadDocument]]:
+    """("FILE:NUMBER", line), gzipped or not, blank lines left out; a gzip stream that breaks off
+    ends as bad."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield row_text(line, text_field, f"{path}:{number}")
+                    yield f"{path}:{number}", line
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        yield BadDocument(path, f"broken gzip stream ({e}): fetch it again")
+        yield str(path), BadDocument(path, f"broken gzip stream ({e}): fetch it again")
+
+
+def read_jsonl(path: Path, text_field: str) -> Documents:
+    """One JSON object a line."""
+    for where, line in numbered_lines(path):
+        yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
 
 
 def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
@@ -828,6 +837,357 @@ def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
         messages = [{"role": "system", "content": REWARD_SYSTEM}, *messages]
     ids, _ = render_chat(messages, tokenizer)
     return np.append(ids[:-1], np.int32(tokenizer.special("<extra_id_2>")))
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+
+# HelpSteer2's attributes, each 0 to 4; NVIDIA's head has Open Assistant's four before them
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+NINE_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity", *ATTRIBUTES)
+REWARD_WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)  # the released 340B's (SPEC 2.3)
+
+
+def aggregate(attributes: Any, weights: Sequence[float] = REWARD_WEIGHTS) -> Any:
+    """Attributes (..., 5 or 9) → one reward (...); five weights leave out the first four of nine.
+    Lists, arrays and tensors alike."""
+    x = attributes if hasattr(attributes, "shape") else np.asarray(attributes, dtype=float)
+    n, k = x.shape[-1], len(weights)
+    if n not in (5, 9) or k not in (5, n):
+        raise ValueError(f"{n} attributes, {k} weights: 5 or 9 attributes, 5 weights or as many")
+    return sum(w * x[..., n - k + i] for i, w in enumerate(weights))
+
+
+def best_and_worst(
+    responses: Sequence[str], rewards: Sequence[float], finished: Sequence[bool], min_gap: float = 0
+) -> tuple[int, int] | None:
+    """Of one prompt's responses the numbers of chosen and rejected; unfinished ones and repetitions
+    are left out. None: a tie, or their rewards are less than min_gap apart."""
+    first = {text: i for i, text in reversed([*enumerate(responses)]) if finished[i]}
+    order = sorted(first.values(), key=lambda i: (-rewards[i], i))
+    gap = rewards[order[0]] - rewards[order[-1]] if order else 0
+    return (order[0], order[-1]) if gap > 0 and gap >= min_gap else None
+
+
+# ---- rows of alignment data ----------------------------------------------------------------------
+
+MARKER = re.compile("<extra_id_[012]>")
+TO_ANSWER = "<extra_id_1>Assistant\n"  # what a templated prompt ends with
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """An example as token ids: a conversation or a scored response is one segment, a preference
+    pair two, chosen and rejected."""
+
+    ids: tuple[np.ndarray, ...]  # int32 (T) of each segment
+    trained: tuple[np.ndarray, ...]  # bool (T): the tokens that a loss counts
+    values: np.ndarray | None  # float32: a pair's two rewards, or a scored response's label
+    where: str  # FILE:LINE
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def key(self) -> str:
+        """Hash of the tokens and of which are trained: what its log-probabilities depend on."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids, trained in zip(self.ids, self.trained, strict=True):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + trained.tobytes())
+        return digest.hexdigest()
+
+
+# What a JSON object becomes: a conversation, or a pair's two, still unchecked, and values
+Example = tuple[list[Messages], np.ndarray | None]
+Rows = tuple[list[Row], dict[str, int]]
+
+
+def need(row: dict[str, Any], name: str, kind: type = object) -> Any:
+    if row.get(name) is None or not isinstance(row[name], kind):
+        what = {str: "text", list: "list"}.get(kind, "value")
+        raise ValueError(f"no {what} in field {name!r} (it has {sorted(row)})")
+    return row[name]
+
+
+def numbers(values: list[Any], names: Sequence[str]) -> np.ndarray:
+    """float32, each checked to be a finite number."""
+    for value, name in zip(values, names, strict=True):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 3e38:
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+    return np.array(values, np.float32)
+
+
+def plain(messages: Any) -> Any:
+    """Messages with role and content alone; what is none stays as it is."""
+    if not isinstance(messages, list):
+        return messages
+    keys = ("role", "content")
+    return [{k: m.get(k) for k in keys} if isinstance(m, dict) else m for m in messages]
+
+
+def parse_chat(text: str, end: str) -> Messages:
+    """A text in the Nemotron template → its messages, the system turn included. Its markers are
+    structure: one in any other place, or another end than `end`, is an error."""
+    if not text.endswith(f"\n{end}"):
+        raise ValueError(f"a templated text must end with {chr(10) + end!r}, not {text[-40:]!r}")
+    messages = []
+    for i, turn in enumerate(text[: -len(end)].split("<extra_id_1>")):
+        head, _, body = turn.partition("\n")
+        roles = {v: k for k, v in ROLES.items()} if i else {"<extra_id_0>System": "system"}
+        if head not in roles or not body.endswith("\n") or MARKER.search(body):
+            rule = f"{' or '.join(roles)}, then lines without a marker"
+            raise ValueError(f"turn {i} of a templated text is {turn[:60]!r}, not {rule}")
+        messages.append({"role": roles[head], "content": body[:-1]})
+    return messages
+
+
+def read_chat(row: dict[str, Any]) -> Example:
+    """{"messages": [{role, content}]}, or NeMo's {"system", "conversations": [{from, value}]}."""
+    if "messages" in row:
+        return [plain(row["messages"])], None
+    turns, names = need(row, "conversations", list), {v: k for k, v in ROLES.items()}
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    if (mask := row.get("mask") or "User") != "User":
+        raise ValueError(f"mask is {mask!r}: only 'User' is built, which trains the assistant")
+    if row.get("type") and any(turn.get("label") is not None for turn in turns):
+        raise ValueError(f"type is {row['type']!r}: conditioning on labels is not built")
+    said = [(str(turn.get("from")), turn.get("value")) for turn in turns]
+    chat = [{"role": names.get(role, role), "content": text} for role, text in said]
+    return [[{"role": "system", "content": row.get("system") or ""}, *chat]], None
+
+
+def read_preference(row: dict[str, Any], rewards: bool) -> Example:
+    """NeMo's {"prompt", "chosen_response", "rejected_response"}: a templated prompt and answers
+    that end with the next turn's mark, or messages and plain answers. Or {"chosen", "rejected"},
+    plain answers or messages, perhaps whole conversations, with a "prompt", plain or messages."""
+    nemo = "chosen_response" in row or "rejected_response" in row
+    given = plain(need(row, "prompt") if nemo else row.get("prompt", row.get("messages", [])))
+    sides = [plain(need(row, side + "_response" * nemo)) for side in ("chosen", "rejected")]
+    if nemo and isinstance(given, str):
+        chats = [parse_chat(f"{given}{side}", "<extra_id_1>") for side in sides]
+        given = parse_chat(given, TO_ANSWER)
+    else:
+        given = given if isinstance(given, list) else [{"role": "user", "content": given}]
+        said = [s if isinstance(s, list) else [{"role": "assistant", "content": s}] for s in sides]
+        if not given and min(map(len, said)) < 2:
+            need(row, "prompt")
+        chats = [side if len(side) > 1 else [*given, *side] for side in said]
+    if any(chat[:-1] != chats[0][:-1] or given != chat[-1 - len(given) : -1] for chat in chats):
+        raise ValueError("chosen and rejected do not answer the same prompt")
+    if chats[0] == chats[1]:
+        raise ValueError("chosen and rejected are equal")
+    names = ("chosen_reward", "rejected_reward")
+    if rewards or any(row.get(name) is not None for name in names):
+        return chats, numbers([need(row, name) for name in names], names)
+    return chats, None
+
+
+def read_scored(row: dict[str, Any], n_attributes: int) -> Example:
+    """NeMo's {"text" in the template, "label"}, {"messages", "label"}, or HelpSteer2's columns,
+    whose prompt has its earlier turns in the template."""
+    if "messages" in row:
+        chat, label = plain(row["messages"]), need(row, "label", list)
+    elif "text" in row or "label" in row:
+        chat, label = parse_chat(need(row, "text", str), "<extra_id_2>"), need(row, "label", list)
+    else:
+        before = f"<extra_id_0>System\n\n<extra_id_1>User\n{need(row, 'prompt', str)}\n{TO_ANSWER}"
+        answer = {"role": "assistant", "content": need(row, "response", str)}
+        chat = [*parse_chat(before, TO_ANSWER)[1:], answer]
+        label = [need(row, name) for name in ATTRIBUTES]
+    if len(label) not in (5, 9):
+        raise ValueError(f"label has {len(label)} values, not 5 or 9")
+    values = numbers(label, NINE_ATTRIBUTES[-len(label) :])
+    values = np.append(np.full(4, IGNORE, np.float32), values)[-n_attributes:]
+    if (values == IGNORE).all():
+        raise ValueError(f"none of the {n_attributes} attributes is labelled")
+    return [chat], values
+
+
+def check_answers(messages: Messages) -> None:
+    check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"messages[{i}] is an empty response")
+
+
+def render_answer(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """As render_chat, with the last answer alone trained."""
+    ids, trained = render_chat(messages, tokenizer)
+    trained[: len(render_chat(messages[:-1], tokenizer)[0])] = False
+    return ids, trained
+
+
+def render_judged(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """As render_reward, with nothing trained. An empty system turn is none: the reward model has
+    its own."""
+    messages = messages[1:] if messages[0] == {"role": "system", "content": ""} else messages
+    ids = render_reward(messages, tokenizer)
+    return ids, np.zeros(len(ids), bool)
+
+
+def json_object(line: bytes | BadDocument) -> dict[str, Any]:
+    if isinstance(line, BadDocument):
+        raise line
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON ({e})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    if b"\\ud" in line.lower():
+        json.dumps(row, ensure_ascii=False).encode()  # UnicodeEncodeError for a lone surrogate
+    return row
+
+
+def without_first_exchange(messages: Messages) -> Messages:
+    n = messages[0]["role"] == "system"
+    return messages[:n] + messages[n + 2 :]
+
+
+def read_rows(
+    path: str | Path,
+    read: Callable[[dict[str, Any]], Example],
+    render: Callable[[Messages], tuple[np.ndarray, np.ndarray]],
+    seq_len: int,
+    window: int = 0,
+    skip_bad: bool = False,
+    shorten: bool = False,
+) -> Rows:
+    """The rows with segments of at most seq_len tokens, `window` (0: seq_len) together, and counts:
+    bad ones end the run unless skip_bad; those too long are left out, or with `shorten` lose their
+    earliest exchanges. No answer is ever cut."""
+    rows, counts = [], dict(bad=0, long=0, shortened=0)
+    for where, line in numbered_lines(Path(path)):
+        try:
+            chats, values = read(json_object(line))
+            for chat in chats:
+                check_answers(chat)
+        except ValueError as e:
+            bad = e if isinstance(e, BadDocument) else BadDocument(where, f"{e}: mend the line")
+            if not skip_bad:
+                raise bad from None
+            log.warning(f"left out: {bad}")
+            counts["bad"] += 1
+            continue
+        for cuts in range(len(chats[0]) // 2 if shorten else 1):
+            chats = [without_first_exchange(chat) for chat in chats] if cuts else chats
+            row = Row(*zip(*map(render, chats), strict=True), values, where)
+            if max(map(len, row.ids)) <= seq_len and row.length <= (window or seq_len):
+                rows.append(row)
+                counts["shortened"] += cuts > 0
+                break
+        else:
+            counts["long"] += 1
+    found = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+    if not rows:
+        raise ValueError(f"{path}: no row left ({found}): allow longer ones, or look at the file")
+    log.info(f"{path}: {len(rows):,} rows; {found}")
+    return rows, counts
+
+
+def sft_rows(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options: Any) -> Rows:
+    """Conversations; every turn of the assistant is trained. options: read_rows'."""
+    return read_rows(path, read_chat, partial(render_chat, tokenizer=tokenizer), seq_len, **options)
+
+
+def preference_rows(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    rewards: bool = False,
+    judged: bool = False,
+    **options: Any,
+) -> Rows:
+    """Pairs. rewards: a row must have its two, there is no default; judged: in a reward model's
+    rendering. options: read_rows'."""
+    read = partial(read_preference, rewards=rewards)
+    render = partial(render_judged if judged else render_answer, tokenizer=tokenizer)
+    return read_rows(path, read, render, seq_len, **options)
+
+
+def reward_rows(
+    path: str | Path, tokenizer: Tokenizer, seq_len: int, n_attributes: int = 5, **options: Any
+) -> Rows:
+    """Scored responses. A label of nine for five attributes loses its first four, one of five for
+    nine has them masked. options: read_rows'."""
+    if n_attributes not in (5, 9):
+        raise ValueError(f"n_attributes={n_attributes}: 5 or 9")
+    read = partial(read_scored, n_attributes=n_attributes)
+    return read_rows(path, read, partial(render_judged, tokenizer=tokenizer), seq_len, **options)
+
+
+def show_row(row: Row, tokenizer: Tokenizer) -> str:
+    """A row as text for a terminal, what is trained in green."""
+    out = ""
+    for ids, trained in zip(row.ids, row.trained, strict=True):
+        cuts = np.flatnonzero(np.diff(trained)) + 1
+        for run, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
+            text = tokenizer.decode(run).replace("\x1b", "␛")  # a text must not steer the terminal
+            out += f"\x1b[32m{text}\x1b[0m" if green[0] else text
+        out += "\n"
+    return out
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+def fill(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which rows share a window of `room` tokens, each of at most that: longest first, each where
+    it leaves least room. A function of the lengths alone."""
+    windows, of_room, rooms = [], {}, 0  # rooms: bit r is set where a window has r places left
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if enough := rooms >> lengths[i]:
+            left = lengths[i] + (enough & -enough).bit_length() - 1
+            w = of_room[left].pop()
+            rooms ^= 0 if of_room[left] else 1 << left
+        else:
+            w, left = len(windows), room
+            windows.append([])
+        windows[w].append(i)
+        left -= lengths[i]
+        of_room.setdefault(left, []).append(w)
+        rooms |= 1 << left
+    return windows
+
+
+def pack(
+    rows: Sequence[Row], window: int, packed: bool = True, multiple: int = 1
+) -> dict[str, np.ndarray]:
+    """Rows of one kind → W windows of T = window tokens: packed, or one a window; then empty ones
+    up to a multiple of `multiple`. With row s of its window made of n segments:
+
+    tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
+    IGNORE), documents (n s + k in segment k of row s, -1 in padding): int64 (W, T)
+    rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
+    if all rows have values, rewards (W, S, 2) or labels (W, S, 5 or 9), float32, IGNORE for none
+    """
+    for row in rows:
+        if row.length > window:
+            raise ValueError(f"{row.where}: {row.length} tokens in a window of {window}: drop it")
+    members = fill([r.length for r in rows], window) if packed else [[i] for i in range(len(rows))]
+    n, shape = len(rows[0].ids), (-(-len(members) // multiple) * multiple, window)
+    slots = (shape[0], max(map(len, members)))
+    out = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE)}
+    out |= {"positions": np.zeros(shape, np.int64), "documents": np.full(shape, -1)}
+    out |= {"rows": np.full(slots, -1), "ends": np.zeros((*slots, n), np.int64)}
+    for w, inside in enumerate(members):
+        out["rows"][w, : len(inside)], at = inside, 0
+        for d in range(len(inside) * n):
+            row, k = rows[inside[d // n]], d % n
+            ids, part = row.ids[k], slice(at, at + len(row.ids[k]))
+            out["tokens"][w, part], out["documents"][w, part] = ids, d
+            out["positions"][w, part] = np.arange(len(ids))
+            out["targets"][w, part][:-1] = np.where(row.trained[k][1:], ids[1:], IGNORE)
+            at += len(ids)
+            out["ends"][w, d // n, k] = at - 1
+    if all(row.values is not None for row in rows):
+        values = np.full((*slots, len(rows[0].values)), IGNORE, np.float32)
+        values[out["rows"] >= 0] = [rows[i].values for inside in members for i in inside]
+        out["rewards" if n == 2 else "labels"] = values
+    return out
 
 
 # ---- command line --------------------------------------------------------------------------------
