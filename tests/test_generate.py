@@ -783,7 +783,8 @@ def test_a_run_of_any_mesh_can_be_sampled_from(on_ranks, corpus, tmp_path):
     for rank in on_ranks(2, sample_run, str(tmp_path / "run")):
         assert rank == [out.text for out in outs]
     # what was trained is what is sampled from
-    on_ranks(2, export_run, str(tmp_path / "run"), str(tmp_path / "hf"))
+    with mock.patch.object(parallel, "shut_down"):
+        parallel.export(parallel.ExportConfig(tmp_path / "run", tmp_path / "hf", "fp32"))
     theirs = NemotronForCausalLM.from_pretrained(tmp_path / "hf")
     ids = torch.tensor([engine.encode("import os")])
     want = theirs.generate(
@@ -809,12 +810,3 @@ def sample_run(path):
     layout = generate.Layout(tp=2)
     engine = load_engine(EngineConfig(Path(path), mesh=layout))
     return [out.text for out in engine.generate(["import os", "The"], GREEDY)]
-
-
-def export_run(run, path):
-    cfg = json.loads((Path(run) / "config.json").read_text())
-    shape, mesh_cfg = parallel.ModelConfig(**cfg["model"]), parallel.MeshConfig(dtype="fp32")
-    runner = parallel.Runner(shape, mesh_cfg, parallel.init_mesh(mesh_cfg), 1, 0)
-    weights = {f"model.{name}": p for name, p in runner.params().items()}
-    parallel.Checkpoints(Path(run) / "checkpoints", 2, False).load(weights)
-    save_hf(runner, path)

@@ -55,6 +55,7 @@ def test_the_model_knows_nothing_of_ranks():
 
 CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshConfig)
 CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig, generate.Layout)
+CONFIGS += (parallel.ExportConfig,)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
 CONFIGS += (generate.ChatConfig, generate.ScoreConfig, generate.EvaluateConfig)
 
@@ -64,6 +65,7 @@ def test_every_option_is_read_somewhere():
     for config in CONFIGS:
         for field in dataclasses.fields(config):
             read = rf"\b(cfg|self|c|p|how|phase|mesh|params|sampling|layout)\.{field.name}\b"
+            read += rf'|column\("{field.name}"\)'
             assert re.search(read, text), f"{config.__name__}.{field.name}"
 
 
@@ -101,8 +103,7 @@ def test_the_readmes_files_exist_and_its_commands_parse():
     for command, *args in readme_commands("generate.py"):
         tyro.cli(generate.COMMANDS[command][0], args=args)
     for command, *args in readme_commands("parallel.py"):
-        assert command == "plan"
-        tyro.cli(parallel.PlanConfig, args=args)
+        tyro.cli(parallel.COMMANDS[command], args=args)
 
 
 def test_pictures_of_the_readme_are_in_the_repository():
