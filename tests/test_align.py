@@ -108,6 +108,12 @@ def test_dpo_is_finite_and_right_far_out(a, want, dtype):
     close(torch.autograd.grad(dpo_loss(a), a)[0], -1 / (1 + math.exp(min(a.item(), 700))))
 
 
+def test_dpo_keeps_its_digits_where_torchs_softplus_turns_linear():
+    a = torch.linspace(-30, 30, 601).double()
+    want = [math.log1p(math.exp(-abs(x))) + max(-x, 0.0) for x in a.tolist()]
+    torch.testing.assert_close(dpo_loss(a), f64(want), rtol=1e-14, atol=0)
+
+
 def test_dpo_divides_by_the_valid_pairs_alone():
     inputs, want = VECTORS["dpo_batch"]["inputs"], VECTORS["dpo_batch"]["expected"]
     pairs = f64([inputs[k] for k in ("pc", "pr", "rc", "rr")]).T
@@ -669,6 +675,14 @@ def test_the_first_token_of_a_response_is_counted_and_none_after_its_end():
     assert batch["targets"].tolist() == [[IGNORE, 10, 11] + [IGNORE] * 5]
     log_probs = torch.where(batch["targets"] != IGNORE, -batch["targets"].double(), 0)
     assert response_sums(log_probs, batch).tolist() == [[-21.0]]
+
+
+def test_padding_belongs_to_no_response():
+    rows = random_rows(12, "preference")
+    batch = tensors(rows, window=64, multiple=9)
+    lengths = response_sums(torch.ones(batch["tokens"].shape), batch).tolist()
+    numbers = batch["rows"][batch["rows"] >= 0].tolist()
+    assert lengths == [list(map(len, rows[i].ids)) for i in numbers]
 
 
 def test_a_reward_score_depends_on_neither_batch_nor_padding_nor_packing(models):
