@@ -629,6 +629,22 @@ class Runner:
                 dist.send(x.contiguous(), group=group, group_dst=owner[s + 1])
         return x if self.last in self.stages else None
 
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Of the weights, the same on every mesh: the sum over all of their fp32 bits times an odd
+        number of their place, modulo 2^64."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for name, p in self.params().items():
+            data, index = local_part(p)
+            axes = dict(zip(p.device_mesh.mesh_dim_names, p.placements, strict=True))
+            # what tp copies is counted once
+            if "tp" in axes and axes["tp"].is_replicate() and self.mesh["tp"].get_local_rank():
+                continue
+            place = index[0] if len(index) == 1 else index[0][:, None] * p.shape[1] + index[1]
+            bits = data.float().view(torch.int32).long()
+            total += (bits * (2 * (place + zlib.crc32(name.encode())) + 1)).sum()
+        return f"{self.reduce(total, 'dp_shard', 'tp', 'pp').item() % 2**64:016x}"
+
     def pipeline_rank_of(self) -> dict[str, int]:
         """Every parameter of the whole model → the pipeline rank that holds it."""
         stage_of = {"embed": 0, "norm": self.last, "head": self.last}
@@ -643,9 +659,13 @@ class Runner:
         params, theirs = self.params(), read_hf_config(folder)
         for key in vars(theirs):
             free = key in ("seq_len", "init_std")  # the weights fit all the same
+            # a reward model begins as a language model with a new head
+            free |= key == "n_attributes" and not theirs.n_attributes
             if (a := getattr(theirs, key)) != (b := getattr(self.model, key)) and not free:
                 raise ValueError(f"{folder} has {key}={a}, this run {key}={b}: set --model.{key}")
-        for name, lazy in hf_slices(Path(folder), self.model, params):
+        if theirs.n_attributes != self.model.n_attributes:
+            params = {name: p for name, p in params.items() if not name.startswith("head.")}
+        for name, lazy in hf_slices(Path(folder), theirs, params):
             data, index = local_part(params[name])
             if data.numel():
                 data.copy_(lazy[tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)])

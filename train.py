@@ -422,7 +422,10 @@ def check_init(cfg: RunConfig) -> None:
             f"init={cfg.init}: no run with a checkpoint there (hf:FOLDER is for others)"
         )
     theirs, mine = json.loads(file.read_text())["model"], as_json(cfg)["model"]
-    for key in sorted(mine.keys() - {"seq_len", "init_std"}):
+    free = {"seq_len", "init_std"}
+    if mine["n_attributes"] and not theirs.get("n_attributes"):
+        free.add("n_attributes")  # a reward model begins as a language model with a new head
+    for key in sorted(mine.keys() - free):
         if theirs.get(key) != mine[key]:
             raise ValueError(
                 f"init={cfg.init} has {key}={theirs.get(key)}, this run {mine[key]}: "
@@ -435,7 +438,13 @@ def load_init(cfg: RunConfig, runner: Runner) -> None:
     if cfg.init.startswith("hf:"):
         runner.load_hf(cfg.init[3:])
     elif cfg.init:
-        weights = {f"model.{name}": p for name, p in runner.params().items()}
+        theirs = json.loads((Path(cfg.init) / "config.json").read_text())["model"]
+        same_head = theirs.get("n_attributes", 0) == cfg.model.n_attributes
+        weights = {
+            f"model.{name}": p
+            for name, p in runner.params().items()
+            if same_head or not name.startswith("head.")
+        }
         Checkpoints(Path(cfg.init) / "checkpoints", 2, False).load(weights)
 
 
@@ -637,11 +646,13 @@ def fit(
     loss_fn: LossFn,
     evaluate: Callable[[int], dict[str, float]],
     describe: Callable[[int], str],
+    observe: Callable[[], dict[str, float]] = dict,
 ) -> None:
     """Train to cfg.steps, continuing from the newest checkpoint of cfg.out.
 
     batches(step) → this rank's micro-batches; evaluate(step) → what to log beside the loss;
-    describe(step) → the batch in words, for the log when something is wrong with it.
+    describe(step) → the batch in words, for the log when something is wrong with it; observe() →
+    what loss_fn has noted of the step, to be logged too.
     """
     optimizer, course = make_optimizer(cfg, runner), cfg.course()
     last = min(cfg.steps, course.steps)
@@ -661,11 +672,12 @@ def fit(
             loss = runner.step(batches(step), loss_fn).item()
             groups = runner.grad_norms() if cfg.grad_norms else {}
             norm = runner.clip_grad_norm(cfg.clip).item()
-            values = {"loss": loss, "grad_norm": norm, "lr": lr, **groups}
+            values = {"loss": loss, "grad_norm": norm, "lr": lr, **groups, **observe()}
             if wrong := what_is_wrong(cfg, loss, norm, recent):
                 skipped += 1
                 handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
-                values = {k: v if math.isfinite(v) else None for k, v in values.items()}
+                finite = lambda v: v is None or math.isfinite(v)  # noqa: E731
+                values = {k: v if finite(v) else None for k, v in values.items()}
                 values["skipped"] = skipped
             else:
                 for group in optimizer.param_groups:
