@@ -262,6 +262,10 @@ class AlignConfig(RunConfig):
     """Several rows in a window; they do not see each other, and the result is the same."""
     shorten: bool = False
     """Rows that are too long lose their earliest exchanges instead of being left out."""
+    lora_rank: int = 0
+    """Train adapters of this rank, not the weights; export and the next stage merge them. 0: no."""
+    lora_alpha: float = 32.0
+    lora_targets: str = "wq wk wv wo up down"
     skip_bad: bool = False
     """Leave out and count rows that cannot be read, instead of ending the run."""
     batch: int = 128
@@ -639,7 +643,8 @@ def with_model(cfg: AlignConfig) -> AlignConfig:
     heads = cfg.n_attributes if isinstance(cfg, RewardConfig) else 0
     if model.n_attributes and not heads:
         raise ValueError(f"init={cfg.init} is a reward model: this stage trains a language model")
-    return replace(cfg, model=replace(model, seq_len=cfg.seq_len, n_attributes=heads))
+    lora = dict(lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_targets=cfg.lora_targets)
+    return replace(cfg, model=replace(model, seq_len=cfg.seq_len, n_attributes=heads, **lora))
 
 
 def align(preset: str, cfg: AlignConfig) -> Path:

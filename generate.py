@@ -822,7 +822,7 @@ def tokenizer_of(cfg: EngineConfig) -> Tokenizer:
 
 def load_engine(cfg: EngineConfig) -> Engine:
     """The model's parts for this process, and an engine around them."""
-    model, layout = read_config(cfg.model), cfg.mesh
+    model, layout = replace(read_config(cfg.model), lora_rank=0), cfg.mesh  # adapters are merged
     tokenizer = tokenizer_of(cfg)
     if tokenizer.vocab_size > model.vocab_size:
         both = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"

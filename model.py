@@ -43,6 +43,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     n_attributes: int = 0
     """0: a language model; else the reward head's outputs (5 in HelpSteer2, NVIDIA ships 9)."""
+    lora_rank: int = 0
+    """Of adapters beside frozen matrices (arXiv 2106.09685); 0: none, every weight is trained."""
+    lora_alpha: float = 32.0
+    """Adapters are multiplied by lora_alpha / lora_rank."""
+    lora_targets: str = "wq wk wv wo up down"
+    """The matrices that have one."""
 
     def __post_init__(self) -> None:
         sizes = "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size seq_len"
@@ -55,8 +61,12 @@ class ModelConfig:
         if rotated % 2 or not 0 < rotated <= E:
             share = f"rope_fraction={self.rope_fraction} of head_dim={E}"
             raise ValueError(f"{share} rotates {rotated} dimensions: must be even, in 2..head_dim")
-        if self.n_attributes < 0:
-            raise ValueError(f"n_attributes={self.n_attributes}: must be at least 0")
+        if min(self.n_attributes, self.lora_rank) < 0:
+            numbers = f"n_attributes={self.n_attributes}, lora_rank={self.lora_rank}"
+            raise ValueError(f"{numbers}: must be at least 0")
+        have, some = {"wq", "wk", "wv", "wo", "up", "down"}, set(self.lora_targets.split())
+        if not some or not some <= have:
+            raise ValueError(f"lora_targets={self.lora_targets!r}: some of {sorted(have)}")
 
     @property
     def rope_dim(self) -> int:
@@ -166,6 +176,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+class LoraLinear(nn.Linear):
+    """W x + (alpha / rank) B A x, with W frozen."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int, alpha: float) -> None:
+        super().__init__(n_in, n_out, bias=False)
+        self.lora_a = nn.Parameter(torch.zeros(rank, n_in))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank))
+        self.factor = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.factor * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def linear(cfg: ModelConfig, name: str, n_in: int, n_out: int) -> nn.Linear:
+    if cfg.lora_rank and name in cfg.lora_targets.split():
+        return LoraLinear(n_in, n_out, cfg.lora_rank, cfg.lora_alpha)
+    return nn.Linear(n_in, n_out, bias=False)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. cache.extend(layer, k, v, positions) stores k and v, returns all."""
 
@@ -173,10 +202,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = cfg.head_dim
-        self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.wq = linear(cfg, "wq", cfg.dim, cfg.n_heads * cfg.head_dim)
+        self.wk = linear(cfg, "wk", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.wv = linear(cfg, "wv", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.wo = linear(cfg, "wo", cfg.n_heads * cfg.head_dim, cfg.dim)
 
     def forward(
         self, x: Tensor, rope: Rope, visible: Tensor | None, positions: Tensor, cache: Any
@@ -196,8 +225,8 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
-        self.down = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.up = linear(cfg, "up", cfg.dim, cfg.ffn_dim)
+        self.down = linear(cfg, "down", cfg.ffn_dim, cfg.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
@@ -258,6 +287,7 @@ class Nemotron(nn.Module):
             self.head = RewardHead(cfg.dim, cfg.n_attributes, bias=True)
         else:
             self.head = Head(cfg.dim, cfg.vocab_size, bias=False)
+        freeze(self)
         if self.embed.weight.device.type != "meta":
             init_weights(self, seed=0)
 
@@ -292,6 +322,13 @@ class Nemotron(nn.Module):
         return self.norm(h) if self.norm is not None else h
 
 
+def freeze(model: Nemotron) -> None:
+    """With adapters, they alone are trained, and the head of a reward model, which is new."""
+    for name, p in model.named_parameters():
+        new = "lora_" in name or (model.cfg.n_attributes > 0 and name.startswith("head"))
+        p.requires_grad_(new or not model.cfg.lora_rank)
+
+
 # ---- initialisation and counts -------------------------------------------------------------------
 
 
@@ -322,10 +359,11 @@ def init_weights(model: Nemotron, seed: int, local: Callable = whole) -> None:
     """
     for name, p in model.named_parameters():
         data, index = local(p)
-        if data.ndim < 2:  # norms' gain offsets and biases, the reward head's bias
+        # norms' gain offsets and biases, the reward head's bias; an adapter begins as none
+        if data.ndim < 2 or name.endswith("lora_b"):
             data.zero_()
             continue
-        std = model.cfg.init_std
+        std = p.shape[1] ** -0.5 if name.endswith("lora_a") else model.cfg.init_std
         if name.endswith(("wo.weight", "down.weight")):
             std /= math.sqrt(2 * model.cfg.n_layers)
         rows, cols = index

@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from itertools import accumulate, product
@@ -50,6 +50,7 @@ from model import (
     config_from_hf,
     count_params,
     flops_per_token,
+    freeze,
     hf_config,
     hf_name,
     init_weights,
@@ -464,6 +465,7 @@ def build_stage(
     if how.tp > 1:
         here = {k: style for k, style in plan().items() if getattr(model, k.split(".")[0])}
         styles.parallelize_module(model, mesh["tp"], here)
+        freeze(model)  # the styles make new parameters, all of them trained
     elif isinstance(model.head, Head):
         model.head.forward = partial(head_forward, model.head, None)
     if how.recompute != "none":
@@ -525,6 +527,10 @@ class Runner:
         """This rank's parameters, of all its stages, by the whole model's names."""
         models = [stage.model for stage in self.stages.values()]
         return {name: p for model in models for name, p in model.named_parameters()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of them that are not frozen."""
+        return {name: p for name, p in self.params().items() if p.requires_grad}
 
     def reduce(self, x: Tensor, *axes: str) -> Tensor:
         """Sum over the named axes, in place."""
@@ -658,13 +664,15 @@ class Runner:
         """Fill the shards from a Hugging Face folder; each rank reads the slices that it needs."""
         params, theirs = self.params(), read_hf_config(folder)
         for key in vars(theirs):
-            free = key in ("seq_len", "init_std")  # the weights fit all the same
+            # the weights fit all the same
+            free = key in ("seq_len", "init_std") or key.startswith("lora_")
             # a reward model begins as a language model with a new head
             free |= key == "n_attributes" and not theirs.n_attributes
             if (a := getattr(theirs, key)) != (b := getattr(self.model, key)) and not free:
                 raise ValueError(f"{folder} has {key}={a}, this run {key}={b}: set --model.{key}")
         if theirs.n_attributes != self.model.n_attributes:
             params = {name: p for name, p in params.items() if not name.startswith("head.")}
+        params = {name: p for name, p in params.items() if "lora_" not in name}
         for name, lazy in hf_slices(Path(folder), theirs, params):
             data, index = local_part(params[name])
             if data.numel():
@@ -674,7 +682,7 @@ class Runner:
     def squared_grads(self) -> dict[str, Tensor]:
         """Name → this rank's part of the squared gradient, fp64; what tp copies is shared out."""
         out = {}
-        for name, p in self.params().items():
+        for name, p in self.trained().items():
             axes = dict(zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True))
             copies = self.cfg.tp if "tp" in axes and axes["tp"].is_replicate() else 1
             norm = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64)
@@ -697,7 +705,7 @@ class Runner:
         # torchtitan's clip_grad_norm_ warns of (_NormPartial, _NormPartial) on a 2-D mesh
         squares = torch.stack(list(self.squared_grads().values())).sum()
         norm = self.reduce(squares, "dp_shard", "tp", "pp").sqrt()
-        grads = [p.grad.to_local() for p in self.params().values()]
+        grads = [p.grad.to_local() for p in self.trained().values()]
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
         return norm
 
@@ -896,6 +904,24 @@ def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
 
 
 @torch.no_grad()
+def load_run(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Fill the named weights, or shards, from a run's newest whole checkpoint, written on any mesh.
+    Adapters are merged into their matrices."""
+    cfg, adapters = read_config(folder), {}
+    for name, shape in full_shapes(cfg).items():
+        if "lora_" in name and f"{name.rpartition('.')[0]}.weight" in weights:
+            adapters[name] = torch.empty(shape)
+    state = {f"model.{name}": p for name, p in (weights | adapters).items()}
+    if Checkpoints(folder / "checkpoints", 2, False).load(state) is None:
+        raise ValueError(f"{folder}: a run without a checkpoint: train it first")
+    for name, a in adapters.items():
+        if name.endswith("lora_a"):
+            data, (rows, cols) = local_part(weights[f"{name.rpartition('.')[0]}.weight"])
+            b = adapters[name[:-1] + "b"][rows.cpu()]
+            data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
+
+
+@torch.no_grad()
 def load_parts(
     folder: Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
@@ -909,10 +935,9 @@ def load_parts(
             shape[cuts[name]] //= tp.size()
         parts[name] = torch.empty(shape, dtype=dtype, device=mesh.device_type)
         at = [Shard(cuts[name]) if name in cuts else Replicate()]
-        sharded[f"model.{name}"] = DTensor.from_local(parts[name], tp, at, run_check=False)
+        sharded[name] = DTensor.from_local(parts[name], tp, at, run_check=False)
     if (folder / "checkpoints").exists():
-        if Checkpoints(folder / "checkpoints", 2, False).load(sharded) is None:
-            raise ValueError(f"{folder}: a run without a checkpoint: train it first")
+        load_run(folder, sharded)
         return parts
     for name, lazy in hf_slices(folder, cfg, dtypes):
         index = [slice(None)] * len(shapes[name])
@@ -929,7 +954,10 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not path.exists():
         raise ValueError(f"{folder}: no config.json: neither a run nor a Hugging Face folder")
     found = json.loads(path.read_text())
-    return ModelConfig(**found["model"]) if "model" in found else config_from_hf(found)
+    if "model" not in found:
+        return config_from_hf(found)
+    known = {f.name for f in fields(ModelConfig)}
+    return ModelConfig(**{k: v for k, v in found["model"].items() if k in known})
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
@@ -974,6 +1002,8 @@ def save_hf(
     runner, folder = model if isinstance(model, Runner) else None, Path(folder)
     cfg, mine = (runner.model, runner.params()) if runner else (model.cfg, model.named_parameters())
     mine = dict(mine)
+    if cfg.lora_rank:
+        raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")
     writes = runner is None or runner.first_of_its_pipeline_rank
     dtype = dtype or next(iter(mine.values())).dtype
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in full_shapes(cfg).items()}
@@ -1010,7 +1040,7 @@ class ExportConfig:
 
 
 def export(c: ExportConfig) -> None:
-    cfg = read_config(c.run)
+    cfg = replace(read_config(c.run), lora_rank=0)
     dtypes = dict.fromkeys(full_shapes(cfg), DTYPES[c.dtype])
     model = on_meta(cfg)
     parts = load_parts(c.run, cfg, dtypes, init_mesh(MeshConfig()))

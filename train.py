@@ -42,6 +42,7 @@ from parallel import (
     MeshConfig,
     Runner,
     init_mesh,
+    load_run,
     peak_flops,
     shut_down,
     step_folders,
@@ -399,7 +400,7 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in RECIP
 
 def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
     """AdamW over matrices (decayed) and norms and biases (not)."""
-    params = runner.params().values()
+    params = runner.trained().values()
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -425,7 +426,7 @@ def check_init(cfg: RunConfig) -> None:
     free = {"seq_len", "init_std"}
     if mine["n_attributes"] and not theirs.get("n_attributes"):
         free.add("n_attributes")  # a reward model begins as a language model with a new head
-    for key in sorted(mine.keys() - free):
+    for key in sorted(k for k in mine.keys() - free if not k.startswith("lora_")):
         if theirs.get(key) != mine[key]:
             raise ValueError(
                 f"init={cfg.init} has {key}={theirs.get(key)}, this run {mine[key]}: "
@@ -441,11 +442,11 @@ def load_init(cfg: RunConfig, runner: Runner) -> None:
         theirs = json.loads((Path(cfg.init) / "config.json").read_text())["model"]
         same_head = theirs.get("n_attributes", 0) == cfg.model.n_attributes
         weights = {
-            f"model.{name}": p
+            name: p
             for name, p in runner.params().items()
-            if same_head or not name.startswith("head.")
+            if "lora_" not in name and (same_head or not name.startswith("head."))
         }
-        Checkpoints(Path(cfg.init) / "checkpoints", 2, False).load(weights)
+        load_run(Path(cfg.init), weights)
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -579,7 +580,7 @@ def training_state(runner: Runner, optimizer: torch.optim.AdamW) -> dict[str, Te
     state = {}
     for name, p in runner.params().items():
         state[f"model.{name}"] = p
-        state |= {f"optim.{key}.{name}": value for key, value in optimizer.state[p].items()}
+        state |= {f"optim.{key}.{name}": v for key, v in optimizer.state.get(p, {}).items()}
     return state
 
 

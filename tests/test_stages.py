@@ -59,6 +59,7 @@ STAGES = {
     "reward": (align.RewardConfig, "reward.jsonl", {}),
     "bradley_terry": (align.RewardConfig, "pairs.jsonl", {"loss": "scaled", "seq_len": 384}),
     "dpo": (align.PreferenceConfig, "pairs.jsonl", {"beta": 0.1, "sft_weight": 0.01}),
+    "lora": (align.SftConfig, "sft.jsonl", {"lora_rank": 4, "lora_targets": "wq wo up down"}),
     "rpo": (align.PreferenceConfig, "pairs.jsonl", {"loss": "rpo_bwd", "beta": 0.1, "eta": 2.0}),
 }
 
