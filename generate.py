@@ -1144,20 +1144,18 @@ class Choice:
         return {"content": content, "refusal": None} if content else None
 
     def text_logprobs(self, tokens: list) -> dict[str, Any] | None:
-        out: dict[str, list] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        out: dict[str, list] = {name: [] for name in names}
         for token, log_prob, top in tokens:
             named: dict[str, float] = {}
             for other, value in [*top, (token, log_prob)]:
                 named.setdefault(self.spell(other), value)  # the likeliest of those spelt alike
-            entry = (self.spell(token), log_prob, None if log_prob is None else named, self.offset)
-            for column, value in zip(out.values(), entry, strict=True):
-                column.append(value)
+            text, start = self.spell(token), self.offset
             self.offset += len(self.stream.push(token))
+            start = max(start, self.offset - len(text))  # behind what broken bytes held back
+            entry = (text, log_prob, None if log_prob is None else named, start)
+            for name, value in zip(names, entry, strict=True):
+                out[name].append(value)
         return out if tokens else None
 
 
@@ -1423,8 +1421,9 @@ def need_serving() -> None:
 def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
     """A FastAPI application; it starts the driver's thread, and stops it in the end."""
     need_serving()
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
 
     desk = Desk(engine, driver, cfg)
 
