@@ -1065,6 +1065,7 @@ def plain_message(message: Any) -> Any:
 
 
 def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
+    """ValueError where a field's value is not possible."""
     names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: body[name] for name in names if name in body}
     seed, special = body.get("seed", secrets.randbits(62)), engine.tokenizer.special
@@ -1085,9 +1086,7 @@ def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     else:
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
         if len(limits) > 1 or ("top_logprobs" in body and not body.get("logprobs")):
-            raise ValueError(
-                "max_tokens or max_completion_tokens; top_logprobs with logprobs: true"
-            )
+            raise ValueError("one max_[completion_]tokens; top_logprobs only with logprobs: true")
         most = limits[0] if limits else engine.context
         given["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
         given["stop_ids"] = (special("<extra_id_1>"), special("</s>"))
@@ -1176,7 +1175,7 @@ class Call:
 
     def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
         self.desk, self.body, self.chat, self.params = desk, body, chat, params
-        self.inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.inbox: asyncio.Queue[News | Exception] = asyncio.Queue()
         self.prompt_tokens = self.new_tokens = self.cached_tokens = self.left = 0
         self.numbers: list[int] = []
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
@@ -1189,6 +1188,8 @@ class Call:
         told = [(0, 0)] * (n * len(prompts))  # characters and tokens
 
         def tell(first: int, out: Completion, _: str) -> None:
+            if not (out.finish_reason or self.body.get("stream")):
+                return
             index = first + out.index
             (a, b), end = told[index], len(out.logprobs)
             told[index] = len(out.text), end
@@ -1213,15 +1214,24 @@ class Call:
             self.cached_tokens += 0 if news.index % self.params.n else cached
         self.inbox.put_nowait(news)
 
-    async def news(self, request: Any) -> AsyncIterator[News]:
-        while self.left or not self.inbox.empty():
-            if await request.is_disconnected():
-                raise HungUp
-            if not self.desk.alive:
-                raise Refused(503, "the engine has failed")
+    async def watch(self, receive: Callable) -> None:
+        """Tell the inbox if the client hangs up or the engine fails."""
+        while self.desk.alive:
             with suppress(TimeoutError):
-                news = await asyncio.wait_for(self.inbox.get(), 0.5)
-                yield news
+                await asyncio.wait_for(receive(), 1)  # a whole request is followed by its end alone
+                return self.inbox.put_nowait(HungUp())
+        self.inbox.put_nowait(Refused(503, "the engine has failed"))
+
+    async def news(self, receive: Callable) -> AsyncIterator[News]:
+        watcher = asyncio.create_task(self.watch(receive))
+        try:
+            while self.left or not self.inbox.empty():
+                item = await self.inbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            watcher.cancel()
 
     def usage(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.new_tokens
@@ -1229,18 +1239,12 @@ class Call:
         cached = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
         return counts | {"total_tokens": total} | cached
 
-    async def whole(self, request: Any) -> dict[str, Any]:
-        parts: list[list[News]] = [[] for _ in range(self.left)]
-        async for news in self.news(request):
-            parts[news.index].append(news)
-        choices = []
-        for part in parts:
-            tokens = [token for news in part for token in news.tokens]
-            news = part[-1]._replace(text="".join(news.text for news in part), tokens=tokens)
-            choices.append(Choice(self.desk.engine.tokenizer, self.chat).write(news))
+    async def whole(self, receive: Callable) -> dict[str, Any]:
+        news = sorted([item async for item in self.news(receive)])  # one of each sample
+        choices = [Choice(self.desk.engine.tokenizer, self.chat).write(item) for item in news]
         return self.head | {"choices": choices, "usage": self.usage()}
 
-    async def stream(self, request: Any) -> AsyncIterator[str]:
+    async def stream(self, receive: Callable) -> AsyncIterator[str]:
         """Server-sent events: roles, pieces, reasons, perhaps the usage, [DONE]."""
         wants = self.body.get("stream_options", {}).get("include_usage")
         blank = {"usage": None} if wants else {}
@@ -1251,7 +1255,7 @@ class Call:
             first = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             yield line(choices=[first])
         try:
-            async for news in self.news(request):
+            async for news in self.news(receive):
                 for piece in pieces(choices[news.index].write(news)):
                     yield line(choices=[piece])
         except Refused as e:
@@ -1305,6 +1309,7 @@ class Desk:
             raise Refused(400, str(e)) from e
 
     def prompts(self, body: Body, chat: bool) -> list:
+        """Texts or ids; ValueError where this model takes no such request."""
         if self.scores and (not chat or body.get("stream") or body.get("n", 1) != 1):
             raise ValueError("a reward model scores chats: /v1/chat/completions, n=1, no stream")
         if not chat:
@@ -1321,17 +1326,18 @@ class Desk:
 
     async def begin(self, request: Any, chat: bool) -> Call:
         """Read a request and submit it."""
-        parts, size, more = [], int(request.headers.get("content-length", 0)), True
-        while more and size <= self.cfg.max_body:
+        raw, more = bytearray(), True
+        announced = int(request.headers.get("content-length", 0))
+        while more and max(announced, len(raw)) <= self.cfg.max_body:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise HungUp
-            parts.append(message.get("body", b""))
-            size, more = sum(map(len, parts)), message.get("more_body")
-        if size > self.cfg.max_body:
+            raw += message.get("body", b"")
+            more = message.get("more_body")
+        if max(announced, len(raw)) > self.cfg.max_body:
             raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
         # in a thread: to tokenize a long text takes a while
-        body, params, prompts = await asyncio.to_thread(self.read, b"".join(parts), chat)
+        body, params, prompts = await asyncio.to_thread(self.read, bytes(raw), chat)
         if not self.alive:
             raise Refused(503, "the engine has failed, or has not begun")
         if self.open + len(prompts) * params.n > self.cfg.slots + self.cfg.max_queue:
@@ -1342,6 +1348,7 @@ class Desk:
         return call
 
     def admit(self, scope: dict) -> None:
+        """Refused without the key, if there is one."""
         given = dict(scope["headers"]).get(b"authorization", b"")
         wanted = b"Bearer " + self.cfg.api_key.encode()
         open_to_all = not self.cfg.api_key or scope["path"].startswith("/v1/health/")
@@ -1441,8 +1448,8 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
     async def answer(request: Request, chat: bool) -> Response:
         call = await desk.begin(request, chat)
         if call.body.get("stream"):
-            return StreamingResponse(call.stream(request), media_type="text/event-stream")
-        return JSONResponse(await call.whole(request))
+            return StreamingResponse(call.stream(request.receive), media_type="text/event-stream")
+        return JSONResponse(await call.whole(request.receive))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -1473,7 +1480,9 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, e: HTTPException) -> None:
-        raise Refused(e.status_code, f"{e.detail}: {request.method} {request.url.path}")
+        refused = Refused(e.status_code, f"{e.detail}: {request.method} {request.url.path}")
+        refused.headers |= e.headers or {}
+        raise refused
 
     return app
 
@@ -1495,6 +1504,7 @@ def serve(cfg: ServeConfig) -> None:
             log.warning(f"whoever reaches {at} may use it: set --api-key")
         quiet = dict(log_level="warning", timeout_graceful_shutdown=5)
         uvicorn.run(app, host=cfg.host, port=cfg.port, **quiet)
+        driver.stop()  # again, if uvicorn was made to hurry
         if driver.failed:
             raise RuntimeError("the engine failed") from driver.failed
     else:
