@@ -316,7 +316,8 @@ class TextStream:
             return self.held[: min(found)]
         keep = 0
         for stop in () if final else self.stop:
-            begins = (n for n in range(len(stop) - 1, keep, -1) if self.held.endswith(stop[:n]))
+            most = min(len(stop) - 1, len(self.held))
+            begins = (n for n in range(most, keep, -1) if self.held.endswith(stop[:n]))
             keep = max(keep, next(begins, 0))
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
@@ -1012,7 +1013,7 @@ class HungUp(Exception):
     """The client is gone."""
 
 
-def parse(raw: bytes, chat: bool) -> Body:
+def parse_body(raw: bytes, chat: bool) -> Body:
     """JSON → the fields that are not null, each of its type. By hand, beyond the syntax: a model of
     pydantic's lists every error of a list of a million."""
     from pydantic_core import from_json
@@ -1117,7 +1118,7 @@ class Choice:
         if not self.chat:
             return choice | {"text": text, "logprobs": self.text_logprobs(news.tokens)}
         if news.scores:
-            return choice | reward(news.scores)
+            return choice | reward_answer(news.scores)
         # the newline that the template has before <extra_id_1> is no part of the answer
         text, self.held = self.held + text, ""
         if text.endswith("\n") and news.reason in ("", "stop"):
@@ -1158,7 +1159,7 @@ class Choice:
         return out if tokens else None
 
 
-def reward(scores: list[float]) -> dict[str, Any]:
+def reward_answer(scores: list[float]) -> dict[str, Any]:
     """As NVIDIA's reward service answers: in the text, and as log-probabilities."""
     names = ATTRIBUTES if len(scores) in (5, 9) else [f"attribute_{i}" for i in range(len(scores))]
     pairs = list(zip(names, scores[-len(names) :], strict=True))
@@ -1294,7 +1295,7 @@ class Desk:
 
     def read(self, raw: bytes, chat: bool) -> tuple[Body, SamplingParams, list[list[int]]]:
         """A request's bytes → what the engine is to do, Refused if it cannot."""
-        body = parse(raw, chat)
+        body = parse_body(raw, chat)
         if (name := body.get("model")) != self.name:
             have = f"the model {name!r:.200} does not exist, only {self.name!r}"
             raise Refused(404, have, "model", "model_not_found")
