@@ -1,5 +1,5 @@
-"""Text in, token batches out: tokenizers, `prepare`, token files, a stateless sampler; for alignment
-the chat template, rows of conversations, pairs and scored responses, and their packing.
+"""Text in, token batches out: tokenizers, `prepare`, token files, a sampler without state; chat
+template, rows of conversations, pairs and scored responses, and their packing.
 
 Everything here is about text and needs neither a model nor torch. Section 2.1 of the report
 (blend), arXiv 2402.16819 (tokenizer, hygiene).

@@ -16,6 +16,7 @@ import hmac
 import itertools
 import json
 import logging
+import os
 import queue
 import secrets
 import signal
@@ -24,11 +25,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +40,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from data import Tokenizer, embedded_english, load_tokenizer, render_chat, render_reward
+from data import (
+    ATTRIBUTES,
+    Tokenizer,
+    aggregate,
+    embedded_english,
+    load_tokenizer,
+    render_chat,
+    render_reward,
+)
 from model import ModelConfig, Nemotron, RewardHead
 from parallel import (
     DTYPES,
@@ -56,14 +65,15 @@ from parallel import (
 )
 
 log = logging.getLogger("nemotron4")
+T = TypeVar("T")
 
 
 # ---- the model, laid out for inference -----------------------------------------------------------
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves few fp32 rows to one
-    thread of MKL: oneDNN divides them, and a single row is best as one batched product."""
+    """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
+    one thread: oneDNN divides them, and a single row is best as one batched product."""
     if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
     threads, (rows, width) = torch.get_num_threads(), weight.shape
@@ -212,8 +222,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1),
-            ("min_p", 0, 1), ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("n", 1, 1024),
+            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1), ("min_p", 0, 1),
+            ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("n", 1, 1024),
         ):  # fmt: skip
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}={value}: must be in {low:g}..{high:g}")
@@ -469,25 +479,18 @@ class Engine:
         return bool(self.active or self.waiting)
 
     def generate(
-        self,
-        prompts: Iterable[Prompt],
-        params: SamplingParams | None = None,
-        progress: bool = False,
+        self, prompts: Iterable[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Prompts → completions in their order, n of each one after the other."""
-        params = params or SamplingParams()
-        rows = [row for prompt in prompts for row in self.submit(prompt, params)]
-        begun = self.new_tokens + self.prompt_tokens
-        with tqdm(total=len(rows), unit=" samples", disable=not progress) as bar:
-            start = time.perf_counter()
-            while self.busy:
+        """Prompts → completions in their order, the n of each one after the other."""
+        rows = [r for prompt in prompts for r in self.submit(prompt, params or SamplingParams())]
+        return list(self.finished(rows))
+
+    def finished(self, rows: list[Row]) -> Iterator[Completion]:
+        """Work until each is done, in their order."""
+        for row in rows:
+            while not row.out.finish_reason:
                 self.step()
-                bar.update(sum(bool(row.out.finish_reason) for row in rows) - bar.n)
-                rate = (self.new_tokens + self.prompt_tokens - begun) / (
-                    time.perf_counter() - start
-                )
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        return [row.out for row in rows]
+            yield row.out
 
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
         """(context, continuation) → completions whose logprobs and tops (the likeliest token) are
@@ -496,9 +499,7 @@ class Engine:
         rows = []
         for context, continuation in pairs:
             rows += self.submit([*context, *continuation], params, score_from=len(context))
-        while self.busy:
-            self.step()
-        return [row.out for row in rows]
+        return list(self.finished(rows))
 
     # -- one step
 
@@ -566,8 +567,8 @@ class Engine:
                 table[[i, j]] = table[[j, i]]
 
     def advance(self, slots: range, T: int) -> None:
-        """Compute the next T tokens of these slots' rows, or as many as they have; where a row's end
-        is reached, sample its next token."""
+        """Compute the next T tokens of these slots' rows, or as many as they have; where the end of
+        what is known is reached, sample a token."""
         rows = [self.slots[i] for i in slots]
         tokens = np.zeros((len(rows), T), np.int64)
         positions = np.full((len(rows), T), self.context)  # padding
@@ -595,7 +596,7 @@ class Engine:
         self.rearrange(slots)
 
     def rearrange(self, slots: range) -> None:
-        """Those that are done leave; those that have read their prompts join the ones that decode."""
+        """Who is done leaves; who has read its prompt joins those that decode."""
         for slot in reversed(slots):
             row = self.slots[slot]
             if row.out.finish_reason:
@@ -656,8 +657,8 @@ class Engine:
     # -- the model
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: range) -> Tensor | None:
-        """The states (N T, D) that the head reads, on the last pipeline rank. Through a pipeline the rows go in
-        parts, one behind the other."""
+        """The states (N T, D) that the head reads, on the last pipeline rank. Through a pipeline
+        the rows go in parts, one behind the other."""
         tokens, positions = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
         real = positions.where(positions < self.context, 0)
         parts = min(self.pp, len(slots))
@@ -683,9 +684,9 @@ class Engine:
         return torch.cat(states).flatten(0, 1) if states else None
 
     def read(self, h: Tensor | None, wanted: list[tuple[Row, int, int]]) -> list[list[float]]:
-        """The head on states of h (n, D), for (row, state, position predicted) → of each [token, its
-        log-probability, then the likeliest tokens and theirs], or a reward model's attributes. The
-        token is the one known to be there, else a sample."""
+        """The head on states of h (n, D), for (row, state, position predicted) → of each [token,
+        its log-probability, then the likeliest tokens and theirs], or a reward model's attributes.
+        The token is the one known to be there, else a sample."""
         exact = any(row.params.logprobs is not None for row, _, _ in wanted)
         most = max((row.params.logprobs or 0 for row, _, _ in wanted), default=0)
         shape = (len(wanted), self.cfg.n_attributes or 2 + 2 * most)
@@ -728,8 +729,8 @@ class Engine:
         return out
 
     def logits(self, h: Tensor, exact: bool) -> Tensor:
-        """States (n, D) → at least fp32 (n, V). exact: no rounding to bf16 on the way, which does for
-        a sample but not for a log-probability that is reported (see fp32_logits)."""
+        """States (n, D) → at least fp32 (n, V). exact: without rounding to bf16 on the way, which
+        does for a sample but not for a log-probability to report (see fp32_logits)."""
         weight = self.model.head.weight
         logits = fp32_logits(h, weight) if exact or h.is_cuda else product(h, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -769,7 +770,8 @@ class Engine:
         error, size, perplexity, new = numbers.tolist()
         return (
             f"{kind}: root mean square error of the logits {error:.4f} (they are {size:.3f}), "
-            f"perplexity {perplexity:.3f} -> {new:.3f} ({new / perplexity - 1:+.2%}), {2 * T} tokens"
+            f"perplexity {perplexity:.3f} -> {new:.3f} ({new / perplexity - 1:+.2%}) "
+            f"over {2 * T} tokens"
         )
 
 
@@ -872,6 +874,7 @@ class Driver:
 
     def submit(self, ids: list[int], params: SamplingParams, listener: Listener) -> int:
         """Queue a request from any thread → its number. The listener is called in the engine's."""
+        self.engine.encode(ids)  # what is wrong with it is the caller's to hear
         number = next(self.numbers)
         self.news.put(("submit", number, ids, params, listener))
         return number
@@ -960,8 +963,6 @@ def from_json(what: str, *args: Any) -> tuple:
 
 # ---- the server ----------------------------------------------------------------------------------
 
-# A reward model's outputs; where it has nine, the last five of them (SPEC 2.3)
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # The fields of a request, and those of OpenAI's that must ask for nothing: null or one of these
 FIELDS = dict(
     model=str, n=int, max_tokens=int, temperature=float, top_p=float, top_k=int, min_p=float,
@@ -1069,7 +1070,7 @@ def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     """ValueError where a field's value is not possible."""
     names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: body[name] for name in names if name in body}
-    seed, special = body.get("seed", secrets.randbits(62)), engine.tokenizer.special
+    seed = body.get("seed", secrets.randbits(62))
     stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
         raise ValueError("stop: a text or a list of texts")
@@ -1090,7 +1091,7 @@ def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
             raise ValueError("one max_[completion_]tokens; top_logprobs only with logprobs: true")
         most = limits[0] if limits else engine.context
         given["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        given["stop_ids"] = (special("<extra_id_1>"), special("</s>"))
+        given["stop_ids"] = chat_stops(engine.tokenizer)
     return SamplingParams(max_tokens=most, stop=tuple(stop), seed=seed, **given)
 
 
@@ -1510,4 +1511,400 @@ def serve(cfg: ServeConfig) -> None:
             raise RuntimeError("the engine failed") from driver.failed
     else:
         driver.follow()
-    shut_down()
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleConfig(EngineConfig):
+    """Prompts → samples, as JSON lines in the prompts' order."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts; by default they come from --file."""
+    file: str = "-"
+    """JSON lines with a `prompt` (text or token ids) or `messages`, or a text a line; -: stdin."""
+    out: Path | None = None
+    """Where the lines go; default: stdout."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+
+
+def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], T]) -> list[tuple[dict, T]]:
+    """Each line's row, and what to_prompts makes of it; a bad line is named. A line that is no JSON
+    object is a prompt."""
+    rows = []
+    lines = sys.stdin if file == "-" else Path(file).open(encoding="utf-8")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.startswith("{") else {"prompt": line.rstrip("\n")}
+            rows.append((row, to_prompts(row)))
+        except (ValueError, TypeError, KeyError) as e:
+            what = f"no field {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"{file}:{number}: {what}") from e
+    return rows
+
+
+@contextmanager
+def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a line, to the file or stdout; on the first process alone."""
+    leads = engine.world == 1 or dist.get_rank() == 0
+    with ExitStack() as stack:
+        file = stack.enter_context(out.open("w", encoding="utf-8")) if out and leads else sys.stdout
+        dump = partial(json.dumps, ensure_ascii=False)
+        yield lambda row: leads and (file.write(dump(row) + "\n"), file.flush())
+
+
+def chat_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer: the mark of the next turn, or the end of the text."""
+    return tokenizer.special("<extra_id_1>"), tokenizer.special("</s>")
+
+
+def sample_command(cfg: SampleConfig) -> None:
+    engine = load_engine(cfg)
+
+    def submit(row: dict[str, Any]) -> list[Row]:
+        if "messages" not in row:
+            return engine.submit(row["prompt"], cfg.sampling)
+        stops = chat_stops(engine.tokenizer) + (cfg.sampling.stop_ids or ())
+        ids, _ = render_chat(row["messages"], engine.tokenizer)
+        return engine.submit(ids, replace(cfg.sampling, stop_ids=stops))
+
+    if cfg.prompts:
+        work = [({"prompt": text}, submit({"prompt": text})) for text in cfg.prompts]
+    else:
+        work = read_rows(cfg.file, submit)
+    begun = time.perf_counter()
+    bar = tqdm(
+        total=sum(len(rows) for _, rows in work), unit=" samples", disable=not log.isEnabledFor(20)
+    )
+    with json_lines(cfg.out, engine) as write, bar:
+        for row, samples in work:
+            for done in engine.finished(samples):
+                line = {"index": done.index, "text": done.text, "finish_reason": done.finish_reason}
+                if cfg.sampling.logprobs is not None:
+                    line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
+                write(row | line)
+                rate = engine.new_tokens / (time.perf_counter() - begun)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                bar.update()
+    log.info(
+        f"{engine.prompt_tokens:,} prompt tokens computed, {engine.cached_tokens:,} shared; "
+        f"{engine.new_tokens:,} new ones, {rate:,.0f} a second"
+    )
+
+
+@dataclass(frozen=True)
+class ChatConfig(EngineConfig):
+    """Talk to the model in the terminal. Ctrl-C ends an answer, an empty line the conversation."""
+
+    system: str = ""
+    """The system turn; the 340B was trained with an empty one."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(
+        # NVIDIA's public examples (SPEC 5.1)
+        default_factory=lambda: SamplingParams(max_tokens=1024, temperature=0.2, top_p=0.7)
+    )
+
+
+def chat(cfg: ChatConfig) -> None:
+    engine = load_engine(cfg)
+    driver, params = Driver(engine), replace(cfg.sampling, n=1, echo=False)
+    params = replace(params, stop_ids=chat_stops(engine.tokenizer) + (params.stop_ids or ()))
+    if not driver.leads:
+        return driver.follow()
+    driver.thread.start()
+    messages = [{"role": "system", "content": cfg.system}]
+    while question := read_line():
+        messages.append({"role": "user", "content": question})
+        while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
+            if len(messages) == 2:
+                log.warning(f"{len(ids)} tokens, but the context has {engine.context}: shorten it")
+                break
+            del messages[1:3]  # the earliest question and its answer
+        answer = talk(driver, ids.tolist(), params) if len(ids) < engine.context else ""
+        # an answer that is not there takes its question with it
+        messages[-1:] = [messages[-1], {"role": "assistant", "content": answer}] if answer else []
+    return driver.stop()
+
+
+def read_line() -> str:
+    sys.stdout.write("\n> ")
+    sys.stdout.flush()
+    return sys.stdin.readline().rstrip("\n")
+
+
+def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
+    """Write an answer as it comes; returns it without the line end that the template adds."""
+    pieces: queue.Queue = queue.Queue()
+    number = driver.submit(ids, params, lambda out, text: pieces.put((text, out.finish_reason)))
+    answer, reason = "", ""
+    while not reason and not driver.failed:
+        try:
+            text, reason = pieces.get(timeout=1)
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            answer += text
+        except queue.Empty:
+            continue
+        except KeyboardInterrupt:
+            driver.cancel(number)
+    return answer.rstrip("\n")
+
+
+@dataclass(frozen=True)
+class ScoreConfig(EngineConfig):
+    """JSON lines → the same with scores. A language model takes `prompt` and `continuation` or
+    `continuations`; a reward model `messages`, or RewardBench's `prompt`, `chosen`, `rejected` and
+    `subset`, of which the accuracies are printed."""
+
+    file: str = "-"
+    """JSON lines; -: stdin."""
+    out: Path | None = None
+    """Where the lines go; default: stdout."""
+
+
+def score(cfg: ScoreConfig) -> None:
+    engine, wins = load_engine(cfg), {}
+    work = read_rows(cfg.file, partial(submit_to_score, engine))
+    with json_lines(cfg.out, engine) as write:
+        for row, rows in work:
+            done = list(engine.finished(rows))
+            if not engine.cfg.n_attributes:
+                row["logprobs"] = [sum(c.logprobs) for c in done]
+                row["n_tokens"] = [len(c.logprobs) for c in done]
+                row["greedy"] = [is_greedy(c) for c in done]
+            elif "chosen" in row:
+                row["chosen_scores"], row["rejected_scores"] = (
+                    named_scores(c.scores) for c in done
+                )
+                won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
+                wins.setdefault(row.get("subset", "all"), []).append(won)
+            else:
+                row["scores"] = named_scores(done[0].scores)
+            write(row)
+    if wins:
+        log.info(rewardbench(wins))
+
+
+def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Row]:
+    """The rows of the batch that a row of the file needs."""
+    ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
+    if not engine.cfg.n_attributes:
+        if "continuation" not in row and "continuations" not in row:
+            raise ValueError("a language model needs `prompt` and `continuation(s)`")
+        context = engine.encode(row["prompt"])
+        rows = []
+        for text in row.get("continuations") or [row["continuation"]]:
+            ids = context + engine.encode(text)
+            rows += engine.submit(ids, ask, score_from=len(context))
+        return rows
+    if "messages" in row:
+        conversations = [row["messages"]]
+    else:
+        prompt = row["prompt"]
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answers = [row["chosen"], row["rejected"]]
+        conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
+    inputs = [render_reward(messages, engine.tokenizer) for messages in conversations]
+    return [row for ids in inputs for row in engine.submit(ids, ask)]
+
+
+def is_greedy(done: Completion) -> bool:
+    """Whether each scored token was the likeliest."""
+    return all(top[0][1] <= lp for top, lp in zip(done.tops, done.logprobs, strict=True))
+
+
+def named_scores(scores: list[float]) -> dict[str, float]:
+    """A reward model's output by attribute, and the reward: their weighted sum."""
+    last = scores[-len(ATTRIBUTES) :]  # of NVIDIA's nine outputs, the first four are untrained
+    return dict(zip(ATTRIBUTES, last, strict=True)) | {"reward": float(aggregate(last))}
+
+
+# RewardBench's sections and the examples of each subset; math-prm counts 984 = 6 x 164, as much as
+# the six code subsets together (SYNTHESIS 2.3)
+REWARDBENCH = {
+    "Chat": {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat-Hard": {
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+        "hep-python": 164, "hep-rust": 164,
+    },
+}  # fmt: skip
+
+
+def rewardbench(wins: dict[str, list[bool]]) -> str:
+    """Accuracies (a tie is a loss) per subset and per section, and overall: the mean of the four
+    sections, as the report has it; the leaderboard's, with the other sets at half weight; and of
+    all rows."""
+    share = {subset: sum(won) / len(won) for subset, won in wins.items()}
+    lines = [f"{subset:28} {share[subset]:6.1%} of {len(wins[subset])}" for subset in wins]
+    sections = {}
+    for section, sizes in REWARDBENCH.items():
+        if have := {subset: n for subset, n in sizes.items() if subset in wins}:
+            total = sum(share[subset] * n for subset, n in have.items())
+            sections[section] = total / sum(have.values())
+            lines.append(f"{section:28} {sections[section]:6.1%}")
+    known = {subset for sizes in REWARDBENCH.values() for subset in sizes}
+    prior = [share[subset] for subset in wins if subset not in known]
+    if sections:
+        mean = sum(sections.values()) / len(sections)
+        lines.append(f"{f'mean of {len(sections)} sections':28} {mean:6.1%}")
+    if sections and prior:
+        half = (sum(sections.values()) + sum(prior) / len(prior) / 2) / (len(sections) + 0.5)
+        lines.append(f"{'with other sets at half':28} {half:6.1%}")
+    every = [won for rows in wins.values() for won in rows]
+    lines.append(f"{'all rows':28} {sum(every) / len(every):6.1%} of {len(every)}")
+    return "\n".join(lines)
+
+
+# the report's Table 3: lm-eval's task and the shots. BBH by chain of thought, which its level (85)
+# suggests; HumanEval runs what the model wrote, and lm-eval asks for your consent to that
+BASE_TASKS = {
+    "arc_challenge": 25, "winogrande": 5, "hellaswag": 10, "mmlu": 5, "bbh_cot_fewshot": 3,
+    "humaneval": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(EngineConfig):
+    """lm-evaluation-harness on this engine (extra `eval`). Its tasks fetch their data; --jsonl is
+    for your own, without a network."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval's names; default: the report's Table 3, each with its number of shots."""
+    jsonl: tuple[Path, ...] = ()
+    """Rows of `question`, `choices` and `answer` (its number), or of `question` and `answer`."""
+    shots: int | None = None
+    """Examples before each question; default: the report's, else the task's own."""
+    limit: int | None = None
+    """Questions of each task."""
+    out: Path | None = None
+    """A JSON file for all results."""
+
+
+def local_task(path: Path) -> dict[str, Any]:
+    """A file of questions as an lm-eval task: by choice where there are choices, else written."""
+    row = json.loads(path.open(encoding="utf-8").readline())
+    files = {split: str(path) for split in ("train", "test")}
+    task = {
+        "task": path.stem, "dataset_path": "json", "dataset_kwargs": {"data_files": files},
+        "test_split": "test", "fewshot_split": "train", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+    }  # fmt: skip
+    if "choices" in row:
+        metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
+        kind = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}
+    else:
+        metrics = [{"metric": "exact_match"}]
+        kind = {"output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}}
+    return task | kind | {"metric_list": metrics}
+
+
+def harness(engine: Engine) -> Any:
+    """The engine as lm-eval's language model."""
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    except ImportError as e:
+        raise ValueError("evaluation needs lm-eval: pip install -e '.[eval]'") from e
+
+    class Harness(TemplateLM):
+        eot_token_id = engine.tokenizer.special("</s>")
+
+        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+            return engine.tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+            pairs = []
+            for _, context, continuation in requests:
+                room = engine.context - len(continuation)  # the context loses its beginning
+                pairs.append((context[-room:] if room < len(context) else context, continuation))
+            return [(sum(done.logprobs), is_greedy(done)) for done in engine.score(pairs)]
+
+        def loglikelihood_rolling(self, requests: list, **kwargs: Any) -> list[float]:
+            out = []
+            for request in requests:
+                ids = self.tok_encode(request.args[0])
+                windows = get_rolling_token_windows(ids, self.eot_token_id, engine.context - 1, 1)
+                pairs = map(make_disjoint_window, windows)
+                out.append(sum(sum(done.logprobs) for done in engine.score(pairs)))
+            return out
+
+        def generate_until(self, requests: list, **kwargs: Any) -> list[str]:
+            rows = []
+            for request in requests:
+                text, how = request.args
+                until = how.get("until") or ()
+                params = SamplingParams(
+                    max_tokens=how.get("max_gen_toks", 256),
+                    temperature=how.get("temperature", 1.0) if how.get("do_sample") else 0.0,
+                    top_p=how.get("top_p", 1.0),
+                    stop=(until,) if isinstance(until, str) else tuple(until),
+                )
+                room = max(1, engine.context - params.max_tokens)
+                rows += engine.submit(self.tok_encode(text)[-room:], params)
+            return [done.text for done in engine.finished(rows)]
+
+    return Harness()
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    engine = load_engine(cfg)
+    lm = harness(engine)
+    import lm_eval
+
+    runs: dict[int | None, list[Any]] = {}
+    for task in cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS)):
+        shots = cfg.shots if cfg.shots is not None else BASE_TASKS.get(task)
+        runs.setdefault(shots, []).append(task)
+    for path in cfg.jsonl:
+        runs.setdefault(cfg.shots or 0, []).append(local_task(path))
+    results: dict[str, Any] = {}
+    for shots, tasks in runs.items():
+        found = lm_eval.simple_evaluate(
+            lm, tasks=tasks, num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0
+        )
+        results |= found["results"]
+    for task, metrics in results.items():
+        numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
+        log.info(f"{task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+    if cfg.out:
+        with json_lines(cfg.out, engine) as write:
+            write(results)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "sample": (SampleConfig, sample_command),
+    "chat": (ChatConfig, chat),
+    "score": (ScoreConfig, score),
+    "serve": (ServeConfig, serve),
+    "evaluate": (EvaluateConfig, evaluate),
+}
+
+
+def main() -> None:
+    """The log goes to stderr, from the first process alone: stdout is for answers."""
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
+    log.propagate = False
+    try:
+        configs = {name: config for name, (config, _) in COMMANDS.items()}
+        cfg = tyro.extras.subcommand_cli_from_dict(configs, description=__doc__)
+        dict(COMMANDS.values())[type(cfg)](cfg)
+    except (ValueError, OSError) as e:
+        sys.exit(f"generate.py: error: {e}")
+    if dist.is_initialized():
+        shut_down()
+
+
+if __name__ == "__main__":
+    main()

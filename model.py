@@ -156,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
         return flash_attn_func(q, k, v, causal=True)
     if visible is not None and q.shape[1] == 1:
-        # decoding: the query heads of one key-value head stand as its tokens, no kernel repeats k, v
+        # decoding: the query heads of a key-value head stand as its tokens; k, v are not repeated
         group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, K, H / K, E)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(group, k, v, visible).view_as(q)

@@ -5,6 +5,7 @@ parallelism with a distributed optimizer. Callers see `Runner.step(micro_batches
 same numbers on every mesh.
 
     python parallel.py plan nemotron4-340b --gpus 6144
+    python parallel.py export runs/nano out/hf
 """
 
 import difflib
@@ -979,6 +980,28 @@ def save_hf(
         dist.barrier()
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """A run's newest checkpoint → a Hugging Face folder, for transformers and other engines."""
+
+    run: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    dtype: Literal["fp32", "bf16"] = "bf16"
+
+
+def export(c: ExportConfig) -> None:
+    cfg = read_config(c.run)
+    dtypes = dict.fromkeys(full_shapes(cfg), DTYPES[c.dtype])
+    model = on_meta(cfg)
+    parts = load_parts(c.run, cfg, dtypes, init_mesh(MeshConfig()))
+    model.load_state_dict(parts, assign=True)
+    save_hf(model, c.out)
+    for file in c.run.glob("tokenizer*"):
+        shutil.copy(file, c.out)
+    log.info(f"{c.out}: {sum(count_params(cfg)):,} parameters, {c.dtype}")
+    shut_down()
+
+
 # ---- the dry run ---------------------------------------------------------------------------------
 
 # Shares of the data sheets' rates that real work reaches. Assumed, not measured: no GPU has run
@@ -1292,13 +1315,17 @@ def main() -> None:
     log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
     log.setLevel(logging.INFO)
     try:
-        if sys.argv[1:2] != ["plan"]:
-            raise ValueError("the only command is `plan SHAPE`: see parallel.py plan --help")
-        c = tyro.cli(PlanConfig, args=sys.argv[2:], prog="parallel.py plan")
+        c = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+        if isinstance(c, ExportConfig):
+            return export(c)
         modes = ((c.report, print_report), (c.search, print_search), (c.serve, print_serving))
         next((show for asked, show in modes if asked), print_plan)(c)
     except ValueError as e:
-        sys.exit(f"parallel.py: error: {e} (--search 10 lists what fits)")
+        hint = " (--search 10 lists what fits)" if sys.argv[1:2] == ["plan"] else ""
+        sys.exit(f"parallel.py: error: {e}{hint}")
+
+
+COMMANDS = {"plan": PlanConfig, "export": ExportConfig}
 
 
 if __name__ == "__main__":

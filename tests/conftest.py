@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import data
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models: a second thread waits more than it works
 SERVER = mp.get_context("forkserver")  # one import of torch for all ranks of all tests
 SERVER.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "parallel", "train"]

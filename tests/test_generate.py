@@ -2,9 +2,13 @@
 samples follow the exact distribution; text comes out right whatever the tokens cut."""
 
 import dataclasses
+import io
 import json
 import math
 import random
+import re
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ from transformers.generation import logits_process as hf
 
 import data
 import generate
+import parallel
+import train
 from generate import Engine, EngineConfig, SamplingParams, TextStream, load_engine
 from model import SHAPES, Nemotron, init_weights
 from parallel import load_hf, save_hf
@@ -306,7 +312,7 @@ def test_uniform_numbers_are_uniform_and_never_zero_or_one():
         for sample in range(10)
         for at in range(100)
     ]
-    assert 0 < min(u) and max(u) < 1
+    assert min(u) > 0 and max(u) < 1
     assert stats.kstest(u, "uniform").pvalue > 1e-3
 
 
@@ -515,15 +521,8 @@ def test_eight_bit_weights_cost_little_and_say_what(folder, kind, dtype, caplog)
         engine = load_engine(EngineConfig(folder, quantize=kind, dtype=dtype, slots=4))
     plain = load_engine(EngineConfig(folder, dtype=dtype, slots=4))
     said = caplog.messages[-1]
-    error, size = map(
-        float,
-        said.replace("(they are ", "")
-        .replace(")", "")
-        .replace(",", "")
-        .split("logits ")[1]
-        .split()[:2],
-    )
-    assert 0 < error < 0.1 * size and said.startswith(kind)
+    error, size = map(float, re.search(r"logits ([\d.]+) \(they are ([\d.]+)\)", said).groups())
+    assert said.startswith(kind) and 0 < error < {"int8": 0.05, "float8": 0.2}[kind] * size
     pairs = [(p[:1], p[1:]) for p in ragged_prompts() if len(p) > 1]
     differ = [
         np.subtract(a.logprobs, b.logprobs)
@@ -566,3 +565,248 @@ def test_a_folder_without_a_model_or_tokenizer_is_refused(folder, tmp_path):
     save_hf(tiny(), tmp_path)
     with pytest.raises(ValueError, match="--tokenizer"):
         load_engine(EngineConfig(tmp_path))
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(command, *args) as from a terminal → the lines of stdout, as JSON where they are."""
+
+    def command(*args, stdin=""):
+        monkeypatch.setattr("sys.argv", ["generate.py", *map(str, args)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with mock.patch.object(generate, "shut_down"):  # other tests go on in this process
+            generate.main()
+        lines = capsys.readouterr().out.splitlines()
+        return [json.loads(line) if line.startswith("{") else line for line in lines]
+
+    return command
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_sample_answers_prompts_from_arguments_a_file_and_stdin(folder, tmp_path, run):
+    how = ("--max-tokens", 5, "--temperature", 0)
+    a = run("sample", folder, "--prompts", "import", "The", *how)
+    assert [row["prompt"] for row in a] == ["import", "The"]
+    b = run("sample", folder, *how, stdin="import\nThe\n")
+    assert a == b
+    chat = {"messages": CHAT, "id": 7}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "import"}\n' + json.dumps(chat) + '\n{"prompt": [9, 10]}\n')
+    out = tmp_path / "out.jsonl"
+    how = (*how, "--n", 2, "--logprobs", 1)
+    assert run("sample", folder, "--file", file, "--out", out, *how) == []
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1] * 3 and rows[0]["text"] == a[0]["text"]
+    assert rows[2]["messages"] == CHAT and rows[2]["id"] == 7 and rows[4]["prompt"] == [9, 10]
+    engine = Engine(load_hf(folder), data.load_tokenizer(folder))
+    ids, _ = data.render_chat(CHAT, engine.tokenizer)
+    want = engine.generate([ids], dataclasses.replace(GREEDY, max_tokens=5, stop_ids=(3, 5)))[0]
+    assert rows[2]["ids"] == want.ids and rows[2]["text"] == want.text
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"text": "x"}', "prompt"),
+        ("{oops", "2"),
+        ('{"prompt": [-1]}', "token -1"),
+        ('{"messages": []}', "at least one"),
+    ],
+)  # fmt: skip
+def test_a_bad_prompt_is_named_by_file_and_line(folder, tmp_path, monkeypatch, line, words):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n")
+    monkeypatch.setattr("sys.argv", ["generate.py", "sample", str(folder), "--file", str(file)])
+    with pytest.raises(SystemExit, match=rf"p\.jsonl:2.*{words}"):
+        generate.main()
+
+
+def test_chat_keeps_the_conversation_and_stops_at_the_next_turn(folder, monkeypatch, run):
+    asked = []
+    real = generate.Driver.submit
+
+    def submit(driver, ids, params, listener):
+        asked.append((driver.engine.tokenizer.decode(ids), params))
+        return real(driver, ids, params, listener)
+
+    monkeypatch.setattr(generate.Driver, "submit", submit)
+    lines = run("chat", folder, "--max-tokens", 4, stdin="Hi\nMore\n\n")
+    (first, params), (second, _) = asked
+    assert first == "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\n"
+    assert second.startswith(first) and second.endswith(
+        "<extra_id_1>User\nMore\n<extra_id_1>Assistant\n"
+    )
+    assert 5 in params.stop_ids and lines
+
+
+def test_chat_forgets_the_earliest_turns_when_the_context_is_full(folder, monkeypatch, run):
+    asked = []
+    real = generate.Driver.submit
+
+    def submit(driver, ids, params, listener):
+        asked.append(driver.engine.tokenizer.decode(ids))
+        return real(driver, ids, params, listener)
+
+    monkeypatch.setattr(generate.Driver, "submit", submit)
+    stdin = "one\n" + "two " * 200 + "\nthree\nfour\n\n"
+    how = ("--max-tokens", 1, "--context", 60)
+    run("chat", folder, *how, stdin=stdin)
+    assert len(asked) == 3  # the second question alone is too long
+    assert "one" in asked[0] and "three" in asked[1] and "four" in asked[2]
+    assert all("System" in text and "two" not in text for text in asked)
+
+
+def test_score_gives_log_likelihoods_of_continuations(folder, tmp_path, run):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "import", "continuations": [" os", " sys.path"]},
+        {"prompt": "a", "continuation": "b c"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    got = run("score", folder, "--file", file)
+    encode = data.load_tokenizer(folder).encode
+    for row, texts in zip(got, ([" os", " sys.path"], ["b c"]), strict=True):
+        for text, log_prob, n in zip(texts, row["logprobs"], row["n_tokens"], strict=True):
+            before, after = encode(row["prompt"]).tolist(), encode(text).tolist()
+            want = log_probs(load_hf(folder), before + after)[len(before) - 1 :]
+            assert log_prob == pytest.approx(sum(want), abs=1e-3) and n == len(after)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory, folder):
+    path = tmp_path_factory.mktemp("reward")
+    model = Nemotron(dataclasses.replace(TINY, n_attributes=9, seq_len=256))
+    init_weights(model, 1)
+    save_hf(model, path)
+    data.load_tokenizer(folder).save(path)
+    return path
+
+
+def test_a_reward_model_scores_conversations_and_rewardbench_rows(
+    reward_folder, tmp_path, monkeypatch, run
+):
+    texts, rng = ["yes", "no", "It is 4.", "Who knows"], random.Random(0)
+    rows = [{"messages": [*CHAT, {"role": "assistant", "content": "Hello"}]}]
+    for subset in ("math-prm", "hep-go", "donotanswer", "alpacaeval-easy", "anthropic_helpful"):
+        for _ in range(4):
+            chosen, rejected = rng.sample(texts, 2)
+            rows.append(
+                {"prompt": "2+2?", "chosen": chosen, "rejected": rejected, "subset": subset}
+            )
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    monkeypatch.setattr(generate.log, "info", said.append)
+    got = run("score", reward_folder, "--file", file)
+    model, tokenizer = load_hf(reward_folder), data.load_tokenizer(reward_folder)
+
+    def reward(messages):
+        ids = torch.from_numpy(data.render_reward(messages, tokenizer).astype(np.int64))
+        with torch.no_grad():
+            nine = model(ids[None])[0, -1]
+        return nine, sum(
+            w * s for w, s in zip((0.3, 0.74, 0.46, 0.47, -0.33), nine[4:].tolist(), strict=True)
+        )
+
+    nine, scalar = reward(rows[0]["messages"])
+    assert got[0]["scores"]["helpfulness"] == pytest.approx(nine[4].item(), abs=1e-5)
+    assert got[0]["scores"]["reward"] == pytest.approx(scalar, abs=1e-4)
+    wins = {}
+    for row in rows[1:]:
+        pair = [
+            [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": row[k]}]
+            for k in ("chosen", "rejected")
+        ]
+        wins.setdefault(row["subset"], []).append(reward(pair[0])[1] > reward(pair[1])[1])
+    assert said[-1] == generate.rewardbench(wins)
+
+
+def test_rewardbench_averages_are_both_conventions():
+    counts = {subset: n for sizes in generate.REWARDBENCH.values() for subset, n in sizes.items()}
+    assert sum(counts.values()) == 2985 - 447 + 984 and len(counts) == 23
+    wins = {subset: [True] * 4 for subset in counts} | {"math-prm": [False] * 4}
+    wins |= {"anthropic_helpful": [True, False]}
+    lines = dict(re.split(r"\s{2,}", line) for line in generate.rewardbench(wins).splitlines())
+    # math-prm weighs as much as the code subsets together: half of Reasoning
+    assert lines["Reasoning"] == "50.0%" and lines["Chat"] == "100.0%"
+    assert lines["mean of 4 sections"] == "87.5%"
+    assert lines["with other sets at half"] == f"{(3.5 + 0.25) / 4.5:.1%}"
+    assert lines["all rows"] == f"{(22 * 4 + 1) / 94:.1%} of 94"
+
+
+def test_lm_eval_gets_the_engines_likelihoods_and_texts(folder, tmp_path, run):
+    rng = random.Random(0)
+    words = ["import", "return", "class", "The module", "values"]
+    choice, written = tmp_path / "choice.jsonl", tmp_path / "written.jsonl"
+    rows = [
+        {
+            "question": f"{rng.choice(words)} {i}:",
+            "choices": rng.sample(words, 3),
+            "answer": rng.randrange(3),
+        }
+        for i in range(12)
+    ]
+    choice.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written.write_text(
+        "".join(json.dumps({"question": row["question"], "answer": "x"}) + "\n" for row in rows)
+    )
+    out = tmp_path / "results.json"
+    run("evaluate", folder, "--jsonl", choice, written, "--out", out)
+    results = json.loads(out.read_text())
+    tokenizer, model, right = data.load_tokenizer(folder), load_hf(folder), 0
+    for row in rows:
+        scores = []
+        for text in row["choices"]:
+            ids = tokenizer.encode(f"{row['question']} {text}").tolist()
+            n = len(tokenizer.encode(row["question"]))
+            scores.append(sum(log_probs(model, ids)[n - 1 :]))
+        right += int(np.argmax(scores)) == row["answer"]
+    assert results["choice"]["acc,none"] == pytest.approx(right / 12)
+    assert results["written"]["exact_match,none"] == 0
+
+
+def test_a_run_of_any_mesh_can_be_sampled_from(on_ranks, corpus, tmp_path):
+    axes = {"tp": 2, "pp": 2, "vp": 2}
+    on_ranks(4, train_tiny, str(corpus), str(tmp_path / "run"), axes)
+    engine = load_engine(EngineConfig(tmp_path / "run"))
+    outs = engine.generate(["import os", "The"], GREEDY)
+    for rank in on_ranks(2, sample_run, str(tmp_path / "run")):
+        assert rank == [out.text for out in outs]
+    # what was trained is what is sampled from
+    with mock.patch.object(parallel, "shut_down"):
+        parallel.export(parallel.ExportConfig(tmp_path / "run", tmp_path / "hf", "fp32"))
+    theirs = NemotronForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.tensor([engine.encode("import os")])
+    want = theirs.generate(
+        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert outs[0].ids == want[0, ids.shape[1] :].tolist()
+
+
+def trained(corpus, out, axes):
+    cfg = train.PRESETS["nano"]()
+    shape = dataclasses.replace(TINY, seq_len=32)
+    return dataclasses.replace(
+        cfg, model=shape, data=Path(corpus), out=Path(out), steps=3, batch=4, micro_batch=1,
+        mesh=parallel.MeshConfig(dtype="fp32", **axes), warmup=1, eval_batches=1,
+    )  # fmt: skip
+
+
+def train_tiny(corpus, out, axes):
+    train.pretrain("nano", trained(corpus, out, axes))
+
+
+def sample_run(path):
+    layout = generate.Layout(tp=2)
+    engine = load_engine(EngineConfig(Path(path), mesh=layout))
+    return [out.text for out in engine.generate(["import os", "The"], GREEDY)]

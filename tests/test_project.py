@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 import data
+import generate
 import parallel
 import train
 
@@ -53,14 +54,23 @@ def test_the_model_knows_nothing_of_ranks():
 
 
 CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshConfig)
-CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig)
+CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig, generate.Layout)
+CONFIGS += (parallel.ExportConfig,)
+CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
+CONFIGS += (
+    generate.ChatConfig,
+    generate.ScoreConfig,
+    generate.EvaluateConfig,
+    generate.ServeConfig,
+)
 
 
 def test_every_option_is_read_somewhere():
     text = "\n".join(sources().values())
     for config in CONFIGS:
         for field in dataclasses.fields(config):
-            read = rf"\b(cfg|self|c|p|how|phase|mesh)\.{field.name}\b"
+            read = rf"\b(cfg|self|c|p|how|phase|mesh|params|sampling|layout)\.{field.name}\b"
+            read += rf'|column\("{field.name}"\)'
             assert re.search(read, text), f"{config.__name__}.{field.name}"
 
 
@@ -86,7 +96,7 @@ def test_the_readmes_files_exist_and_its_commands_parse():
     text = (ROOT / "README.md").read_text()
     for file in set(re.findall(r"\b([a-z]+\.py)\b", text)) & {f"{m}.py" for m in ALLOWED}:
         assert (ROOT / file).exists(), file
-    for file, least in (("train.py", 6), ("data.py", 2), ("parallel.py", 4)):
+    for file, least in (("train.py", 6), ("data.py", 2), ("parallel.py", 4), ("generate.py", 6)):
         assert len(readme_commands(file)) >= least, file
     for args in readme_commands("train.py"):
         if args[0] == "report":
@@ -95,9 +105,10 @@ def test_the_readmes_files_exist_and_its_commands_parse():
             train.choose_config(args, train.PRESETS, "")
     for args in readme_commands("data.py"):
         tyro.cli({"prepare": data.PrepareConfig, "show": data.ShowConfig}[args[0]], args=args[1:])
+    for command, *args in readme_commands("generate.py"):
+        tyro.cli(generate.COMMANDS[command][0], args=args)
     for command, *args in readme_commands("parallel.py"):
-        assert command == "plan"
-        tyro.cli(parallel.PlanConfig, args=args)
+        tyro.cli(parallel.COMMANDS[command], args=args)
 
 
 def test_pictures_of_the_readme_are_in_the_repository():

@@ -327,7 +327,7 @@ def test_a_reward_model_answers_as_nvidias_service(tokenizer, n):
     ids = data.render_reward(judged, tokenizer)
     with torch.no_grad():
         wanted = model(torch.tensor(ids[None]).long())[0, -1].tolist()[-5:]
-    names = generate.ATTRIBUTES if n > 1 else ["attribute_0"]
+    names = data.ATTRIBUTES if n > 1 else ["attribute_0"]
     with running(model, tokenizer) as server:
         answer = server.client.chat.completions.create(model="tiny", messages=judged)
         choice = answer.choices[0]
@@ -619,7 +619,6 @@ def serve_rank(folder, port):
             with contextlib.suppress(httpx.ConnectError):
                 return client()
 
-    generate.shut_down = lambda: None  # the test's own processes do so
     threading.Thread(target=patiently if leads else bystander, daemon=True).start()
     generate.serve(ServeConfig(folder, port=port, mesh=generate.Layout(tp=2)))
     return answers
