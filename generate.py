@@ -222,8 +222,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1), ("min_p", 0, 1),
-            ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("n", 1, 1024),
+            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1), ("n", 1, 1024),
+            ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("min_p", 0, 1),
         ):  # fmt: skip
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}={value}: must be in {low:g}..{high:g}")
@@ -1376,8 +1376,8 @@ class Desk:
             try:
                 self.admit(scope)
                 await app(scope, receive, count)
-            except HungUp:
-                pass
+            except (HungUp, asyncio.CancelledError):
+                pass  # the client is gone, or the server stops
             except Exception as e:
                 if not isinstance(e, Refused):
                     log.exception("a request failed")
