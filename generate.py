@@ -1198,7 +1198,8 @@ class Call:
             tokens = list(zip(out.ids[b:end], out.logprobs[b:], out.tops[b:], strict=True))
             news = News(index, out.text[a:], out.finish_reason, tokens, out.scores)
             n_new = len(out.ids) - out.n_prompt * self.params.echo
-            loop.call_soon_threadsafe(self.arrive, news, n_new, out.cached)
+            with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
+                loop.call_soon_threadsafe(self.arrive, news, n_new, out.cached)
 
         self.left = len(told)
         self.desk.open += self.left
