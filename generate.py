@@ -10,22 +10,26 @@ its own seed and positions, never on what it is batched with.
 """
 # Shapes in comments: N rows  T tokens  S key slots  D dim  V vocab_size, as in model.py
 
+import asyncio
 import hashlib
+import hmac
 import itertools
 import json
 import logging
 import os
 import queue
+import secrets
+import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -218,13 +222,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 0, 1), ("min_p", 0, 1),
-            ("top_k", 0, 1 << 31), ("repetition_penalty", 0, 1e4), ("n", 1, 1024),
+            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1), ("n", 1, 1024),
+            ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("min_p", 0, 1),
         ):  # fmt: skip
             if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(f"{name}={value}: must be in {low}..{high:g}")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            raise ValueError("top_p and repetition_penalty must be above 0")
+                raise ValueError(f"{name}={value}: must be in {low:g}..{high:g}")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ValueError(f"logprobs={self.logprobs}: must be in 0..20")
         if isinstance(self.stop, str) or "" in self.stop:
@@ -324,7 +326,8 @@ class TextStream:
             return self.held[: min(found)]
         keep = 0
         for stop in () if final else self.stop:
-            begins = (n for n in range(len(stop) - 1, keep, -1) if self.held.endswith(stop[:n]))
+            most = min(len(stop) - 1, len(self.held))
+            begins = (n for n in range(most, keep, -1) if self.held.endswith(stop[:n]))
             keep = max(keep, next(begins, 0))
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
@@ -958,6 +961,559 @@ def from_json(what: str, *args: Any) -> tuple:
     return (what, number, ids, SamplingParams(**tuples), None)
 
 
+# ---- the server ----------------------------------------------------------------------------------
+
+# The fields of a request, and those of OpenAI's that must ask for nothing: null or one of these
+FIELDS = dict(
+    model=str, n=int, max_tokens=int, temperature=float, top_p=float, top_k=int, min_p=float,
+    repetition_penalty=float, seed=int, stop=object, stream=bool, stream_options=dict, user=str,
+)  # fmt: skip
+CHAT = dict(messages=object, max_completion_tokens=int, logprobs=bool, top_logprobs=int)
+TEXT = dict(prompt=object, echo=bool, logprobs=int, best_of=int)
+NEUTRAL: dict[str, tuple] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
+    **dict.fromkeys(("logit_bias", "metadata", "tools", "functions", "suffix"), ({}, [], "")),
+    **dict.fromkeys(("tool_choice", "function_call", "service_tier"), ("none", "auto")),
+    **dict.fromkeys(("store", "parallel_tool_calls"), (False,)),
+    "response_format": ({"type": "text"},),
+}
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ServeConfig(EngineConfig):
+    """Serve OpenAI's /v1/chat/completions, /v1/completions and /v1/models, NVIDIA's
+    /v1/health/live and /v1/health/ready, and /metrics for Prometheus."""
+
+    host: str = "127.0.0.1"
+    """0.0.0.0: all networks of this machine."""
+    port: int = 8000
+    api_key: str = ""
+    """What clients must send as their bearer token; empty: none is asked for."""
+    max_queue: int = 256
+    """Samples that may wait beyond the slots; who comes later is to try again (429)."""
+    max_body: int = 4 << 20
+    """Bytes of a request."""
+    model_name: str = ""
+    """What clients call the model; default: its folder's name."""
+
+
+class Refused(Exception):
+    """Ends a request with an OpenAI error object."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        error = {"message": message[:1000], "type": kind.get(status, "invalid_request_error")}
+        self.body = {"error": error | {"param": param and param[:100], "code": code}}
+        self.status, self.headers = status, {"retry-after": "1"} if status == 429 else {}
+
+
+class HungUp(Exception):
+    """The client is gone."""
+
+
+def parse_body(raw: bytes, chat: bool) -> Body:
+    """JSON → the fields that are not null, each of its type. By hand, beyond the syntax: a model of
+    pydantic's lists every error of a list of a million."""
+    from pydantic_core import from_json
+
+    known = FIELDS | (CHAT if chat else TEXT)
+    try:
+        body = from_json(raw)
+    except ValueError as e:
+        raise Refused(400, f"invalid JSON: {e}") from e
+    if not isinstance(body, dict):
+        raise Refused(400, "a request is a JSON object")
+    body = {name: value for name, value in body.items() if value is not None}
+    for name, value in body.items():
+        if name not in known and name not in NEUTRAL:
+            raise Refused(400, f"{name:.60}: no field of this route", name)
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            raise Refused(400, f"{name}={value!r:.60}: not possible here; leave it out", name)
+        kind = known.get(name, object)
+        if kind not in (type(value), object) and (kind, type(value)) != (float, int):
+            message = f"{name}={value!r:.60}: must be {kind.__name__}, not {type(value).__name__}"
+            raise Refused(400, message, name)
+    return body
+
+
+def prompts_of(prompt: Any) -> list[str | list[int]]:
+    """A text or token ids, or a list of these → the list."""
+
+    def is_one(p: Any) -> bool:
+        return isinstance(p, str) or (isinstance(p, list) and {type(i) for i in p} == {int})
+
+    prompts = [prompt] if is_one(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(map(is_one, prompts)):
+        raise ValueError("prompt: a text, a list of token ids, or a list of these, none empty")
+    return prompts
+
+
+def plain_message(message: Any) -> Any:
+    """A message as data.py wants it: OpenAI's content may be a list of texts."""
+    if not isinstance(message, dict):
+        return message
+    given = {key for key, value in message.items() if value is not None}
+    if unknown := given - {"role", "content", "name", "type"}:  # lm-eval sends a type
+        raise ValueError(f"messages: {min(unknown):.60}: no field of a message")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "".join(texts) if whole else None
+    return {"role": message.get("role"), "content": content}
+
+
+def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
+    """ValueError where a field's value is not possible."""
+    names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: body[name] for name in names if name in body}
+    seed = body.get("seed", secrets.randbits(62))
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+        raise ValueError("stop: a text or a list of texts")
+    n, options = body.get("n", 1), body.get("stream_options", {})
+    if n > 128 or len(stop) > 64 or abs(seed) >= 1 << 63 or body.get("best_of", n) != n:
+        raise ValueError("at most n=128, 64 stop texts, a seed of 63 bits; best_of must be n")
+    if options not in ({}, *({"include_usage": x} for x in (True, False) if body.get("stream"))):
+        raise ValueError("stream_options: {include_usage: true or false}, with stream: true")
+    if not chat:
+        given |= {"echo": body.get("echo", False), "logprobs": body.get("logprobs")}
+        if given["echo"] and given["logprobs"] is not None:
+            # so harnesses score a text, and cut off the max_tokens tokens that they count on
+            given["stop_ids"] = ()
+        most = body.get("max_tokens", 16)
+    else:
+        limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
+        if len(limits) > 1 or ("top_logprobs" in body and not body.get("logprobs")):
+            raise ValueError("one max_[completion_]tokens; top_logprobs only with logprobs: true")
+        most = limits[0] if limits else engine.context
+        given["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
+        given["stop_ids"] = chat_stops(engine.tokenizer)
+    return SamplingParams(max_tokens=most, stop=tuple(stop), seed=seed, **given)
+
+
+class News(NamedTuple):
+    """What a step added to a sample: copied in the engine's thread, read in the server's."""
+
+    index: int
+    text: str
+    reason: str
+    tokens: list[tuple[int, float | None, list[tuple[int, float]]]]
+    """If asked for: ids, their log-probabilities, the likeliest tokens and theirs."""
+    scores: list[float]
+
+
+class Choice:
+    """One sample in OpenAI's words, whole or piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
+        self.tokenizer, self.chat, self.held, self.offset = tokenizer, chat, "", 0
+        self.stream = TextStream(tokenizer, ())
+        self.anchor = [int(i) for i in tokenizer.encode("a")[-1:]]
+
+    def write(self, news: News) -> dict[str, Any]:
+        text, choice = news.text, {"index": news.index, "finish_reason": news.reason or None}
+        if not self.chat:
+            return choice | {"text": text, "logprobs": self.text_logprobs(news.tokens)}
+        if news.scores:
+            return choice | reward_answer(news.scores)
+        # the newline that the template has before <extra_id_1> is no part of the answer
+        text, self.held = self.held + text, ""
+        if text.endswith("\n") and news.reason in ("", "stop"):
+            text, self.held = text[:-1], "\n"
+        message = {"role": "assistant", "content": text}
+        return choice | {"message": message, "logprobs": self.chat_logprobs(news.tokens)}
+
+    def spell(self, token: int) -> str:
+        """A token's text: behind another, as some tokenizers drop a space at the beginning."""
+        behind = len(self.tokenizer.decode(self.anchor))
+        return self.tokenizer.decode([*self.anchor, token])[behind:]
+
+    def chat_logprobs(self, tokens: list) -> dict[str, Any] | None:
+        def entry(token: int, log_prob: float) -> dict[str, Any]:
+            text = self.spell(token)
+            whole = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": log_prob, "bytes": whole}
+
+        content = [
+            entry(token, log_prob) | {"top_logprobs": [entry(*pair) for pair in top]}
+            for token, log_prob, top in tokens
+        ]
+        return {"content": content, "refusal": None} if content else None
+
+    def text_logprobs(self, tokens: list) -> dict[str, Any] | None:
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        out: dict[str, list] = {name: [] for name in names}
+        for token, log_prob, top in tokens:
+            named: dict[str, float] = {}
+            for other, value in [*top, (token, log_prob)]:
+                named.setdefault(self.spell(other), value)  # the likeliest of those spelt alike
+            text, start = self.spell(token), self.offset
+            self.offset += len(self.stream.push(token))
+            start = max(start, self.offset - len(text))  # behind what broken bytes held back
+            entry = (text, log_prob, None if log_prob is None else named, start)
+            for name, value in zip(names, entry, strict=True):
+                out[name].append(value)
+        return out if tokens else None
+
+
+def reward_answer(scores: list[float]) -> dict[str, Any]:
+    """As NVIDIA's reward service answers: in the text, and as log-probabilities."""
+    names = ATTRIBUTES if len(scores) in (5, 9) else [f"attribute_{i}" for i in range(len(scores))]
+    pairs = list(zip(names, scores[-len(names) :], strict=True))
+    content = [
+        {"token": name, "logprob": x, "bytes": None, "top_logprobs": []} for name, x in pairs
+    ]
+    text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
+    message = {"role": "assistant", "content": text}
+    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+
+
+class Call:
+    """A request under way: its samples come in from the engine's thread, its answer goes out."""
+
+    def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
+        self.desk, self.body, self.chat, self.params = desk, body, chat, params
+        self.inbox: asyncio.Queue[News | Exception] = asyncio.Queue()
+        self.prompt_tokens = self.new_tokens = self.cached_tokens = self.left = 0
+        self.numbers: list[int] = []
+        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
+        kind += ".chunk" if chat and body.get("stream") else ""
+        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind}
+        self.head |= {"created": int(time.time()), "model": desk.name}
+
+    def submit(self, prompts: list[list[int]]) -> None:
+        n, loop = self.params.n, asyncio.get_running_loop()
+        told = [(0, 0)] * (n * len(prompts))  # characters and tokens
+
+        def tell(first: int, out: Completion, _: str) -> None:
+            if not (out.finish_reason or self.body.get("stream")):
+                return
+            index = first + out.index
+            (a, b), end = told[index], len(out.logprobs)
+            told[index] = len(out.text), end
+            tokens = list(zip(out.ids[b:end], out.logprobs[b:], out.tops[b:], strict=True))
+            news = News(index, out.text[a:], out.finish_reason, tokens, out.scores)
+            n_new = len(out.ids) - out.n_prompt * self.params.echo
+            with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
+                loop.call_soon_threadsafe(self.arrive, news, n_new, out.cached)
+
+        self.left = len(told)
+        self.desk.open += self.left
+        for i, ids in enumerate(prompts):
+            listener = partial(tell, i * n)
+            self.numbers.append(self.desk.driver.submit(ids, self.params, listener))
+            self.prompt_tokens += len(ids)
+
+    def arrive(self, news: News, n_new: int, cached: int) -> None:
+        if news.reason:
+            self.left -= 1
+            self.desk.open -= 1
+            self.desk.cancelled += news.reason == "cancelled"
+            self.new_tokens += 1 if news.scores else n_new
+            self.cached_tokens += 0 if news.index % self.params.n else cached
+        self.inbox.put_nowait(news)
+
+    async def watch(self, receive: Callable) -> None:
+        """Tell the inbox if the client hangs up or the engine fails."""
+        while self.desk.alive:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(receive(), 1)  # a whole request is followed by its end alone
+                return self.inbox.put_nowait(HungUp())
+        self.inbox.put_nowait(Refused(503, "the engine has failed"))
+
+    async def news(self, receive: Callable) -> AsyncIterator[News]:
+        watcher = asyncio.create_task(self.watch(receive))
+        try:
+            while self.left or not self.inbox.empty():
+                item = await self.inbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            watcher.cancel()
+
+    def usage(self) -> dict[str, Any]:
+        total = self.prompt_tokens + self.new_tokens
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
+        cached = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        return counts | {"total_tokens": total} | cached
+
+    async def whole(self, receive: Callable) -> dict[str, Any]:
+        news = sorted([item async for item in self.news(receive)])  # one of each sample
+        choices = [Choice(self.desk.engine.tokenizer, self.chat).write(item) for item in news]
+        return self.head | {"choices": choices, "usage": self.usage()}
+
+    async def stream(self, receive: Callable) -> AsyncIterator[str]:
+        """Server-sent events: roles, pieces, reasons, perhaps the usage, [DONE]."""
+        wants = self.body.get("stream_options", {}).get("include_usage")
+        blank = {"usage": None} if wants else {}
+        line = lambda **more: f"data: {json.dumps(self.head | blank | more)}\n\n"  # noqa: E731
+        choices = [Choice(self.desk.engine.tokenizer, self.chat) for _ in range(self.left)]
+        delta = {"role": "assistant", "content": ""}
+        for i in range(self.left if self.chat else 0):
+            first = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield line(choices=[first])
+        try:
+            async for news in self.news(receive):
+                for piece in pieces(choices[news.index].write(news)):
+                    yield line(choices=[piece])
+        except Refused as e:
+            yield f"data: {json.dumps(e.body)}\n\n"
+            return
+        if wants:
+            yield line(choices=[], usage=self.usage())
+        yield "data: [DONE]\n\n"
+
+
+def pieces(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A choice as a stream has it: in a chat, the reason to finish comes alone."""
+    message, reason = choice.pop("message", None), choice["finish_reason"]
+    if message is None:
+        yield choice
+        return
+    if message["content"] or choice["logprobs"]:
+        yield choice | {"delta": {"content": message["content"]}, "finish_reason": None}
+    if reason:
+        yield choice | {"delta": {}, "logprobs": None}
+
+
+class Desk:
+    """What the requests of all clients have in common."""
+
+    def __init__(self, engine: Engine, driver: Driver, cfg: ServeConfig) -> None:
+        self.engine, self.driver, self.cfg = engine, driver, cfg
+        self.name = cfg.model_name or cfg.model.resolve().name
+        self.scores = bool(engine.cfg.n_attributes)
+        self.open = self.cancelled = self.requests = 0
+        self.answers: Counter[int] = Counter()  # by status
+
+    @property
+    def alive(self) -> bool:
+        return self.driver.failed is None and self.driver.thread.is_alive()
+
+    def read(self, raw: bytes, chat: bool) -> tuple[Body, SamplingParams, list[list[int]]]:
+        """A request's bytes → what the engine is to do, Refused if it cannot."""
+        body = parse_body(raw, chat)
+        if (name := body.get("model")) != self.name:
+            have = f"the model {name!r:.200} does not exist, only {self.name!r}"
+            raise Refused(404, have, "model", "model_not_found")
+        try:
+            params, prompts = sampling(body, chat, self.engine), self.prompts(body, chat)
+            params = SamplingParams(max_tokens=0) if self.scores else params
+            if len(prompts) * params.n > (most := self.cfg.slots + self.cfg.max_queue):
+                asked = f"{len(prompts)} prompts, {params.n} samples of each"
+                raise ValueError(f"{asked}: this server takes {most} samples at a time")
+            return body, params, [self.engine.encode(prompt) for prompt in prompts]
+        except ValueError as e:
+            raise Refused(400, str(e)) from e
+
+    def prompts(self, body: Body, chat: bool) -> list:
+        """Texts or ids; ValueError where this model takes no such request."""
+        if self.scores and (not chat or body.get("stream") or body.get("n", 1) != 1):
+            raise ValueError("a reward model scores chats: /v1/chat/completions, n=1, no stream")
+        if not chat:
+            return prompts_of(body.get("prompt"))
+        messages = body.get("messages")
+        if isinstance(messages, list):
+            messages = [plain_message(message) for message in messages]
+        if self.scores:
+            return [render_reward(messages, self.engine.tokenizer)]
+        ids, _ = render_chat(messages, self.engine.tokenizer)
+        if messages[-1]["role"] != "user":
+            raise ValueError("messages: the last one, which is answered, must be the user's")
+        return [ids]
+
+    async def begin(self, request: Any, chat: bool) -> Call:
+        """Read a request and submit it."""
+        raw, more = bytearray(), True
+        announced = int(request.headers.get("content-length", 0))
+        while more and max(announced, len(raw)) <= self.cfg.max_body:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise HungUp
+            raw += message.get("body", b"")
+            more = message.get("more_body")
+        if max(announced, len(raw)) > self.cfg.max_body:
+            raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
+        # in a thread: to tokenize a long text takes a while
+        body, params, prompts = await asyncio.to_thread(self.read, bytes(raw), chat)
+        if not self.alive:
+            raise Refused(503, "the engine has failed, or has not begun")
+        if self.open + len(prompts) * params.n > self.cfg.slots + self.cfg.max_queue:
+            raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
+        call = request.scope["call"] = Call(self, body, chat, params)
+        call.submit(prompts)
+        self.requests += 1
+        return call
+
+    def admit(self, scope: dict) -> None:
+        """Refused without the key, if there is one."""
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        wanted = b"Bearer " + self.cfg.api_key.encode()
+        open_to_all = not self.cfg.api_key or scope["path"].startswith("/v1/health/")
+        if not open_to_all and not hmac.compare_digest(given, wanted):
+            raise Refused(401, "a wrong API key, or none", code="invalid_api_key")
+
+    def around(self, app: Callable) -> Callable:
+        """ASGI middleware: asks for the key, counts answers, turns errors into OpenAI's, and when a
+        request ends, however it does, ends its samples."""
+
+        async def run(scope: dict, receive: Callable, send: Callable) -> None:
+            if scope["type"] != "http":
+                return await app(scope, receive, send)
+            begun = False
+
+            async def count(message: dict) -> None:
+                nonlocal begun
+                if message["type"] == "http.response.start":
+                    begun = True
+                    self.answers[message["status"]] += 1
+                await send(message)
+
+            try:
+                self.admit(scope)
+                await app(scope, receive, count)
+            except (HungUp, asyncio.CancelledError):
+                pass  # the client is gone, or the server stops
+            except Exception as e:
+                if not isinstance(e, Refused):
+                    log.exception("a request failed")
+                    e = Refused(500, "a bug of the server: its log has more")
+                if not begun:
+                    await send_error(e, count)
+            finally:
+                if (call := scope.get("call")) and call.left:
+                    for number in call.numbers:
+                        self.driver.cancel(number)
+
+        return run
+
+    def metrics(self) -> str:
+        engine = self.engine
+        rows = {
+            "requests_total": self.requests,
+            "prompt_tokens_total": engine.prompt_tokens + engine.cached_tokens,
+            "cached_prompt_tokens_total": engine.cached_tokens,
+            "new_tokens_total": engine.new_tokens,
+            "cancelled_samples_total": self.cancelled,
+            "running_samples": engine.active,
+            "waiting_samples": max(0, self.open - engine.active),
+        }
+        lines = ["# TYPE nemotron4_answers_total counter"]
+        for status, n in sorted(self.answers.items()):
+            lines.append(f'nemotron4_answers_total{{status="{status}"}} {n}')
+        for name, value in rows.items():
+            kind = "counter" if name.endswith("total") else "gauge"
+            lines += [f"# TYPE nemotron4_{name} {kind}", f"nemotron4_{name} {value}"]
+        return "\n".join([*lines, ""])
+
+
+async def send_error(e: Refused, send: Callable) -> None:
+    body = json.dumps(e.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | e.headers
+    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
+    await send({"type": "http.response.start", "status": e.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def need_serving() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise ValueError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
+
+
+def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
+    """A FastAPI application; it starts the driver's thread, and stops it in the end."""
+    need_serving()
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+
+    desk = Desk(engine, driver, cfg)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        driver.thread.start()
+        yield
+        await asyncio.to_thread(driver.stop)
+
+    quiet = dict(openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="nemotron4", lifespan=lifespan, **quiet)
+    app.add_middleware(desk.around)
+    created = int(time.time())
+
+    async def answer(request: Request, chat: bool) -> Response:
+        call = await desk.begin(request, chat)
+        if call.body.get("stream"):
+            return StreamingResponse(call.stream(request.receive), media_type="text/event-stream")
+        return JSONResponse(await call.whole(request.receive))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, chat=True)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await answer(request, chat=False)
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        model = {"id": desk.name, "object": "model", "created": created, "owned_by": "nemotron4"}
+        return {"object": "list", "data": [model | {"max_model_len": engine.context}]}
+
+    @app.get("/v1/health/live")
+    async def live() -> dict:
+        return {"status": "live"}
+
+    @app.get("/v1/health/ready")
+    async def ready() -> dict:
+        if not desk.alive:
+            raise Refused(503, "the engine has failed, or has not begun")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(desk.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, e: HTTPException) -> None:
+        refused = Refused(e.status_code, f"{e.detail}: {request.method} {request.url.path}")
+        refused.headers |= e.headers or {}
+        raise refused
+
+    return app
+
+
+def serve(cfg: ServeConfig) -> None:
+    """Answer until SIGINT or SIGTERM. The first process talks, the others follow it."""
+    need_serving()
+    import uvicorn
+
+    engine = load_engine(cfg)
+    driver = Driver(engine)
+    # uvicorn raises what stopped it once more when it is done; those who follow are told to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    if driver.leads:
+        app, at = make_app(engine, driver, cfg), f"{cfg.host}:{cfg.port}"
+        log.info(f"http://{at}/v1 has the model {cfg.model_name or cfg.model.resolve().name}")
+        if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
+            log.warning(f"whoever reaches {at} may use it: set --api-key")
+        quiet = dict(log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.run(app, host=cfg.host, port=cfg.port, **quiet)
+        driver.stop()  # again, if uvicorn was made to hurry
+        if driver.failed:
+            raise RuntimeError("the engine failed") from driver.failed
+    else:
+        driver.follow()
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -1331,6 +1887,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "sample": (SampleConfig, sample_command),
     "chat": (ChatConfig, chat),
     "score": (ScoreConfig, score),
+    "serve": (ServeConfig, serve),
     "evaluate": (EvaluateConfig, evaluate),
 }
 

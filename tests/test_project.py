@@ -57,7 +57,12 @@ CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshC
 CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig, generate.Layout)
 CONFIGS += (parallel.ExportConfig,)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
-CONFIGS += (generate.ChatConfig, generate.ScoreConfig, generate.EvaluateConfig)
+CONFIGS += (
+    generate.ChatConfig,
+    generate.ScoreConfig,
+    generate.EvaluateConfig,
+    generate.ServeConfig,
+)
 
 
 def test_every_option_is_read_somewhere():
