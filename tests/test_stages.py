@@ -4,12 +4,19 @@ the reference is data; what is wrong is refused before a step."""
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch
+from transformers import NemotronForCausalLM
 
 import align
 import data
+import generate
+import parallel
 from model import SHAPES, Nemotron, init_weights
 from parallel import MeshConfig, save_hf
 
@@ -137,3 +144,233 @@ def test_a_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     n, axes, changes = MESHES[mesh]
     got = on_ranks(n, run_stage, str(base), name, str(tmp_path / "run"), axes, changes)[0]
     same(got, alone[name])
+
+
+def test_lora_trains_adapters_alone_and_is_merged_wherever_its_run_is_read(base, tmp_path):
+    out = align.align("lora", stage(base, "lora", tmp_path / "lora", lora_alpha=64.0))
+    cfg = parallel.read_config(out)
+    runner = parallel.Runner(cfg, MeshConfig(dtype="fp32"), mesh(), 1, 0)
+    parallel.Checkpoints(out / "checkpoints", 2, False).load(
+        {f"model.{name}": p for name, p in runner.params().items()}
+    )
+    start = dict(parallel.load_hf(base).named_parameters())
+    for name, p in runner.params().items():
+        if name in start:
+            assert torch.equal(p.full_tensor(), start[name]), name
+        else:
+            assert "lora_" in name and p.full_tensor().abs().max() > 0
+    ids = [5, 9, 17, 33, 100, 7, 300]
+    batch = {"tokens": np.array([ids[:-1]]), "targets": np.array([ids[1:]]), "count": 6}
+    want = -runner.eval([batch], lambda log_probs, _: log_probs.sum()).item() * 6
+    engine = generate.load_engine(generate.EngineConfig(out))
+    assert sum(engine.score([(ids[:1], ids[1:])])[0].logprobs) == pytest.approx(-want, rel=1e-5)
+    with mock.patch.object(parallel, "shut_down"):
+        parallel.export(parallel.ExportConfig(out, tmp_path / "hf", "fp32"))
+    theirs = NemotronForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        loss = theirs(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert loss * 6 == pytest.approx(want, rel=1e-5)
+    # the next stage starts from the merged weights, here with adapters of its own
+    again = stage(base, "sft", tmp_path / "next", init=str(out), steps=1, lora_rank=2)
+    align.align("sft", again)
+    first = json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert first["val_loss"] < last["val_loss"] + 0.05
+    with pytest.raises(ValueError, match="export"):
+        save_hf(runner, tmp_path / "no")
+
+
+def mesh():
+    return parallel.init_mesh(MeshConfig(dtype="fp32"))
+
+
+def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(base, alone, tmp_path):
+    for steps in (2, 3):
+        align.align("rpo", stage(base, "rpo", tmp_path / "run", steps=steps, packed=False))
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for got, want in zip(rows, alone["rpo"], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-6)
+
+
+def test_reference_log_probs_are_computed_once_and_kept_beside_the_rows(base, tmp_path, caplog):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text((base / "pairs.jsonl").read_text())
+    how = dict(data=rows, val=None, steps=1)
+    with caplog.at_level("INFO", "nemotron4"):
+        align.align("dpo", stage(base, "dpo", tmp_path / "a", **how))
+        align.align("rpo", stage(base, "rpo", tmp_path / "b", beta=0.3, lr=1e-5, **how))
+    said = [message for message in caplog.messages if "to compute" in message]
+    assert "0 known, 24 to compute" in said[0] and "24 known, 0 to compute" in said[1]
+    (file,) = tmp_path.glob("*.reference-*.json")
+    found = json.loads(file.read_text())
+    tokenizer, model = data.load_tokenizer(base), parallel.load_hf(base).double()
+    row = data.preference_rows(rows, tokenizer, 256)[0][3]
+    for ids, trained, got in zip(row.ids, row.trained, found["log_probs"][row.key], strict=True):
+        with torch.no_grad():
+            log_probs = model(torch.from_numpy(ids[None].astype(np.int64)))[0].log_softmax(-1)
+        want = sum(log_probs[t - 1, ids[t]].item() for t in range(1, len(ids)) if trained[t])
+        assert got == pytest.approx(want, abs=1e-4)
+    # another model's log-probabilities are refused, and so are wrong ones
+    found["weights"] = "0" * 16
+    other = write_json(tmp_path / "other.json", found)
+    with pytest.raises(ValueError, match="other.json is of the weights 0000000000000000"):
+        align.align("dpo", stage(base, "dpo", tmp_path / "c", reference=other, **how))
+    found = json.loads(file.read_text())
+    found["log_probs"] = {key: [c + 1.0, r] for key, (c, r) in found["log_probs"].items()}
+    write_json(file, found)
+    with pytest.raises(ValueError, match="before the first step policy and reference differ"):
+        align.align("dpo", stage(base, "dpo", tmp_path / "d", **how))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_the_self_test_says_what_the_first_loss_must_be(base, tmp_path, caplog):
+    with caplog.at_level("INFO", "nemotron4"):
+        align.align("dpo", stage(base, "dpo", tmp_path / "dpo", steps=1))
+        align.align("rpo", stage(base, "rpo", tmp_path / "rpo", steps=1))
+    dpo, rpo = (m for m in caplog.messages if m.startswith("self-test"))
+    assert f"loss {np.log(2):.6f}" in dpo
+    rows = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
+    order = align.row_order(24, 0, 0, 8)
+    p = [
+        1 / (1 + np.exp(-2 * (rows[i]["chosen_reward"] - rows[i]["rejected_reward"])))
+        for i in order
+    ]
+    want = np.mean([np.log(2) + x * np.log(x) + (1 - x) * np.log(1 - x) for x in p])
+    assert float(re.search(r"loss ([\d.]+)", rpo)[1]) == pytest.approx(want, abs=2e-6)
+
+
+@pytest.mark.parametrize("weights_differ", [True, False])
+def test_the_weights_fingerprint_is_that_of_the_weights_on_any_mesh(base, on_ranks, weights_differ):
+    want = on_ranks(1, fingerprint, str(base), {}, False)
+    for n, axes in ((2, {"tp": 2}), (2, {}), (4, {"tp": 2, "pp": 2})):
+        got = set(on_ranks(n, fingerprint, str(base), axes, weights_differ))
+        assert len(got) == 1 and (got == set(want)) != weights_differ
+
+
+def fingerprint(folder, axes, changed):
+    cfg = MeshConfig(dtype="fp32", **axes)
+    runner = parallel.Runner(TINY, cfg, parallel.init_mesh(cfg), 1, 0)
+    runner.load_hf(folder)
+    if changed:
+        for name, p in runner.params().items():
+            if name == "blocks.3.mlp.down.weight":
+                local, index = parallel.local_part(p)
+                with torch.no_grad():
+                    local[(index[0] == 5).nonzero()[:, 0], : len(index[1])] *= 1.001
+    return runner.fingerprint()
+
+
+def test_a_reward_model_starts_from_a_language_model_and_is_scored_by_the_engine(base, tmp_path):
+    how = dict(steps=2, pairs=base / "pairs.jsonl", lr=1e-2)
+    out = align.align("reward", stage(base, "reward", tmp_path / "rm", seq_len=320, **how))
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    engine, right = generate.load_engine(generate.EngineConfig(out)), 0
+    rows = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
+    kept = {row.where for row in data.preference_rows(
+        base / "pairs.jsonl", engine.tokenizer, 320, judged=True)[0]}  # fmt: skip
+    for number, row in enumerate(rows, 1):
+        if f"{base / 'pairs.jsonl'}:{number}" in kept:
+            chosen, rejected = score_pair(engine, row)
+            right += chosen > rejected
+    assert last["pairs_accuracy"] == pytest.approx(right / len(kept))
+    assert {f"mse/{name}" for name in data.ATTRIBUTES} <= last.keys()
+    assert {"val_loss", "val_correlation/helpfulness"} <= last.keys()
+
+
+def score_pair(engine, row):
+    out = []
+    for side in ("chosen", "rejected"):
+        chat = [*row["messages"], {"role": "assistant", "content": row[side]}]
+        done = engine.generate(
+            [data.render_reward(chat, engine.tokenizer)], generate.SamplingParams(max_tokens=0)
+        )
+        out.append(generate.named_scores(done[0].scores)["reward"])
+    return out
+
+
+def test_the_presets_are_the_reports_stages():
+    code, general = align.code_sft(), align.general_sft()
+    assert int(800_000 * code.epochs / code.batch) == 6250 and code.lr == code.min_lr == 3e-7
+    assert int(200_000 * general.epochs / general.batch) == 4687 and 1e-7 <= general.lr <= 5e-7
+    assert int(20_324 * align.reward().epochs / align.reward().batch) == 317
+    dpo, rpo = align.dpo(), align.rpo_2()
+    assert int(160_000 / dpo.batch) == 625 and 3e-8 <= dpo.lr <= 3e-7
+    assert 3e-4 <= dpo.beta <= 3e-3 and 1e-5 <= dpo.sft_weight <= 1e-3
+    assert (rpo.loss, rpo.lr, rpo.eta, rpo.sft_weight) == ("rpo_bwd", 3e-7, 1.0, 1e-5)
+    assert 1e-3 <= rpo.beta <= 1 and rpo.init == "runs/rpo_1"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"label_smoothing": 0.1}, "belongs to dpo"), ({"beta": 0.0}, "beta=0.0"),
+        ({"loss": "dpo", "eta": 2.0}, "belongs to the RPO"), ({"epochs": 0.0}, "epochs"),
+        ({"seq_len": 8}, "no row left"), ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"init": "hf:nowhere"}, "no config.json"), ({"micro_batch": 0}, "micro_batch"),
+    ],
+)  # fmt: skip
+def test_an_impossible_stage_is_refused(base, tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        align.align("rpo", stage(base, "rpo", tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rpo_needs_rewards_and_says_which_line_has_none(base, tmp_path):
+    rows = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
+    del rows[4]["chosen_reward"]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(ValueError, match=r"pairs.jsonl:5.*chosen_reward"):
+        align.align("rpo", stage(base, "rpo", tmp_path / "run", data=path))
+
+
+def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    other = Nemotron(TINY)
+    init_weights(other, 9)
+    save_hf(other, tmp_path / "policy")
+    policy, reference = (
+        NemotronForCausalLM.from_pretrained(path) for path in (tmp_path / "policy", base)
+    )
+    words = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a"))
+    trainer = trl.DPOTrainer(
+        model=policy, ref_model=reference,
+        args=trl.DPOConfig(output_dir=str(tmp_path), beta=0.1, use_cpu=True, bf16=False, report_to=[]),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}]),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, eos_token="<e>", pad_token="a"
+        ),
+    )  # fmt: skip
+    rows, _ = data.preference_rows(base / "pairs.jsonl", data.load_tokenizer(base), 256)
+    rows = rows[:6]
+    longest = max(len(ids) for row in rows for ids in row.ids)
+    inputs = {
+        key: torch.zeros(12, longest, dtype=torch.long)
+        for key in ("input_ids", "attention_mask", "completion_mask")
+    }
+    for side in (0, 1):
+        for i, row in enumerate(rows):
+            n, at = len(row.ids[side]), side * 6 + i
+            inputs["input_ids"][at, :n] = torch.from_numpy(row.ids[side].astype(np.int64))
+            inputs["attention_mask"][at, :n] = 1
+            inputs["completion_mask"][at, :n] = torch.from_numpy(row.trained[side].astype(np.int64))
+    with torch.no_grad():
+        want = trainer.compute_loss(trainer.model, inputs).item()
+    batch = {k: torch.from_numpy(v) for k, v in data.pack(rows, 256).items()}
+    sums = []
+    for model in (other, parallel.load_hf(base)):
+        with torch.no_grad():
+            log_probs = model(
+                batch["tokens"], batch["positions"], batch["documents"], targets=batch["targets"]
+            )
+        sums.append(align.response_sums(log_probs, batch))
+    a = align.preference_margin(sums[0], sums[1], 0.1)
+    assert align.dpo_loss(a).mean().item() == pytest.approx(want, rel=1e-5)
