@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+import align
 import data
 import generate
 import parallel
@@ -56,6 +57,7 @@ def test_the_model_knows_nothing_of_ranks():
 CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshConfig)
 CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig, generate.Layout)
 CONFIGS += (parallel.ExportConfig,)
+CONFIGS += (align.SftConfig, align.RewardConfig, align.PreferenceConfig)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
 CONFIGS += (
     generate.ChatConfig,
@@ -96,7 +98,7 @@ def test_the_readmes_files_exist_and_its_commands_parse():
     text = (ROOT / "README.md").read_text()
     for file in set(re.findall(r"\b([a-z]+\.py)\b", text)) & {f"{m}.py" for m in ALLOWED}:
         assert (ROOT / file).exists(), file
-    for file, least in (("train.py", 6), ("data.py", 2), ("parallel.py", 4), ("generate.py", 6)):
+    for file, least in (("train.py", 6), ("data.py", 2), ("parallel.py", 4), ("generate.py", 6), ("align.py", 5)):
         assert len(readme_commands(file)) >= least, file
     for args in readme_commands("train.py"):
         if args[0] == "report":
@@ -107,6 +109,9 @@ def test_the_readmes_files_exist_and_its_commands_parse():
         tyro.cli({"prepare": data.PrepareConfig, "show": data.ShowConfig}[args[0]], args=args[1:])
     for command, *args in readme_commands("generate.py"):
         tyro.cli(generate.COMMANDS[command][0], args=args)
+    for args in readme_commands("align.py"):
+        if args[0] != "demo" and "--help" not in args:
+            align.choose_config(args, align.PRESETS, "")
     for command, *args in readme_commands("parallel.py"):
         tyro.cli(parallel.COMMANDS[command], args=args)
 

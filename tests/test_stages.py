@@ -343,7 +343,7 @@ def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_pa
     words = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a"))
     trainer = trl.DPOTrainer(
         model=policy, ref_model=reference,
-        args=trl.DPOConfig(output_dir=str(tmp_path), beta=0.1, use_cpu=True, bf16=False, report_to=[]),
+        args=trl.DPOConfig(str(tmp_path), beta=0.1, use_cpu=True, bf16=False, report_to=[]),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}]),
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, eos_token="<e>", pad_token="a"
