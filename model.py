@@ -167,13 +167,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         return flash_attn_func(q, k, v, causal=True)
     if visible is not None and q.shape[1] == 1:
         # decoding: the query heads of a key-value head stand as its tokens; k, v are not repeated
-        group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, K, H / K, E)
+        group = q.view(q.shape[0], k.shape[2], -1, q.shape[3]).to(k.dtype)  # (B, K, H / K, E)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(group, k, v, visible).view_as(q)
+        return F.scaled_dot_product_attention(group, k, v, visible).view_as(q).to(q.dtype)
+    dtype, q = q.dtype, q.to(k.dtype)  # a cache may hold more than q's precision
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, E)
     causal, gqa = visible is None, q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=gqa)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).to(dtype)
 
 
 class LoraLinear(nn.Linear):
