@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -1188,6 +1189,166 @@ def pack(
         values[out["rows"] >= 0] = [rows[i].values for inside in members for i in inside]
         out["rewards" if n == 2 else "labels"] = values
     return out
+
+
+# ---- the demo's tasks ----------------------------------------------------------------------------
+# What align.py's demo learns: small computations on digits, asked for as a call (code-like) or in
+# words, then with instructions on the form. A program writes answers, good and bad, and marks any.
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT = {text: str(i % 10) for i, text in enumerate([*"0123456789", *NUMBERS])}
+# what is done to the digits, and how it is asked for in words
+OPERATIONS: dict[str, tuple[Callable[[str], str], str]] = {
+    "reverse": (lambda x: x[::-1], "Write {} backwards."),
+    "sort": (lambda x: "".join(sorted(x)), "Sort {} upwards."),
+    "rest": (lambda x: x[1:], "Drop the first digit of {}."),
+    "last": (lambda x: x[-1], "Give the last digit of {}."),
+    "largest": (max, "Give the largest digit of {}."),
+    "smallest": (min, "Give the smallest digit of {}."),
+}
+# how an instruction reads, what follows it, in this order, and which answers do
+INSTRUCTIONS: dict[str, tuple[str, Callable[[str], str], str]] = {
+    "words": (
+        "In words.",
+        lambda x: " ".join(NUMBERS[int(c)] for c in x),
+        r"(?=.*[a-z]{3})[^0-9]+",
+    ),
+    "brackets": ("In brackets.", "({})".format, r".*\(.+\).*"),
+    "sure": ("Begin with Sure:", "Sure: {}".format, "Sure:.*"),
+    "mark": ("End with !", "{}!".format, ".*!"),
+}
+FAULTS = ("slip", "other", "cut", "chatter", "form")
+CHATTER = ("Well, let me see.", "I think it is", "Here you go:")
+
+
+def pieces(text: str) -> list[str]:
+    """Digits, words and marks."""
+    return re.findall(r"[0-9]|[^\W\d]+|[^\w\s]", text)
+
+
+def digits_of(text: str) -> str:
+    """All digits of a text, which has them as figures or as words."""
+    return "".join(DIGIT.get(piece, "") for piece in pieces(text))
+
+
+def form_of(text: str) -> set[str]:
+    """What a text is made of, whichever the digits."""
+    return {("0" if p.isdigit() else "zero") if p in DIGIT else p for p in pieces(text)}
+
+
+def write_answer(result: str, instructions: Iterable[str]) -> str:
+    for name in INSTRUCTIONS:
+        result = INSTRUCTIONS[name][1](result) if name in instructions else result
+    return result
+
+
+@dataclass(frozen=True)
+class Task:
+    operation: str
+    digits: str
+    instructions: tuple[str, ...] = ()
+    call: bool = False
+    """Asked for as a call, else in words."""
+
+    @property
+    def prompt(self) -> str:
+        if self.call:
+            return f"{self.operation}({self.digits})"
+        asked = OPERATIONS[self.operation][1].format(self.digits)
+        return " ".join([asked, *(INSTRUCTIONS[name][0] for name in self.instructions)])
+
+    @property
+    def held_out(self) -> bool:
+        """A tenth of what can be asked, however it is worded: nothing is trained on it."""
+        return zlib.crc32(f"{self.operation}({self.digits})".encode()) % 10 == 0
+
+    @property
+    def result(self) -> str:
+        return OPERATIONS[self.operation][0](self.digits)
+
+    @property
+    def answer(self) -> str:
+        return write_answer(self.result, self.instructions)
+
+    def right(self, text: str) -> bool:
+        return digits_of(text) == self.result
+
+    def met(self, text: str) -> list[bool]:
+        """Which of its instructions a text follows."""
+        checks = (INSTRUCTIONS[name][2] for name in self.instructions)
+        return [bool(re.fullmatch(check, text.strip(), re.DOTALL)) for check in checks]
+
+    def labels(self, text: str) -> list[int]:
+        """ATTRIBUTES of any text as an answer, 0 to 4 each: helpfulness, correctness in part by
+        digits, coherence by what does not belong, complexity by what is done of what is asked."""
+        got, met, right = digits_of(text), self.met(text), self.right(text)
+        same = sum(a == b for a, b in zip(got, self.result, strict=False))
+        correct = 4 if right else round(3 * same / max(len(got), len(self.result)))
+        helpful = round(correct * (1 + sum(met)) / (1 + len(met)))
+        coherent = max(0, 4 - len(form_of(text) - form_of(self.answer))) if pieces(text) else 0
+        longer = len(pieces(text)) - len(pieces(self.answer))
+        return [helpful, correct, coherent, 2 * right + sum(met), min(4, max(0, 1 + longer))]
+
+    def flawed(self, rng: random.Random, faults: Sequence[str] = FAULTS) -> str:
+        """An answer with a fault or two: a wrong digit, another operation's result, an early end,
+        chatter, an instruction ignored or, where there is none, made up."""
+        text = self.answer
+        while text == self.answer:
+            made, result = rng.sample(faults, k=rng.choice((1, 1, 2))), self.result
+            if "slip" in made:
+                i = rng.randrange(len(result))
+                result = result[:i] + rng.choice("0123456789") + result[i + 1 :]
+            if "other" in made:
+                result = OPERATIONS[rng.choice([*OPERATIONS])][0](self.digits)
+            changed = {rng.choice(self.instructions or [*INSTRUCTIONS])} if "form" in made else {}
+            text = write_answer(result, {*self.instructions} ^ {*changed})
+            text = f"{rng.choice(CHATTER)} {text}" if "chatter" in made else text
+            text = text[: rng.randint(1, len(text))].strip() if "cut" in made else text
+        return text
+
+
+def draw_task(rng: random.Random, call: bool, held_out: bool = False) -> Task:
+    """Three or four digits; in words, with up to two instructions."""
+    while True:
+        digits = "".join(rng.choices("0123456789", k=rng.randint(3, 4)))
+        asked = [] if call else rng.sample([*INSTRUCTIONS], k=rng.choice((0, 1, 1, 2)))
+        task = Task(rng.choice([*OPERATIONS]), digits, tuple(asked), call)
+        if task.held_out == held_out:
+            return task
+
+
+def draw_text(rng: random.Random) -> str:
+    """A document to pretrain on: a call and its result, perhaps with a verdict, or a number in
+    words. Nobody asks or answers."""
+    task, kind = draw_task(rng, call=True), rng.random()
+    if kind < 0.2:
+        return f"{task.digits}\n{write_answer(task.digits, ['words'])}"
+    if kind < 0.6:
+        return f"{task.prompt}\n{task.result}"
+    result = task.flawed(rng, ("slip", "other", "cut")) if rng.random() < 0.5 else task.result
+    return f"{task.prompt}\n{result}\n{'right' if task.right(result) else 'wrong'}"
+
+
+def scored_row(task: Task, text: str) -> dict[str, Any]:
+    """A row for sft_rows and, with its label, for reward_rows."""
+    messages = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": text}]
+    return {"messages": messages, "label": task.labels(text)}
+
+
+def pair_row(
+    task: Task,
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    finished: Sequence[bool],
+    **gap: float,
+) -> dict[str, Any] | None:
+    """The best and the worst of a task's sampled answers as a row for preference_rows, if any."""
+    if (found := best_and_worst(texts, rewards, finished, **gap)) is None:
+        return None
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": task.prompt}]}
+    for name, i in zip(("chosen", "rejected"), found, strict=True):
+        row |= {name: texts[i], f"{name}_reward": float(rewards[i])}
+    return row
 
 
 # ---- command line --------------------------------------------------------------------------------
