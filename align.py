@@ -15,35 +15,52 @@ import hashlib
 import json
 import logging
 import math
+import random
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from statistics import mean
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from data import (
     NINE_ATTRIBUTES,
+    REWARD_SYSTEM,
+    PrepareConfig,
     Row,
+    Task,
     Tokenizer,
     aggregate,
+    draw_task,
+    draw_text,
     load_tokenizer,
     pack,
+    pair_row,
     permute,
     preference_rows,
+    prepare,
+    render_chat,
+    render_reward,
     reward_rows,
+    scored_row,
     sft_rows,
     show_row,
+    train_bpe,
 )
+from generate import Completion, Engine, EngineConfig, SamplingParams, chat_stops, load_engine
 from model import IGNORE, SHAPES, ModelConfig, count_params
-from parallel import Batch, Runner, init_mesh, read_config, world_size
+from parallel import Batch, MeshConfig, Runner, init_mesh, read_config, world_size
 from train import (
+    PretrainConfig,
     RunConfig,
     check_init,
     choose_config,
@@ -51,6 +68,7 @@ from train import (
     free_folder,
     load_init,
     open_folder,
+    pretrain,
     run,
     set_up_logging,
     step_folders,
@@ -739,9 +757,210 @@ def pair_accuracy(cfg: RewardConfig) -> Objective:
     return Objective(measure, n_rows, accuracy, dict.fromkeys(("won", "pairs"), torch.zeros(())))
 
 
+# ---- the demo ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """A base model, two SFTs, a reward model, DPO and three RPOs, on small computations that a
+    program can mark (data.py's tasks), on two cores; and a table of what each stage brought."""
+
+    out: Path = Path("runs/demo")
+    """Runs, rows and table.md; a demo that was stopped goes on where it was."""
+    seed: int = 0
+
+
+# every detail of the 340B's architecture, at a size that learns the tasks in two minutes
+DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=512, seq_len=192, init_std=0.09)
+FP32 = MeshConfig(dtype="fp32")
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def demo_tasks(
+    cfg: DemoConfig, name: str, n: int, calls: float, held_out: bool = False
+) -> list[Task]:
+    rng = random.Random(f"{cfg.seed}/{name}")
+    return [draw_task(rng, rng.random() < calls, held_out) for _ in range(n)]
+
+
+def demo_base(cfg: DemoConfig) -> Path:
+    """A tokenizer, and pretraining on calls and their results, which nobody asks for."""
+    rng, tokens = random.Random(f"{cfg.seed}/base"), cfg.out / "tokens"
+    if not tokens.exists():
+        texts = [draw_text(rng) for _ in range(150_000)]
+        asked = [text for task in demo_tasks(cfg, "tokenizer", 3000, 0.0)
+                 for text in (task.prompt, task.answer, task.flawed(rng))]  # fmt: skip
+        file = train_bpe([*texts[:2000], *asked, REWARD_SYSTEM * 50], 512).save(cfg.out)
+        rows = write_rows(cfg.out / "texts.jsonl", ({"text": text} for text in texts))
+        how = dict(sources=(f"calls={rows}",), tokenizer=str(cfg.out / file), val_fraction=0.01)
+        prepare(PrepareConfig(out=tokens, **how))
+    pretrain("base", PretrainConfig(
+        model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", steps=1200, batch=16,
+        micro_batch=16, lr=3e-3, min_lr=3e-4, warmup=16 * 60, eval_every=400, isolate=True,
+    ))  # fmt: skip
+    return cfg.out / "base"
+
+
+def demo_sft(cfg: DemoConfig, name: str, init: Path, calls: float, n: int) -> Path:
+    """SFT on answers of which a third have chatter before them, or miss their instruction: what
+    preferences can mend."""
+    rng, rows = random.Random(f"{cfg.seed}/{name}/flaws"), []
+    for task in demo_tasks(cfg, name, n, calls):
+        flawed = rng.random() < 0.35
+        rows.append(
+            scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
+        )
+    return align(name, SftConfig(
+        data=write_rows(cfg.out / f"{name}.jsonl", rows), **demo_stage(cfg, name, init),
+        lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1,
+    ))  # fmt: skip
+
+
+def demo_stage(cfg: DemoConfig, name: str, init: Path) -> dict[str, Any]:
+    """What all stages have in common."""
+    return dict(
+        init=str(init), out=cfg.out / name, seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16,
+        eval_every=1 << 30, save_every=1 << 30,
+    )  # fmt: skip
+
+
+def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[Completion]]:
+    """n sampled answers of each task."""
+    how = SamplingParams(max_tokens=40, n=n, seed=seed, stop_ids=chat_stops(engine.tokenizer))
+    asked = [[{"role": "user", "content": task.prompt}] for task in tasks]
+    done = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in asked], how)
+    return [done[i : i + n] for i in range(0, len(done), n)]
+
+
+def rewards(engine: Engine, tasks: list[Task], texts: list[list[str]]) -> list[list[float]]:
+    """The reward model's rewards of each task's answers."""
+    ids = [
+        render_reward(scored_row(task, text)["messages"], engine.tokenizer)
+        for task, some in zip(tasks, texts, strict=True)
+        for text in some
+    ]
+    scored = iter(engine.generate(ids, SamplingParams(max_tokens=0)))
+    return [[float(aggregate(next(scored).scores)) for _ in some] for some in texts]
+
+
+def demo_reward(cfg: DemoConfig, init: Path) -> Path:
+    """The reward model: sampled, right and flawed answers, marked by the program."""
+    rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
+
+    def texts_of(tasks: list[Task]) -> list[list[str]]:
+        sampled = answers(engine, tasks, 2, cfg.seed)
+        made = [[task.answer, task.flawed(rng)] for task in tasks]
+        both = zip(([done.text.strip() for done in some] for some in sampled), made, strict=True)
+        return [[text for text in dict.fromkeys([*a, *b]) if text] for a, b in both]
+
+    def rows_of(tasks: list[Task]) -> Iterator[dict[str, Any]]:
+        for task, texts in zip(tasks, texts_of(tasks), strict=True):
+            yield from (scored_row(task, text) for text in texts)
+
+    def pairs_of(tasks: list[Task]) -> Iterator[dict[str, Any]]:
+        for task, texts in zip(tasks, texts_of(tasks), strict=True):
+            true = [float(aggregate(task.labels(text))) for text in texts]
+            if pair := pair_row(task, texts, true, [True] * len(texts)):
+                yield pair
+
+    data = write_rows(cfg.out / "reward.jsonl", rows_of(demo_tasks(cfg, "reward", 5000, 0.5)))
+    held_out = demo_tasks(cfg, "reward pairs", 200, 0.5, held_out=True)
+    return align("reward", RewardConfig(
+        data=data, pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs_of(held_out)),
+        **demo_stage(cfg, "reward", init), lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64,
+    ))  # fmt: skip
+
+
+def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
+    """The policy's own answers, the best and the worst by the reward model, then DPO or RPO."""
+    tasks = demo_tasks(cfg, name, 800, 0.5)
+    sampled = answers(demo_engine(init), tasks, 6, cfg.seed)
+    texts = [[done.text.strip() for done in some] for some in sampled]
+    ended = [
+        [done.finish_reason == "stop" and bool(done.text.strip()) for done in some]
+        for some in sampled
+    ]
+    scores = rewards(demo_engine(judge), tasks, [[text or "-" for text in some] for some in texts])
+    made = (pair_row(*each, min_gap=0.3) for each in zip(tasks, texts, scores, ended, strict=True))
+    how = dict(loss="dpo", beta=0.1) if name == "dpo" else dict(loss="rpo_bwd", beta=0.1, eta=1.0)
+    return align(name, PreferenceConfig(
+        data=write_rows(cfg.out / f"{name}.jsonl", filter(None, made)), sft_weight=1e-3,
+        **demo_stage(cfg, name, init), lr=1e-4, warmup=16 * 4, batch=32, **how,
+    ))  # fmt: skip
+
+
+def demo_engine(run: Path) -> Engine:
+    return load_engine(EngineConfig(run, slots=64))
+
+
+def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
+    """What a run's model does with the held-out tasks, sampled once each at temperature 1."""
+    tasks = demo_tasks(cfg, "marks", 400, 0.5, held_out=True)
+    engine = demo_engine(run)
+    texts = [some[0].text.strip() for some in answers(engine, tasks, 1, cfg.seed)]
+    pairs = []
+    for task in tasks:
+        ids, trained = render_chat(scored_row(task, task.answer)["messages"], engine.tokenizer)
+        n = int(trained.argmax())
+        pairs.append((ids[:n].tolist(), ids[n:].tolist()))
+    judged = rewards(demo_engine(judge), tasks, [[text or "-"] for text in texts])
+    met = [ok for task, text in zip(tasks, texts, strict=True) for ok in task.met(text)]
+    right = [task.right(text) for task, text in zip(tasks, texts, strict=True)]
+    calls = [ok for task, ok in zip(tasks, right, strict=True) if task.call]
+    words = [ok for task, ok in zip(tasks, right, strict=True) if not task.call]
+    true = [float(aggregate(task.labels(text))) for task, text in zip(tasks, texts, strict=True)]
+    return {
+        "calls right": mean(calls), "words right": mean(words), "instructions met": mean(met),
+        "true reward": mean(true), "model's reward": mean(some[0] for some in judged),
+        "log p(ideal)": mean(sum(done.logprobs) for done in engine.score(pairs)),
+    }  # fmt: skip
+
+
+def demo(cfg: DemoConfig) -> None:
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    begun, stages = time.monotonic(), {}
+
+    def stage(name: str, make: Callable[..., Path], *args: Any) -> Path:
+        start = time.monotonic()
+        stages[name] = (make(cfg, *args), time.monotonic() - start)
+        return stages[name][0]
+
+    base = stage("base", demo_base)
+    code = stage("code_sft", partial(demo_sft, name="code_sft", init=base, calls=1.0, n=4000))
+    general = stage(
+        "general_sft", partial(demo_sft, name="general_sft", init=code, calls=0.15, n=6000)
+    )
+    judge = stage("reward", demo_reward, general)
+    policy = general
+    for name in ("dpo", "rpo_1", "rpo_2", "rpo_3"):
+        policy = stage(name, partial(demo_preference, name=name, init=policy, judge=judge))
+    rows = {name: mark(cfg, at, judge) for name, (at, _) in stages.items() if name != "reward"}
+    for name, (at, seconds) in stages.items():
+        last = json.loads((at / "metrics.jsonl").read_text().splitlines()[-1])
+        if name in rows:
+            rows[name] |= {"chosen drift": last.get("drift_chosen", math.nan), "seconds": seconds}
+        else:
+            accuracy = f"{last['pairs_accuracy']:.3f} of held-out pairs, {seconds:.0f} s"
+    head = ["stage", *rows["base"]]
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, values in rows.items():
+        cells = ("" if math.isnan(v) else f"{v:.3g}" for v in values.values())
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    total = f"{(time.monotonic() - begun) / 60:.1f} minutes in all"
+    text = "\n".join([*table, "", f"Reward model: {accuracy}; {total}; seed {cfg.seed}.", ""])
+    (cfg.out / "table.md").write_text(text)
+    log.info(text)
+
+
 def main() -> None:
     set_up_logging()
-    about = "Align a model: a preset, changed by options."
+    if sys.argv[1:2] == ["demo"]:
+        return run(lambda: demo(tyro.cli(DemoConfig, args=sys.argv[2:], prog="align.py demo")))
+    about = "Align a model: a preset, changed by options. `align.py demo` runs all stages in small."
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "data": set(),
     "parallel": {"model"},
     "train": {"model", "data", "parallel"},
-    "align": {"model", "data", "parallel", "train"},
+    "align": {"model", "data", "parallel", "train", "generate"},
     "generate": {"model", "data", "parallel"},
 }
 
@@ -57,7 +57,7 @@ def test_the_model_knows_nothing_of_ranks():
 CONFIGS = (train.PretrainConfig, train.Phase, train.ReportConfig, parallel.MeshConfig)
 CONFIGS += (parallel.PlanConfig, data.PrepareConfig, data.ShowConfig, generate.Layout)
 CONFIGS += (parallel.ExportConfig,)
-CONFIGS += (align.SftConfig, align.RewardConfig, align.PreferenceConfig)
+CONFIGS += (align.SftConfig, align.RewardConfig, align.PreferenceConfig, align.DemoConfig)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
 CONFIGS += (
     generate.ChatConfig,

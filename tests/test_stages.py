@@ -137,7 +137,9 @@ MESHES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=[pytest.mark.slow] * (MESHES[m][0] > 2)) for m in MESHES]
+)
 def test_a_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     base, alone, on_ranks, tmp_path, name, mesh
 ):
