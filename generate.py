@@ -74,7 +74,9 @@ T = TypeVar("T")
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
     one thread: oneDNN divides them, and a single row is best as one batched product."""
-    if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if torch.compiler.is_compiling() or x.is_cuda or x.dtype != torch.float32:
+        return F.linear(x, weight)
+    if not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
     threads, (rows, width) = torch.get_num_threads(), weight.shape
     if x.numel() == width and rows % threads == 0:

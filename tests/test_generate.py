@@ -546,6 +546,18 @@ def test_bf16_gives_nearly_the_same_log_probs(folder):
     assert 0 < worst < 0.1
 
 
+@pytest.mark.slow
+def test_compiled_blocks_yield_the_same(tmp_path, corpus):
+    model = Nemotron(dataclasses.replace(TINY, n_layers=2))
+    save_hf(model, tmp_path)
+    data.TokenData(corpus).tokenizer().save(tmp_path)
+    outs = []
+    for compiled in (False, True):
+        engine = load_engine(EngineConfig(tmp_path, slots=4, compile=compiled))
+        outs.append([out.ids for out in engine.generate(ragged_prompts()[:6], GREEDY)])
+    assert outs[0] == outs[1]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
