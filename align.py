@@ -768,6 +768,12 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Runs, rows and table.md; a demo that was stopped goes on where it was."""
     seed: int = 0
+    scale: float = 1.0
+    """Share of the tasks and of the pretraining steps: 0.01 is a test of the machinery."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"scale={self.scale}: must be above 0 and at most 1")
 
 
 # every detail of the 340B's architecture, at a size that learns the tasks in two minutes
@@ -784,23 +790,26 @@ def demo_tasks(
     cfg: DemoConfig, name: str, n: int, calls: float, held_out: bool = False
 ) -> list[Task]:
     rng = random.Random(f"{cfg.seed}/{name}")
-    return [draw_task(rng, rng.random() < calls, held_out) for _ in range(n)]
+    return [
+        draw_task(rng, rng.random() < calls, held_out) for _ in range(max(40, round(n * cfg.scale)))
+    ]
 
 
 def demo_base(cfg: DemoConfig) -> Path:
     """A tokenizer, and pretraining on calls and their results, which nobody asks for."""
     rng, tokens = random.Random(f"{cfg.seed}/base"), cfg.out / "tokens"
     if not tokens.exists():
-        texts = [draw_text(rng) for _ in range(150_000)]
-        asked = [text for task in demo_tasks(cfg, "tokenizer", 3000, 0.0)
-                 for text in (task.prompt, task.answer, task.flawed(rng))]  # fmt: skip
+        texts = [draw_text(rng) for _ in range(max(3000, round(150_000 * cfg.scale)))]
+        tasks = [draw_task(rng, call=False) for _ in range(3000)]
+        asked = [text for t in tasks for text in (t.prompt, t.answer, t.flawed(rng))]
         file = train_bpe([*texts[:2000], *asked, REWARD_SYSTEM * 50], 512).save(cfg.out)
         rows = write_rows(cfg.out / "texts.jsonl", ({"text": text} for text in texts))
         how = dict(sources=(f"calls={rows}",), tokenizer=str(cfg.out / file), val_fraction=0.01)
         prepare(PrepareConfig(out=tokens, **how))
     pretrain("base", PretrainConfig(
-        model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", steps=1200, batch=16,
-        micro_batch=16, lr=3e-3, min_lr=3e-4, warmup=16 * 60, eval_every=400, isolate=True,
+        model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", batch=16, micro_batch=16,
+        steps=max(8, round(1200 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
+        eval_every=400, isolate=True,
     ))  # fmt: skip
     return cfg.out / "base"
 
@@ -867,7 +876,7 @@ def demo_reward(cfg: DemoConfig, init: Path) -> Path:
             if pair := pair_row(task, texts, true, [True] * len(texts)):
                 yield pair
 
-    data = write_rows(cfg.out / "reward.jsonl", rows_of(demo_tasks(cfg, "reward", 5000, 0.5)))
+    data = write_rows(cfg.out / "reward.jsonl", rows_of(demo_tasks(cfg, "reward", 8000, 0.5)))
     held_out = demo_tasks(cfg, "reward pairs", 200, 0.5, held_out=True)
     return align("reward", RewardConfig(
         data=data, pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs_of(held_out)),
@@ -877,7 +886,7 @@ def demo_reward(cfg: DemoConfig, init: Path) -> Path:
 
 def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
     """The policy's own answers, the best and the worst by the reward model, then DPO or RPO."""
-    tasks = demo_tasks(cfg, name, 800, 0.5)
+    tasks = demo_tasks(cfg, name, 1000, 0.5)
     sampled = answers(demo_engine(init), tasks, 6, cfg.seed)
     texts = [[done.text.strip() for done in some] for some in sampled]
     ended = [
@@ -930,9 +939,9 @@ def demo(cfg: DemoConfig) -> None:
         return stages[name][0]
 
     base = stage("base", demo_base)
-    code = stage("code_sft", partial(demo_sft, name="code_sft", init=base, calls=1.0, n=4000))
+    code = stage("code_sft", partial(demo_sft, name="code_sft", init=base, calls=1.0, n=12_000))
     general = stage(
-        "general_sft", partial(demo_sft, name="general_sft", init=code, calls=0.15, n=6000)
+        "general_sft", partial(demo_sft, name="general_sft", init=code, calls=0.15, n=20_000)
     )
     judge = stage("reward", demo_reward, general)
     policy = general

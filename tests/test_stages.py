@@ -376,3 +376,24 @@ def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_pa
         sums.append(align.response_sums(log_probs, batch))
     a = align.preference_margin(sums[0], sums[1], 0.1)
     assert align.dpo_loss(a).mean().item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
+    align.demo(align.DemoConfig(tmp_path / "demo", scale=0.004))
+    lines = (tmp_path / "demo" / "table.md").read_text().splitlines()
+    stages = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert stages == [
+        "stage",
+        "---",
+        "base",
+        "code_sft",
+        "general_sft",
+        "dpo",
+        *(f"rpo_{i}" for i in (1, 2, 3)),
+    ]
+    for name, init in (("code_sft", "base"), ("rpo_2", "rpo_1"), ("reward", "general_sft")):
+        cfg = json.loads((tmp_path / "demo" / name / "config.json").read_text())
+        assert cfg["init"].endswith(f"demo/{init}")
+    with pytest.raises(ValueError, match="scale"):
+        align.DemoConfig(scale=0)
