@@ -929,14 +929,26 @@ def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
+def last_metrics(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 def demo(cfg: DemoConfig) -> None:
+    """All stages, and the table."""
     cfg.out.mkdir(parents=True, exist_ok=True)
     begun, stages = time.monotonic(), {}
 
     def stage(name: str, make: Callable[..., Path], *args: Any) -> Path:
         start = time.monotonic()
-        stages[name] = (make(cfg, *args), time.monotonic() - start)
-        return stages[name][0]
+        at = make(cfg, *args)
+        last, steps = (
+            last_metrics(at)["step"],
+            json.loads((at / "config.json").read_text())["steps"],
+        )
+        if last < steps:  # SIGTERM ends a stage, and the demo with it
+            raise ValueError(f"{name} was stopped at step {last} of {steps}: start the demo again")
+        stages[name] = (at, time.monotonic() - start)
+        return at
 
     base = stage("base", demo_base)
     code = stage("code_sft", partial(demo_sft, name="code_sft", init=base, calls=1.0, n=12_000))
@@ -949,7 +961,7 @@ def demo(cfg: DemoConfig) -> None:
         policy = stage(name, partial(demo_preference, name=name, init=policy, judge=judge))
     rows = {name: mark(cfg, at, judge) for name, (at, _) in stages.items() if name != "reward"}
     for name, (at, seconds) in stages.items():
-        last = json.loads((at / "metrics.jsonl").read_text().splitlines()[-1])
+        last = last_metrics(at)
         if name in rows:
             rows[name] |= {"chosen drift": last.get("drift_chosen", math.nan), "seconds": seconds}
         else:
