@@ -35,6 +35,14 @@ def rank_main(rank, world, store, fn, args, pipe):
         os._exit(1)
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left_behind():
+    """What a test started in this process, a job of one, ends with it: the dry run needs none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def on_ranks():
     """on_ranks(n, fn, *args) → [fn(*args) of rank 0, 1, ...]; fn is a module's function, its result
