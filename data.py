@@ -10,27 +10,38 @@ Everything here is about text and needs neither a model nor torch. Section 2.1 o
 
 import ast
 import base64
+import contextlib
 import difflib
 import gzip
 import hashlib
+import html
 import inspect
 import json
 import logging
 import os
 import random
 import re
+import secrets
+import select
 import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
 import sysconfig
+import tempfile
+import textwrap
+import time
+import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tiktoken
@@ -1189,6 +1200,993 @@ def pack(
         values[out["rows"] >= 0] = [rows[i].values for inside in members for i in inside]
         out["rewards" if n == 2 else "labels"] = values
     return out
+
+
+# ---- lists in a model's answer -------------------------------------------------------------------
+
+LABEL = r"(?:Q|Question|(?:Sub)?[Tt]opic|Item|Idea|Prompt|Problem|Task|Exercise|Step|No\.)"
+MARK = re.compile(
+    rf"""(?P<indent>[ ]*)(?:>\s?)*(?:\#+\s+)?(?P<bold>\*\*|__)?(?:
+    (?P<digit>\(?\d{{1,3}}[.)](?!\d)|\[\d{{1,3}}\](?!\()|\d{{1,3}}:(?!\d)|\d{{1,3}}[ ]?[-–—](?=\s)
+        |\#\d{{1,3}}\b[.:)]?|[①-⑳]|\d\ufe0f?\u20e3|{LABEL}[ ]?\#?\d{{1,3}}[ ]?(?:[.:)]|[-–—](?=\s)))
+    |(?P<letter>\(?(?:[a-zA-Z]|[ivxIVX]{{2,5}})[.)](?=\s))
+    |(?P<bullet>[-*+•–—▪◦‣●○■✓✔✅➤►→⁃·🔹🔸]\ufe0f?(?=\s|$)(?:[ ]\[[ xX]\])?|[-•▪●](?=[^\W\d]|["“]))
+    )(?P<close>\*\*|__)?\s*(?P<text>.*)""",
+    re.VERBOSE,
+)
+HEAD = re.compile(r"#+\s+\S.*|(\*\*|__)(?:(?!\1).)+\1:?|[-=*_]{3,}")
+INTRO = re.compile(
+    r"(?i)(sure|certainly|of course|absolutely|here (are|is)|here[’']s|below (are|is)|okay|ok|got it"
+    r"|great|no problem|the following|as requested|these are|i[’']ve|i have)\b.*[:.!]"
+)
+OUTRO = re.compile(
+    r"(?i)(let me know|i hope|hope (this|these|that)|feel free|these (are|\w+ (are|cover|should|will|can|range))|"
+    r"would you like|do you want|note( that|:)|\(?please (let|note|feel)|is there any|if you[’' ]|"
+    r"enjoy|happy to|good luck|i can also|in (summary|conclusion)|each of these)\b.*"
+)
+FENCES = ("```", "~~~")
+QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
+
+
+def parse_list(text: str) -> list[str]:
+    """The items of a list in a model's answer, in whatever shape it came; [] if there is none, and
+    a model is to be asked again. Nothing is typed ("1984", "Yes" and "a: b" stay texts), and no
+    word is in an item that is not in the answer."""
+    text = re.sub(r"(?s)^.*</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
+    if (items := json_items(text)) is None:
+        text = table_lines(html_lines(text) if re.search(r"(?i)<li\b", text) else text)
+        lines = one_item_a_line(inside_fence(text))
+        marked = any(MARK.fullmatch(line) for line in lines)
+        items = marked_items(lines) if marked else plain_items(lines)
+    items = [item for item in map(clean_item, items) if re.search(r"\w", item)]
+    key = re.match(r"([a-z_]+): ", items[0]) if len(items) > 1 else None
+    if key and all(item.startswith(key[0]) for item in items):  # a YAML list of mappings
+        items = [clean_item(item.removeprefix(key[0])) for item in items]
+    return items
+
+
+def json_items(text: str) -> list[str] | None:
+    """Of a JSON or Python list that stands on lines of its own: an array of texts or of objects
+    with a text, or an object with a list or with numbered texts."""
+    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
+    for start in re.finditer(r"(?m)^\s*[[{]|(?<=[:=])\s*\[", text):
+        at = start.end() - 1
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = max(text.rfind("]"), text.rfind("}")) + 1
+            try:  # single quotes, a comma after the last item
+                value = ast.literal_eval(text[at:end])
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+        if not re.match(r"[ ;.`]*(\n|$)", text[end:]):
+            continue  # the [1] before an item, or a [placeholder]
+        if items := texts_of(value):
+            return items
+    return None
+
+
+def texts_of(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) == 1:
+            return texts_of(lists[0])
+        numbered = all(re.search(r"\d$", str(k)) for k in value)
+        return texts_of([*value.values()]) if numbered else []
+    items = []
+    for item in value if isinstance(value, list) else []:
+        if isinstance(item, dict):
+            words = [v for v in item.values() if isinstance(v, str) and not v.isdigit()]
+            item = ": ".join(words)
+        if isinstance(item, str | int | float):
+            items.append(str(item))
+    return items
+
+
+def html_lines(text: str) -> str:
+    """<li> as bullets, indented by their depth."""
+    out, depth = "", 0
+    for part in re.split(r"(<[^<>]+>)", text):
+        name = re.sub(r"\W", "", part.split()[0].lower()) if part.startswith("<") else ""
+        if name in ("ul", "ol"):
+            depth += -1 if part.startswith("</") else 1
+        if name == "li" and not part.startswith("</"):
+            out += "\n" + "    " * (depth - 1) + "- "
+        elif not name:
+            out += html.unescape(re.sub(r"\s+", " ", part) if depth else part)
+        elif depth == 0:
+            out += "\n\n"
+    return out
+
+
+def table_lines(text: str) -> str:
+    """A table's rows as "- cell: cell", without its header and cells with a number."""
+    rule, lines, inside = r"[\s|:-]*-[\s|:-]*", text.split("\n"), False
+    for i, (line, below) in enumerate(zip(lines, [*lines[1:], ""], strict=True)):
+        starts = "|" in line and "|" in below and bool(re.fullmatch(rule, below))
+        inside = "|" in line and (inside or starts)
+        if starts or inside and re.fullmatch(rule, line):
+            lines[i] = ""
+        elif inside:
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            words = [cell for cell in cells if cell and not re.fullmatch(r"#?\d+[.)]?", cell)]
+            lines[i] = "- " + ": ".join(words or cells)
+    return "\n".join(lines)
+
+
+def inside_fence(text: str) -> str:
+    """What is in the only fence, where no item is outside."""
+    parts = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)
+    outside = [line for part in parts[::2] for line in part.split("\n")]
+    alone = len(parts) in (2, 3) and not any(MARK.fullmatch(line) for line in outside)
+    return textwrap.dedent(parts[1]) if alone else text
+
+
+def one_item_a_line(text: str) -> list[str]:
+    lines = []
+    for line in text.split("\n"):
+        starts, found = [], re.finditer(r"(?:^|(?<=\s))\(?(\d{1,3})[.)]\s", line)
+        for match in found:  # 1. … 2. … on one line
+            if int(match[1]) == len(starts) + 1:
+                starts.append(match.start())
+        if len(starts) > 1:
+            cuts = zip([0, *starts], [*starts, None], strict=True)
+            lines += [line[a:b] for a, b in cuts if line[a:b].strip()]
+        elif len(re.findall(r"(?:^|\s)[•▪●] ?", line)) > 1:
+            lines += re.split(r"\s(?=[•▪●])", line)
+        else:
+            lines.append(line.rstrip())
+    return lines
+
+
+def marked_items(lines: list[str]) -> list[str]:
+    """Items with marks like the first one's, each with its further lines and what is below it."""
+    blocks: list[list[str]] = []
+    top, fenced = ("", 0), False
+    for line in lines:
+        mark = None if fenced else MARK.fullmatch(line)
+        fenced ^= line.strip().startswith(FENCES)
+        style = mark and next(s for s in ("digit", "letter", "bullet") if mark[s])
+        if mark and (not blocks or style == top[0] and len(mark["indent"]) < top[1] + 2):
+            top = top if blocks else (style, len(mark["indent"]))
+            open_bold = mark["bold"] if mark["bold"] and not mark["close"] else ""
+            blocks.append([open_bold + mark["text"].strip()])
+        elif blocks:
+            blocks[-1].append(line)
+    items, loose = zip(*map(item_of, blocks), strict=True)
+    if sum(map(bool, loose[:-1])) * 2 < len(items) or len(items) == 1:
+        loose = (*loose[:-1], "")  # these are the answer's last words
+    return [joined(item, more) if more else item for item, more in zip(items, loose, strict=True)]
+
+
+def item_of(block: list[str]) -> tuple[str, str]:
+    """(an item, the paragraphs after it that are not indented)."""
+    item, loose, blank, fenced = block[0], "", False, False
+    for line in block[1:]:
+        text, flush = line.strip(), not line.startswith(" ")
+        if text.startswith(FENCES):
+            fenced = not fenced
+        elif fenced:
+            item += "\n" + line
+        elif mark := MARK.fullmatch(line):
+            item += ("" if re.search(r"[.:;,?!]\W*$", item) else ";") + " " + mark["text"].strip()
+        elif text and item and flush and ends_item(text, blank):
+            break
+        elif text and item and flush and blank:
+            loose = f"{loose} {text}".strip()
+        elif text:
+            item = joined(item, text)
+        blank = not text
+    return item, loose
+
+
+def ends_item(text: str, blank: bool) -> bool:
+    """Whether a line that is not indented is a heading or a last word, not more of the item."""
+    heading = blank and text.endswith(":") and len(text) < 80
+    return bool(heading or HEAD.fullmatch(text) or OUTRO.match(text))
+
+
+def joined(first: str, more: str) -> str:
+    """Two lines of an item; a bold one is a title."""
+    if title := re.fullmatch(r"(\*\*|__)(.+?)\1", first):
+        first = title[2] + ("" if title[2][-1] in ".:?!" else ":")
+    return f"{first} {more}".strip()
+
+
+def plain_items(lines: list[str]) -> list[str]:
+    """Items without marks: below headings, one a paragraph, one a line, or between commas."""
+    text = "\n".join(map(str.strip, lines)).strip()
+    paragraphs = [paragraph.split("\n") for paragraph in re.split(r"\n\n+", text)]
+    if len(paragraphs) > 1 and OUTRO.match(paragraphs[-1][0]):
+        paragraphs.pop()
+    first, *rest = paragraphs[0]
+    if (first.endswith(":") or INTRO.fullmatch(first)) and (rest or paragraphs[1:]):
+        paragraphs = [p for p in (rest, *paragraphs[1:]) if p]
+    rows = [row for paragraph in paragraphs for row in paragraph]
+    if len(rows) > 2 and OUTRO.match(rows[-1]):
+        rows.pop()
+    if len(rows) == 1:
+        return comma_items(rows[0])
+    heads = [*(i for i, row in enumerate(rows) if HEAD.fullmatch(row)), len(rows)]
+    if len(heads) > 2 and min(np.diff(heads)) > 1:
+        bold = (re.sub(r"^#+\s+(.+)", r"**\1**", rows[i]) for i in heads[:-1])
+        below = (" ".join(rows[a + 1 : b]) for a, b in zip(heads, heads[1:], strict=False))
+        return [joined(head, more) for head, more in zip(bold, below, strict=True)]
+    if len(paragraphs) > 1 and min(map(len, paragraphs)) > 1:
+        rows = [" ".join(paragraph) for paragraph in paragraphs]
+    items = rows[:1]
+    for row, last in zip(rows[1:], rows, strict=False):
+        if len(last) > 50 and row[:1].islower() and not re.search(r"[.?!:;,\"]$", last):
+            items[-1] += " " + row  # a line that was wrapped
+        else:
+            items.append(row)
+    prose = sum(len(re.findall(r"[.?!](?=\s|$)", item)) > 2 for item in items) * 2 > len(items)
+    return [] if prose or REFUSAL.match(items[0]) else items
+
+
+def comma_items(line: str) -> list[str]:
+    intro, _, rest = line.partition(":")
+    line = (rest if rest and (INTRO.match(line) or len(intro.split()) > 2) else line).strip()
+    parts = [part.rstrip(".") for part in re.split(r"\s*[;；,，、]\s*|\s+\|\s+", line) if part]
+    parts = [re.sub(r"^(and|or|&) ", "", part) for part in parts]
+    short = all(len(part.split()) < 8 and not re.search(r"[.?!] ", part) for part in parts)
+    return parts if len(parts) > 2 and short and not REFUSAL.match(line) else []
+
+
+def clean_item(item: str) -> str:
+    """Without the marks around it or its title: emphasis, quotes, a separator, YAML's | and >."""
+    item, before = item if "\n" in item else " ".join(item.split()), None
+    while item != before:
+        before = item = item.strip()
+        item = re.sub(r"^[|>][-+]? |<br ?/?>$|\\$", "", item)
+        item = re.sub(r"^(\*\*|__)(?=\S)(.+?)\1(?!\w)", r"\2", item)
+        item = re.sub(r"^([*_])(?=[^\s*_])([^*_]+)\1$", r"\2", item)
+        item = re.sub(r"(?<=[\"'”’`])[,;]$", "", item)
+        close, inside = QUOTES.get(item[:1]), item[1:-1]
+        if len(item) > 2 and close == item[-1]:
+            bare = inside.replace("\\" + close, "").replace(close * 2, "")
+            bare = re.sub(r"(?<=\w)['’](?=\w)", "", bare)
+            if close not in bare and item[0] not in bare:
+                item = inside.replace("\\" + close, close).replace("''", "'")
+    return item
+
+
+# ---- duplicates and decontamination --------------------------------------------------------------
+
+
+class Letters(dict):
+    """For str.translate: marks and control characters become spaces, signs words, apostrophes
+    nothing."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kind = unicodedata.category(char)
+        sign = kind in ("Sm", "Sc", "So") or char in "%^"
+        keep = f" {char} " if sign else " " if kind[0] in "PSZC" else char
+        self[code] = "" if char in "'’" else keep
+        return self[code]
+
+
+LETTERS = Letters()
+# between numbers these are operators: "2 - 2" and "2 * 2" are not the same question
+OPERATORS = {"-": "−", "*": "×", "/": "÷"}
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, single spaces, NFKC; what counts in a sum (+ % $ -3) stays."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
+    return " ".join(text.translate(LETTERS).split())
+
+
+def shingles(text: str, n: int = 5) -> set[str]:
+    """Word n-grams; a shorter text is one, one without words none."""
+    words = text.split()
+    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {""}
+
+
+def jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / max(1, len(a | b))
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
+    """For each text the earlier kept one that it repeats and the Jaccard index of their word
+    5-grams, counted, not estimated; None if it is kept. Candidates share one of 16 bands of 8
+    MinHashes: a pair at 0.7 is found with probability 0.6, at 0.8 with 0.95, at 0.9 always."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
+    factors, terms = np.random.default_rng(0).integers(0, 2**63, (2, 128, 1), dtype=np.uint64)
+    exact: dict[str, int] = {}
+    bands: dict[bytes, list[int]] = {}
+    out, grams = [], {}
+    for i, text in enumerate(texts):
+        plain = normalise(text) or text.strip()
+        if plain in exact:
+            out.append((exact[plain], 1.0))
+            continue
+        own = shingles(plain)
+        digests = b"".join(hashlib.blake2b(g.encode(), digest_size=8).digest() for g in own)
+        hashes = np.frombuffer(digests, np.uint64)
+        lows = ((hashes * (factors | np.uint64(1)) + terms) >> np.uint64(32)).min(1, initial=2**32)
+        keys = [bytes([b]) + band.tobytes() for b, band in enumerate(lows.reshape(16, 8))]
+        near = {j for key in keys for j in bands.get(key, ())}
+        best, j = max(((jaccard(own, grams[j]), -j) for j in near), default=(0.0, 0))
+        out.append((-j, best) if best >= threshold else None)
+        if out[-1] is None:
+            exact[plain], grams[i] = i, own
+            for key in keys:
+                bands.setdefault(key, []).append(i)
+    return out
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
+
+
+def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """("FILE:LINE", text) of every text in the JSONL files of evaluation items."""
+    out = []
+    for path in paths:
+        for where, line in numbered_lines(Path(path)):
+            try:
+                out += [(where, text) for text in strings_in(json_object(line))]
+            except ValueError as e:
+                raise e if isinstance(e, BadDocument) else ValueError(f"{where}: {e}") from None
+    return out
+
+
+class Decontaminator:
+    """Finds what a text shares with evaluation items: 13 words in a row, or 8 with an item of
+    fewer than 13; an item of 4 to 7 words only if it is the whole text."""
+
+    def __init__(self, evaluations: Iterable[tuple[str, str]]) -> None:
+        self.sources: dict[str, str] = {}  # n-gram → FILE:LINE
+        for where, text in evaluations:
+            plain = normalise(text)
+            n = len(plain.split())
+            if n >= 8:
+                for gram in shingles(plain, 13 if n >= 13 else 8):
+                    self.sources.setdefault(gram, where)
+            elif n >= 4:
+                self.sources.setdefault(plain, where)
+
+    def evidence(self, text: str) -> str | None:
+        """The first hit as FILE:LINE: "the shared n-gram"."""
+        words = normalise(text).split()
+        grams = [" ".join(words)] if len(words) < 8 else []
+        for i in range(len(words)):
+            grams += [" ".join(words[i : i + n]) for n in (8, 13) if i + n <= len(words)]
+        hit = next((gram for gram in grams if gram in self.sources), None)
+        return hit and f'{self.sources[hit]}: "{hit}"'
+
+
+# ---- verifiable instructions ---------------------------------------------------------------------
+# IFEval's 25 kinds (arXiv 2311.07911) by its names and with its arguments, so that its own
+# verifiers can mark the same answers; the wording is ours, and nothing is drawn while marking.
+
+# none within another, none with the letters j, q, x, z, none in an ending
+# fmt: off
+KEYWORDS = (
+    "river", "market", "garden", "winter", "bridge", "letter", "island", "morning", "engine",
+    "village", "mountain", "kitchen", "library", "captain", "harbor", "forest", "silver", "window",
+    "planet", "doctor", "teacher", "summer", "history", "machine",
+)
+# fmt: on
+ENDINGS = (
+    "That is all for now.",
+    "Ask me again at any time.",
+    "I hope that helps!",
+    "Over to you.",
+)
+VERDICTS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+# code: (name, common words, or the letters that only it has among these)
+LANGUAGES = {
+    "en": ("English", "the and of to is that it with for was are this you be have not from"),
+    "de": ("German", "der die und das ist nicht ein eine mit zu den auf für es sich von sind"),
+    "fr": ("French", "le la les et des est une un dans que pour qui pas sur au avec sont du"),
+    "es": ("Spanish", "el la los y de que es en una un por con para las se no del como"),
+    "it": ("Italian", "il la di che è e un una per non con sono gli della le si nel più"),
+    "pt": ("Portuguese", "o a os que é em um uma para com não do da as se no na mais"),
+    "nl": ("Dutch", "de het een en van is dat niet op te zijn voor met er aan ook die"),
+    "ru": ("Russian", "[а-яё]"),
+    "el": ("Greek", "[α-ωά-ώ]"),
+    "ar": ("Arabic", "[ء-ي]"),
+    "hi": ("Hindi", "[ऀ-ॿ]"),
+    "ko": ("Korean", "[가-힣]"),
+    "ja": ("Japanese", "[ぁ-ヿ]"),
+    "zh": ("Chinese", "[一-鿿]"),
+}
+COMMON = {code: {*words.split()} for code, (_, words) in LANGUAGES.items() if words[0] != "["}
+
+
+def language_of(text: str) -> str | None:
+    """A code of LANGUAGES: by script, else by common words; None if neither decides."""
+    text = text.lower()
+    counts = {c: len(re.findall(LANGUAGES[c][1], text)) for c in LANGUAGES if c not in COMMON}
+    if counts["ja"] * 10 > counts["zh"]:  # kana between the characters
+        counts["ja"] += counts.pop("zh")
+    code = max(counts, key=counts.__getitem__)
+    if counts[code] * 2 > sum(map(str.isalpha, text)):
+        return code
+    words = re.findall(r"[^\W\d_]+", text)
+    hits = {code: sum(word in common for word in words) for code, common in COMMON.items()}
+    first, second, *_ = sorted(hits, key=hits.__getitem__, reverse=True)
+    return first if hits[first] > max(hits[second], len(words) / 12) else None
+
+
+def enough(n: int, least: int, relation: str) -> bool:
+    return n < least if relation == "less than" else n >= least
+
+
+def count_sentences(text: str) -> int:
+    """Ends of sentences, and a last one without; a line's end is none, nor is the dot of a list's
+    number, an initial or a common abbreviation."""
+    short = r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.)+[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr|sr)\."
+    text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^\s*[-*•]\s", "", text))
+    parts = re.split(r"[.!?]+[\"”’')\]*_]*(?=\s|$)|[。！？]+[」』”]*", text)
+    return sum(bool(re.search(r"\w", part)) for part in parts)
+
+
+def count_paragraphs(text: str) -> int:
+    """Between *** marks; none may be empty but what is outside the first and last mark."""
+    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
+    inner = parts[bool(not parts[0]) : len(parts) - (not parts[-1])]
+    return len(inner) if all(inner) else -1
+
+
+def nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    parts = text.split("\n\n")
+    n = sum(bool(part.strip()) for part in parts)
+    words = parts[nth_paragraph - 1].split() if nth_paragraph <= n else []
+    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"').lower())[0] if words else ""
+    return n == num_paragraphs and word == first_word.lower()
+
+
+def count_bullets(text: str) -> int:
+    return len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", text))
+
+
+def count_highlights(text: str) -> int:
+    marked = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
+    return sum(bool(mark.strip("*").strip()) for mark in marked)
+
+
+def has_postscript(text: str, postscript_marker: str) -> bool:
+    dots = [re.escape(c) + r"\.\s?" for c in postscript_marker.lower().replace(".", "")]
+    end = r"\." if postscript_marker.endswith(".") else ""
+    return bool(re.search("".join(dots).removesuffix(r"\.\s?") + end, text.lower()))
+
+
+def is_json(text: str) -> bool:
+    text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip())
+    try:
+        json.loads(text.strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def two_responses(text: str) -> bool:
+    parts = text.split("******")
+    inner = [p.strip() for i, p in enumerate(parts) if p.strip() or 0 < i < len(parts) - 1]
+    return len(inner) == 2 and all(inner) and inner[0] != inner[1]
+
+
+def starts_with(text: str, prompt_to_repeat: str) -> bool:
+    prompt = prompt_to_repeat.strip().lower()
+    return bool(prompt) and text.strip().lower().startswith(prompt)
+
+
+def count_capital_words(text: str) -> int:
+    return sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", text)))
+
+
+class Kind(NamedTuple):
+    draw: Callable[[random.Random, list[str]], dict[str, Any]]  # arguments; takes words it uses
+    text: str
+    met: Callable[..., bool]  # of the answer and the arguments
+
+
+def some(rng: random.Random, name: str, relation: str, less: range, least: range) -> dict[str, Any]:
+    """A number and its relation: few enough, or many enough, to go with all other kinds."""
+    how = rng.choice(("less than", "at least"))
+    return {name: rng.choice(less if how == "less than" else least), relation: how}
+
+
+def some_letter(rng: random.Random, words: list[str]) -> dict[str, Any]:
+    args = some(rng, "let_frequency", "let_relation", range(1, 5), range(5, 30))
+    rare = args["let_relation"] == "less than"
+    return {"letter": rng.choice("jqxz" if rare else "etaoinsr"), **args}
+
+
+REPEAT = "combination:repeat_prompt"
+KINDS: dict[str, Kind] = {
+    "keywords:existence": Kind(
+        lambda rng, words: {"keywords": (words.pop(), words.pop())},
+        "Use each of these words at least once: {keywords}.",
+        lambda text, keywords: all(word.lower() in text.lower() for word in keywords),
+    ),
+    "keywords:frequency": Kind(
+        lambda rng, words: (
+            {"keyword": words.pop()} | some(rng, "frequency", "relation", range(2, 4), range(2, 4))
+        ),
+        'Let the word "{keyword}" occur {relation} {frequency} times.',
+        lambda text, keyword, frequency, relation: enough(
+            text.lower().count(keyword.lower()), frequency, relation
+        ),
+    ),
+    "keywords:forbidden_words": Kind(
+        lambda rng, words: {"forbidden_words": (words.pop(), words.pop())},
+        "Do without these words: {forbidden_words}.",
+        lambda text, forbidden_words: (
+            not any(re.search(rf"(?i)\b{re.escape(word)}\b", text) for word in forbidden_words)
+        ),
+    ),
+    "keywords:letter_frequency": Kind(
+        some_letter,
+        'Let the letter "{letter}" occur {let_relation} {let_frequency} times in all.',
+        lambda text, letter, let_frequency, let_relation: enough(
+            text.lower().count(letter.lower()), let_frequency, let_relation
+        ),
+    ),
+    "language:response_language": Kind(
+        lambda rng, words: {"language": rng.choice([*LANGUAGES])},
+        "Answer in {language} and in no other language.",
+        lambda text, language: language_of(text) == language,
+    ),
+    "length_constraints:number_sentences": Kind(
+        lambda rng, words: some(rng, "num_sentences", "relation", range(6, 16), range(3, 13)),
+        "Write {relation} {num_sentences} sentences.",
+        lambda text, num_sentences, relation: enough(
+            count_sentences(text), num_sentences, relation
+        ),
+    ),
+    "length_constraints:number_paragraphs": Kind(
+        lambda rng, words: {"num_paragraphs": rng.randint(2, 5)},
+        "Write exactly {num_paragraphs} paragraphs with a line of *** between any two of them.",
+        lambda text, num_paragraphs: count_paragraphs(text) == num_paragraphs,
+    ),
+    "length_constraints:number_words": Kind(
+        lambda rng, words: some(
+            rng, "num_words", "relation", range(150, 500, 10), range(50, 350, 10)
+        ),
+        "Write {relation} {num_words} words.",
+        lambda text, num_words, relation: enough(
+            len(re.findall(r"\w+", text)), num_words, relation
+        ),
+    ),
+    "length_constraints:nth_paragraph_first_word": Kind(
+        lambda rng, words: (
+            {"num_paragraphs": (n := rng.randint(2, 5))}
+            | {"nth_paragraph": rng.randint(1, n), "first_word": words.pop()}
+        ),
+        "Write exactly {num_paragraphs} paragraphs, with an empty line between any two of them and "
+        'nowhere else, and begin paragraph {nth_paragraph} with the word "{first_word}".',
+        nth_paragraph,
+    ),
+    "detectable_content:number_placeholders": Kind(
+        lambda rng, words: {"num_placeholders": rng.randint(1, 4)},
+        "Leave at least {num_placeholders} places to be filled in, in square brackets, as in "
+        "[name].",
+        lambda text, num_placeholders: len(re.findall(r"\[.*?\]", text)) >= num_placeholders,
+    ),
+    "detectable_content:postscript": Kind(
+        lambda rng, words: {"postscript_marker": rng.choice(("P.S.", "P.P.S"))},
+        "Add a postscript at the end; it begins with {postscript_marker}",
+        has_postscript,
+    ),
+    "detectable_format:number_bullet_lists": Kind(
+        lambda rng, words: {"num_bullets": rng.randint(2, 5)},
+        "Include exactly {num_bullets} bullet points, each on a line that begins with * and a "
+        "space.",
+        lambda text, num_bullets: count_bullets(text) == num_bullets,
+    ),
+    "detectable_format:constrained_response": Kind(
+        lambda rng, words: {},
+        "Choose one of these as your answer: " + " ".join(VERDICTS),
+        lambda text: any(verdict in text for verdict in VERDICTS),
+    ),
+    "detectable_format:number_highlighted_sections": Kind(
+        lambda rng, words: {"num_highlights": rng.randint(1, 4)},
+        "Emphasise at least {num_highlights} passages with asterisks, *like this*.",
+        lambda text, num_highlights: count_highlights(text) >= num_highlights,
+    ),
+    "detectable_format:multiple_sections": Kind(
+        lambda rng, words: (
+            {"section_spliter": rng.choice(("Section", "SECTION"))}
+            | {"num_sections": rng.randint(2, 5)}
+        ),
+        "Divide your answer into at least {num_sections} sections, headed {section_spliter} 1, "
+        "{section_spliter} 2 and so on.",
+        lambda text, section_spliter, num_sections: (
+            len(re.findall(re.escape(section_spliter) + r"\s?\d+", text)) >= num_sections
+        ),
+    ),
+    "detectable_format:json_format": Kind(
+        lambda rng, words: {},
+        "Give the whole answer as JSON, in a code block if you like.",
+        is_json,
+    ),
+    "detectable_format:title": Kind(
+        lambda rng, words: {},
+        "Give your answer a title in double angle brackets, as in <<a day at sea>>.",
+        lambda text: any(t.strip("<> \t") for t in re.findall(r"<<[^\n]+>>", text)),
+    ),
+    "combination:two_responses": Kind(
+        lambda rng, words: {},
+        "Give two different answers and nothing else, with ****** (six asterisks) between them.",
+        two_responses,
+    ),
+    REPEAT: Kind(
+        lambda rng, words: {},
+        "Before you answer, repeat the request above this sentence word for word, and say nothing "
+        "before it.",
+        lambda text, prompt_to_repeat="": starts_with(text, prompt_to_repeat),
+    ),
+    "startend:end_checker": Kind(
+        lambda rng, words: {"end_phrase": rng.choice(ENDINGS)},
+        'Let the last words be "{end_phrase}" with nothing after them.',
+        lambda text, end_phrase: text.strip().strip('"').lower().endswith(end_phrase.lower()),
+    ),
+    "change_case:capital_word_frequency": Kind(
+        lambda rng, words: some(
+            rng, "capital_frequency", "capital_relation", range(4, 12), range(2, 12)
+        ),
+        "Let words in capital letters occur {capital_relation} {capital_frequency} times.",
+        lambda text, capital_frequency, capital_relation: enough(
+            count_capital_words(text), capital_frequency, capital_relation
+        ),
+    ),
+    "change_case:english_capital": Kind(
+        lambda rng, words: {},
+        "Answer in English, in capital letters alone.",
+        lambda text: text.isupper() and language_of(text) == "en",
+    ),
+    "change_case:english_lowercase": Kind(
+        lambda rng, words: {},
+        "Answer in English, in small letters alone, without any capital.",
+        lambda text: text.islower() and language_of(text) == "en",
+    ),
+    "punctuation:no_comma": Kind(
+        lambda rng, words: {}, "Do not use any comma.", lambda text: "," not in text
+    ),
+    "startend:quotation": Kind(
+        lambda rng, words: {},
+        "Put your whole answer in double quotation marks.",
+        lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
+    ),
+}
+
+# those that leave room for few others, and groups of which any two exclude one another
+WORDS = {"keywords:existence", "keywords:forbidden_words"}
+ONLY_WITH: dict[str, set[str]] = {
+    "detectable_format:constrained_response": set(),
+    "detectable_format:json_format": WORDS,
+    "combination:two_responses": {*WORDS, "detectable_format:title", "punctuation:no_comma"},
+    REPEAT: {"keywords:existence", "detectable_format:title"},
+    # what counts words or letters, or sets English ones, does not go with every language
+    "language:response_language": {
+        "length_constraints:number_sentences",
+        "length_constraints:number_paragraphs",
+        "detectable_content:number_placeholders",
+        "detectable_content:postscript",
+        "detectable_format:number_bullet_lists",
+        "detectable_format:number_highlighted_sections",
+        "detectable_format:title",
+        "punctuation:no_comma",
+        "startend:quotation",
+    },
+}
+EXCLUSIVE = (
+    {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"},
+    {
+        "change_case:capital_word_frequency",
+        "change_case:english_capital",
+        "change_case:english_lowercase",
+        "detectable_format:multiple_sections",
+    },
+)
+
+
+def compatible(a: str, b: str) -> bool:
+    """Whether one answer can follow instructions of both kinds, whatever their arguments."""
+    if a == b or any({a, b} <= group for group in EXCLUSIVE):
+        return False
+    return b in ONLY_WITH.get(a, {b}) and a in ONLY_WITH.get(b, {a})
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction that writes itself into a prompt and verifies itself in an answer."""
+
+    kind: str
+    args: tuple[tuple[str, Any], ...] = ()
+    """IFEval's keyword arguments, lists as tuples."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"instruction {self.kind!r} is none of {[*KINDS]}")
+        try:
+            inspect.signature(KINDS[self.kind].met).bind("", **dict(self.args))
+        except TypeError as e:
+            raise ValueError(f"instruction {self.kind!r} with {dict(self.args)}: {e}") from None
+
+    @classmethod
+    def from_json(cls, obj: dict[str, Any]) -> "Instruction":
+        items = obj["args"].items()
+        return cls(
+            obj["kind"], tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in items)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args}
+        return {"kind": self.kind, "args": lists}
+
+    @property
+    def text(self) -> str:
+        """The sentence for the prompt."""
+        shown = {k: '"' + '", "'.join(v) + '"' if isinstance(v, tuple) else v for k, v in self.args}
+        for name, value in shown.items():
+            if name.endswith("relation"):
+                shown[name] = {"less than": "fewer than"}.get(value, value)
+        if "language" in shown:
+            shown["language"] = LANGUAGES[shown["language"]][0]
+        return KINDS[self.kind].text.format(**shown)
+
+    def met(self, response: str, prompt: str = "") -> bool:
+        """prompt: what an instruction to repeat it means, where it does not say that itself."""
+        args = dict(self.args)
+        if self.kind == REPEAT:
+            args.setdefault("prompt_to_repeat", prompt)
+        return KINDS[self.kind].met(response, **args)
+
+
+MOST_INSTRUCTIONS = 8
+
+
+def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Instruction]:
+    """n instructions that one answer can follow; without a prompt none asks to repeat it."""
+    if not 0 <= n <= MOST_INSTRUCTIONS:
+        raise ValueError(f"n={n} instructions: 0 to {MOST_INSTRUCTIONS}")
+    chosen: list[str] = []
+    while len(chosen) < n:  # most often the first time
+        chosen = []
+        for kind in rng.sample([*KINDS], k=len(KINDS)):
+            fits = all(compatible(kind, other) for other in chosen)
+            if fits and len(chosen) < n and (prompt.strip() or kind != REPEAT):
+                chosen.append(kind)
+    words = [word for word in KEYWORDS if word not in prompt.lower()]
+    words = rng.sample(words, k=len(words))
+    drawn = [(kind, KINDS[kind].draw(rng, words)) for kind in chosen]
+    drawn = [(k, {"prompt_to_repeat": prompt} if k == REPEAT else args) for k, args in drawn]
+    return [Instruction(kind, tuple(args.items())) for kind, args in drawn]
+
+
+# ---- ground truth: numbers and code --------------------------------------------------------------
+
+DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = re.compile(
+    rf"(?<![\w.)\]])(?P<sign>-\s?)?\$?\s?(?P<minus>-)?(?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?"
+    rf"(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?"
+    r"(?:e(?P<e>[+-]?[0-9]{1,3})(?![0-9])|\s?[×x*]\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?",
+    re.IGNORECASE,
+)
+TEX = {"−": "-", "–": "-", r"\times": "×", r"\cdot": "×", r"\$": "$", r"\%": "%", "{,}": ","}
+TEX |= {r"\,": "", r"\!": "", r"\;": " ", r"\ ": " ", "**": "", "⁄": "/"}
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    out = []
+    for match in NUMBER.finditer(text):
+        top, under = (Fraction((match[k] or "1").replace(",", "")) for k in ("top", "under"))
+        if under:
+            value = top / under + int(match["whole"] or 0)
+            value *= Fraction(10) ** int(match["e"] or match["ten"] or 0)
+            out.append(-value if match["sign"] or match["minus"] else value)
+    return out
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{} holds."""
+    at = text.rfind(r"\boxed{")
+    depth = 0
+    for i in range(at, len(text)) if at >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if text[i] == "}" and depth == 0:
+            return text[at + len(r"\boxed{") : i]
+    return None
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""The number that an answer comes to: in its last \boxed{}, after its last ####, after its
+    last "answer is", else the last in it. 5 % is 5."""
+    for tex, plain in TEX.items():
+        text = text.replace(tex, plain)
+    number = r"\{?(-?[0-9.]+)\}?"
+    text = re.sub(rf"\\[dt]?frac\s*{number}\s*{number}", r" \1/\2", text)
+    text = re.sub(r"- (?=[0-9]+/)", "-", text)
+    found = boxed(text)
+    if found is None and "####" in text:
+        found = text.rpartition("####")[2]
+    if found is not None:
+        values = numbers_in(found.rpartition("=")[2]) or numbers_in(found)
+        return values[0] if values else None
+    said = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
+    said = re.split(r"\n|[.!?;](?=\s|$)", said[-1].lstrip(" :\n"))[0] if said else ""
+    if values := numbers_in(said.rpartition("=")[2]) or numbers_in(said):
+        return values[0]
+    values = numbers_in(text)
+    return values[-1] if values else None
+
+
+def same_number(a: str | Fraction | float | None, b: str | Fraction | float | None) -> bool:
+    """Whether two answers, or numbers, come to the same, up to a millionth."""
+    a, b = (final_number(x) if isinstance(x, str) else x for x in (a, b))
+    return a is not None and b is not None and abs(a - b) * 10**6 <= max(abs(a), abs(b))
+
+
+def compiles(text: str) -> bool:
+    """Whether a text is a Python program, not a word that happens to be one."""
+    try:
+        nodes = [*ast.walk(ast.parse(text))]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    words = ast.Module | ast.Expr | ast.Name | ast.Constant | ast.Load | ast.Tuple | ast.UnaryOp
+    return any(not isinstance(node, words | ast.USub | ast.Attribute) for node in nodes)
+
+
+def extract_code(text: str) -> str | None:
+    """The Python in an answer: its blocks marked as such, else those without a mark that compile,
+    a last one perhaps cut off; else the whole text if it is a program."""
+    pattern = r"(?ms)^[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)"
+    blocks = [(m[2].lower(), textwrap.dedent(m[3])) for m in re.finditer(pattern, text)]
+    code = [body for name, body in blocks if name in ("python", "py", "python3")]
+    code = code or [body for name, body in blocks if not name and compiles(body)]
+    if code:
+        return "\n\n".join(body.strip("\n") for body in code) + "\n"
+    return text if not blocks and compiles(text) else None
+
+
+class Ran(NamedTuple):
+    ok: bool
+    reason: str
+    """ok: it came to its last line; error: an exception, or a crash; exit: it left before that
+    (sys.exit, os._exit); refused, timeout, memory, output: it met that limit."""
+    output: str
+
+
+def confined() -> None:
+    """What run_python's child runs. Its source is handed over as text: it imports for itself."""
+    import _posixsubprocess
+    import builtins
+    import ctypes
+    import json
+    import linecache
+    import os
+    import resource
+    import sys
+    import traceback
+    import types
+
+    job, libc = json.load(sys.stdin), ctypes.CDLL(None)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # namespaces of users, processes and networks of its own, where the kernel allows it: the first
+    # process in one takes all others with it when it ends
+    if libc.unshare(0x10000000 | 0x20000000 | 0x40000000) == 0:
+        if pid := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
+        libc.prctl(1, 9)  # killed when its parent is
+    limits = {"AS": job["memory_mib"] << 20, "CPU": int(job["timeout"]) + 2, "FSIZE": 16 << 20}
+    for name, value in {**limits, "NOFILE": 64, "CORE": 0}.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+    class Refused(PermissionError):
+        pass
+
+    def refuse(*args: object) -> None:
+        raise Refused("a new process is refused")
+
+    _posixsubprocess.fork_exec = refuse  # the one way that no audit event is raised for
+    banned = ("socket.", "subprocess.", "ctypes.", "pty.", "resource.", "os.fork", "os.exec")
+    banned += ("os.spawn", "os.posix_spawn", "os.system", "os.kill", "signal.pthread_kill")
+    paths = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
+    paths += ("os.chown", "os.truncate", "os.utime", "os.setxattr", "shutil.rmtree")
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    real, isdir, decode = os.path.realpath, os.path.isdir, os.fsdecode
+    home = real(os.getcwd()) + "/"
+
+    def hook(event: str, args: tuple) -> None:
+        if event.startswith(banned) and (event, args) != ("ctypes.dlopen", (None,)):
+            raise Refused(f"{event} is refused")
+        changed = args if event in paths else ()
+        if event == "open" and (args[2] & writes or args[1] is None and isdir(args[0])):
+            changed = args[:1]  # a folder as well, relative to which others could be named
+        for path in changed:
+            named = isinstance(path, str | bytes | os.PathLike)
+            if named and not f"{real(decode(path))}/".startswith((home, "/dev/null/")):
+                raise Refused(f"writing to {decode(path)} is refused")
+
+    main, reason = types.ModuleType("__main__"), "ok"
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"], sys.argv = main, ["program.py"]
+    lines = job["code"].splitlines(keepends=True)
+    linecache.cache["program.py"] = (len(job["code"]), None, lines, "program.py")
+    sys.addaudithook(hook)
+    try:
+        exec(compile(job["code"], "program.py", "exec"), main.__dict__)
+    except SystemExit:
+        reason = "exit"
+    except BaseException as e:
+        chain = [e]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 20:
+            chain.append(cause)
+        reason = "memory" if isinstance(e, MemoryError) else "error"
+        reason = "refused" if any(isinstance(c, Refused) for c in chain) else reason
+        with contextlib.suppress(BaseException):
+            traceback.print_exception(type(e), e, e.__traceback__.tb_next, limit=20)
+    os.write(1, f"{job['seal']}{reason}\n".encode())
+    os._exit(0)
+
+
+def run_python(
+    code: str, timeout: float = 5.0, memory_mib: int = 512, output_limit: int = 64_000
+) -> Ran:
+    """Runs a program in a process of its own, to judge it: nothing on stdin, no environment, stdout
+    and stderr as one output, in a temporary folder and writing nowhere else, at most 16 MiB a file;
+    no network, no other process. The same program gives the same result; strings hash alike.
+
+    It is no container: limits of the kernel and Python's audit hooks stop what a model may write by
+    mistake, not who wants to get out (by native code, or the caller's frames), and it can read what
+    we can. The programs of strangers, in numbers, want a virtual machine."""
+    seal = f"\n{secrets.token_hex(16)} ".encode()
+    job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal.decode())
+    guard = f"import contextlib\n{inspect.getsource(confined)}\nconfined()"
+    # not -I, which would ignore this environment, and it has no more
+    environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-s", "-P", "-B", "-u", "-c", guard]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryDirectory() as folder:
+        environment["TMPDIR"] = folder
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, start_new_session=True, **pipes
+        )
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                pipe.write(json.dumps(job).encode())
+            raw, reason = drain(process.stdout, timeout, output_limit, seal)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            status = process.wait()
+    output, _, verdict = raw.partition(seal)
+    if len(output) > output_limit:
+        reason = "output"
+    elif verdict:
+        reason = verdict.decode().strip()
+    elif not reason:  # killed for its CPU time (232, 247: in its namespaces), gone, or crashed
+        killed = status in (-signal.SIGXCPU, 256 - signal.SIGXCPU, 256 - signal.SIGKILL)
+        reason = "timeout" if killed else "exit" if 0 <= status < 128 else "error"
+    return Ran(reason == "ok", reason, output[:output_limit].decode(errors="replace"))
+
+
+def drain(stream: Any, timeout: float, limit: int, seal: bytes) -> tuple[bytes, str]:
+    """Output up to its end, or its verdict after the seal, and why it was left, if it was."""
+    raw, deadline = b"", time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([stream], [], [], left)[0]:
+            chunk = os.read(stream.fileno(), 1 << 16)
+            raw += chunk
+            if not chunk or raw.partition(seal)[2].endswith(b"\n"):
+                return raw, ""
+            if len(raw) > limit + 64:
+                return raw, "output"
+    return raw, "timeout"
 
 
 # ---- the demo's tasks ----------------------------------------------------------------------------
