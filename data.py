@@ -1208,7 +1208,8 @@ LABEL = r"(?:Q|Question|(?:Sub)?[Tt]opic|Item|Idea|Prompt|Problem|Task|Exercise|
 MARK = re.compile(
     rf"""(?P<indent>[ ]*)(?:>\s?)*(?:\#+\s+)?(?P<bold>\*\*|__)?(?:
     (?P<digit>\(?\d{{1,3}}[.)](?!\d)|\[\d{{1,3}}\](?!\()|\d{{1,3}}:(?!\d)|\d{{1,3}}[ ]?[-–—](?=\s)
-        |\#\d{{1,3}}\b[.:)]?|[①-⑳]|\d\ufe0f?\u20e3|{LABEL}[ ]?\#?\d{{1,3}}[ ]?(?:[.:)]|[-–—](?=\s)))
+        |\#\d{{1,3}}\b[.:)]?|[①-⑳]|\d\ufe0f?\u20e3
+        |{LABEL}[ ]?\#?\d{{1,3}}[ ]?(?:[.:)]|[-–—](?=\s)))
     |(?P<letter>\(?(?:[a-zA-Z]|[ivxIVX]{{2,5}})[.)](?=\s))
     |(?P<bullet>[-*+•–—▪◦‣●○■✓✔✅➤►→⁃·🔹🔸]\ufe0f?(?=\s|$)(?:[ ]\[[ xX]\])?|[-•▪●](?=[^\W\d]|["“]))
     )(?P<close>\*\*|__)?\s*(?P<text>.*)""",
@@ -1220,10 +1221,12 @@ INTRO = re.compile(
     r"|great|no problem|the following|as requested|these are|i[’']ve|i have)\b.*[:.!]"
 )
 OUTRO = re.compile(
-    r"(?i)(let me know|i hope|hope (this|these|that)|feel free|these (are|\w+ (are|cover|should|will|can|range))|"
-    r"would you like|do you want|note( that|:)|\(?please (let|note|feel)|is there any|if you[’' ]|"
-    r"enjoy|happy to|good luck|i can also|in (summary|conclusion)|each of these)\b.*"
+    r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))"
+    r"|would you like|do you want|note( that|:)|\(?please (let|note|feel)|is there any|if you[’' ]"
+    r"|enjoy|happy to|good luck|i can|in (summary|conclusion)|each of these)\b.*"
 )
+# how a refusal begins, or a sentence with commas
+REFUSAL = re.compile(r"(?i)(i|i[’']m|sorry|yes|no|unfortunately|as an?|my apologies|well)\b")
 FENCES = ("```", "~~~")
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
 
@@ -1647,10 +1650,6 @@ def nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word
     return n == num_paragraphs and word == first_word.lower()
 
 
-def count_bullets(text: str) -> int:
-    return len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", text))
-
-
 def count_highlights(text: str) -> int:
     marked = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(mark.strip("*").strip()) for mark in marked)
@@ -1677,220 +1676,149 @@ def two_responses(text: str) -> bool:
     return len(inner) == 2 and all(inner) and inner[0] != inner[1]
 
 
-def starts_with(text: str, prompt_to_repeat: str) -> bool:
-    prompt = prompt_to_repeat.strip().lower()
-    return bool(prompt) and text.strip().lower().startswith(prompt)
-
-
 def count_capital_words(text: str) -> int:
     return sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", text)))
 
 
-class Kind(NamedTuple):
-    draw: Callable[[random.Random, list[str]], dict[str, Any]]  # arguments; takes words it uses
-    text: str
-    met: Callable[..., bool]  # of the answer and the arguments
-
-
-def some(rng: random.Random, name: str, relation: str, less: range, least: range) -> dict[str, Any]:
-    """A number and its relation: few enough, or many enough, to go with all other kinds."""
+def some(rng: random.Random, n: str, relation: str, less: range, least: range) -> dict[str, Any]:
+    """A number and how it bounds; such that all other kinds can be followed as well."""
     how = rng.choice(("less than", "at least"))
-    return {name: rng.choice(less if how == "less than" else least), relation: how}
+    return {n: rng.choice(less if how == "less than" else least), relation: how}
 
 
 def some_letter(rng: random.Random, words: list[str]) -> dict[str, Any]:
     args = some(rng, "let_frequency", "let_relation", range(1, 5), range(5, 30))
-    rare = args["let_relation"] == "less than"
-    return {"letter": rng.choice("jqxz" if rare else "etaoinsr"), **args}
+    return {"letter": rng.choice("jqxz" if args["let_frequency"] < 5 else "etaoinsr"), **args}
 
 
+# Its arguments, drawn with words that no other one uses; its wording; whether an answer follows it
+Kind = tuple[Callable[[random.Random, list[str]], dict[str, Any]], str, Callable[..., bool]]
 REPEAT = "combination:repeat_prompt"
+# fmt: off
 KINDS: dict[str, Kind] = {
-    "keywords:existence": Kind(
-        lambda rng, words: {"keywords": (words.pop(), words.pop())},
-        "Use each of these words at least once: {keywords}.",
-        lambda text, keywords: all(word.lower() in text.lower() for word in keywords),
-    ),
-    "keywords:frequency": Kind(
-        lambda rng, words: (
-            {"keyword": words.pop()} | some(rng, "frequency", "relation", range(2, 4), range(2, 4))
-        ),
-        'Let the word "{keyword}" occur {relation} {frequency} times.',
-        lambda text, keyword, frequency, relation: enough(
-            text.lower().count(keyword.lower()), frequency, relation
-        ),
-    ),
-    "keywords:forbidden_words": Kind(
-        lambda rng, words: {"forbidden_words": (words.pop(), words.pop())},
+    "keywords:existence": (
+        lambda r, w: {"keywords": (w.pop(), w.pop())}, "Use each of these words: {keywords}.",
+        lambda t, keywords: all(word.lower() in t.lower() for word in keywords)),
+    "keywords:frequency": (
+        lambda r, w: {"keyword": w.pop(), **some(r, "frequency", "relation", *[range(2, 4)] * 2)},
+        'Use the word "{keyword}" {relation} {frequency} times.',
+        lambda t, keyword, frequency, relation:
+            enough(t.lower().count(keyword.lower()), frequency, relation)),
+    "keywords:forbidden_words": (
+        lambda r, w: {"forbidden_words": (w.pop(), w.pop())},
         "Do without these words: {forbidden_words}.",
-        lambda text, forbidden_words: (
-            not any(re.search(rf"(?i)\b{re.escape(word)}\b", text) for word in forbidden_words)
-        ),
-    ),
-    "keywords:letter_frequency": Kind(
-        some_letter,
-        'Let the letter "{letter}" occur {let_relation} {let_frequency} times in all.',
-        lambda text, letter, let_frequency, let_relation: enough(
-            text.lower().count(letter.lower()), let_frequency, let_relation
-        ),
-    ),
-    "language:response_language": Kind(
-        lambda rng, words: {"language": rng.choice([*LANGUAGES])},
+        lambda t, forbidden_words:
+            not re.search(rf"(?i)\b({'|'.join(map(re.escape, forbidden_words))})\b", t)),
+    "keywords:letter_frequency": (
+        some_letter, 'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
+        lambda t, letter, let_frequency, let_relation:
+            enough(t.lower().count(letter.lower()), let_frequency, let_relation)),
+    "language:response_language": (
+        lambda r, w: {"language": r.choice([*LANGUAGES])},
         "Answer in {language} and in no other language.",
-        lambda text, language: language_of(text) == language,
-    ),
-    "length_constraints:number_sentences": Kind(
-        lambda rng, words: some(rng, "num_sentences", "relation", range(6, 16), range(3, 13)),
+        lambda t, language: language_of(t) == language),
+    "length_constraints:number_sentences": (
+        lambda r, w: some(r, "num_sentences", "relation", range(6, 16), range(3, 13)),
         "Write {relation} {num_sentences} sentences.",
-        lambda text, num_sentences, relation: enough(
-            count_sentences(text), num_sentences, relation
-        ),
-    ),
-    "length_constraints:number_paragraphs": Kind(
-        lambda rng, words: {"num_paragraphs": rng.randint(2, 5)},
-        "Write exactly {num_paragraphs} paragraphs with a line of *** between any two of them.",
-        lambda text, num_paragraphs: count_paragraphs(text) == num_paragraphs,
-    ),
-    "length_constraints:number_words": Kind(
-        lambda rng, words: some(
-            rng, "num_words", "relation", range(150, 500, 10), range(50, 350, 10)
-        ),
+        lambda t, num_sentences, relation: enough(count_sentences(t), num_sentences, relation)),
+    "length_constraints:number_paragraphs": (
+        lambda r, w: {"num_paragraphs": r.randint(2, 5)},
+        "Write exactly {num_paragraphs} paragraphs, with a line of *** between any two of them.",
+        lambda t, num_paragraphs: count_paragraphs(t) == num_paragraphs),
+    "length_constraints:number_words": (
+        lambda r, w: some(r, "num_words", "relation", range(200, 500, 10), range(50, 350, 10)),
         "Write {relation} {num_words} words.",
-        lambda text, num_words, relation: enough(
-            len(re.findall(r"\w+", text)), num_words, relation
-        ),
-    ),
-    "length_constraints:nth_paragraph_first_word": Kind(
-        lambda rng, words: (
-            {"num_paragraphs": (n := rng.randint(2, 5))}
-            | {"nth_paragraph": rng.randint(1, n), "first_word": words.pop()}
-        ),
+        lambda t, num_words, relation: enough(len(re.findall(r"\w+", t)), num_words, relation)),
+    "length_constraints:nth_paragraph_first_word": (
+        lambda r, w: {"num_paragraphs": (n := r.randint(2, 5)), "nth_paragraph": r.randint(1, n),
+                      "first_word": w.pop()},
         "Write exactly {num_paragraphs} paragraphs, with an empty line between any two of them and "
         'nowhere else, and begin paragraph {nth_paragraph} with the word "{first_word}".',
-        nth_paragraph,
-    ),
-    "detectable_content:number_placeholders": Kind(
-        lambda rng, words: {"num_placeholders": rng.randint(1, 4)},
-        "Leave at least {num_placeholders} places to be filled in, in square brackets, as in "
-        "[name].",
-        lambda text, num_placeholders: len(re.findall(r"\[.*?\]", text)) >= num_placeholders,
-    ),
-    "detectable_content:postscript": Kind(
-        lambda rng, words: {"postscript_marker": rng.choice(("P.S.", "P.P.S"))},
-        "Add a postscript at the end; it begins with {postscript_marker}",
-        has_postscript,
-    ),
-    "detectable_format:number_bullet_lists": Kind(
-        lambda rng, words: {"num_bullets": rng.randint(2, 5)},
-        "Include exactly {num_bullets} bullet points, each on a line that begins with * and a "
-        "space.",
-        lambda text, num_bullets: count_bullets(text) == num_bullets,
-    ),
-    "detectable_format:constrained_response": Kind(
-        lambda rng, words: {},
-        "Choose one of these as your answer: " + " ".join(VERDICTS),
-        lambda text: any(verdict in text for verdict in VERDICTS),
-    ),
-    "detectable_format:number_highlighted_sections": Kind(
-        lambda rng, words: {"num_highlights": rng.randint(1, 4)},
-        "Emphasise at least {num_highlights} passages with asterisks, *like this*.",
-        lambda text, num_highlights: count_highlights(text) >= num_highlights,
-    ),
-    "detectable_format:multiple_sections": Kind(
-        lambda rng, words: (
-            {"section_spliter": rng.choice(("Section", "SECTION"))}
-            | {"num_sections": rng.randint(2, 5)}
-        ),
-        "Divide your answer into at least {num_sections} sections, headed {section_spliter} 1, "
+        nth_paragraph),
+    "detectable_content:number_placeholders": (
+        lambda r, w: {"num_placeholders": r.randint(1, 4)},
+        "Leave {num_placeholders} or more gaps to be filled in, in square brackets, as in [name].",
+        lambda t, num_placeholders: len(re.findall(r"\[.*?\]", t)) >= num_placeholders),
+    "detectable_content:postscript": (
+        lambda r, w: {"postscript_marker": r.choice(("P.S.", "P.P.S"))},
+        "Close with a postscript that begins with {postscript_marker}",
+        has_postscript),
+    "detectable_format:number_bullet_lists": (
+        lambda r, w: {"num_bullets": r.randint(2, 5)},
+        "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
+        lambda t, num_bullets: len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", t)) == num_bullets),
+    "detectable_format:constrained_response": (
+        lambda r, w: {}, "Choose your answer among these: " + " ".join(VERDICTS),
+        lambda t: any(verdict in t for verdict in VERDICTS)),
+    "detectable_format:number_highlighted_sections": (
+        lambda r, w: {"num_highlights": r.randint(1, 4)},
+        "Emphasise {num_highlights} or more passages by asterisks, *like this*.",
+        lambda t, num_highlights: count_highlights(t) >= num_highlights),
+    "detectable_format:multiple_sections": (
+        lambda r, w: {"section_spliter": r.choice(("Section", "SECTION")),
+                      "num_sections": r.randint(2, 5)},
+        "Divide your answer into {num_sections} or more sections, headed {section_spliter} 1, "
         "{section_spliter} 2 and so on.",
-        lambda text, section_spliter, num_sections: (
-            len(re.findall(re.escape(section_spliter) + r"\s?\d+", text)) >= num_sections
-        ),
-    ),
-    "detectable_format:json_format": Kind(
-        lambda rng, words: {},
-        "Give the whole answer as JSON, in a code block if you like.",
-        is_json,
-    ),
-    "detectable_format:title": Kind(
-        lambda rng, words: {},
-        "Give your answer a title in double angle brackets, as in <<a day at sea>>.",
-        lambda text: any(t.strip("<> \t") for t in re.findall(r"<<[^\n]+>>", text)),
-    ),
-    "combination:two_responses": Kind(
-        lambda rng, words: {},
+        lambda t, section_spliter, num_sections:
+            len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", t)) >= num_sections),
+    "detectable_format:json_format": (
+        lambda r, w: {}, "Give the whole answer as JSON, in a code block if you like.", is_json),
+    "detectable_format:title": (
+        lambda r, w: {}, "Give your answer a title in double angle brackets, as in <<my day>>.",
+        lambda t: any(title.strip("<> \t") for title in re.findall(r"<<[^\n]+>>", t))),
+    "combination:two_responses": (
+        lambda r, w: {},
         "Give two different answers and nothing else, with ****** (six asterisks) between them.",
-        two_responses,
-    ),
-    REPEAT: Kind(
-        lambda rng, words: {},
-        "Before you answer, repeat the request above this sentence word for word, and say nothing "
+        two_responses),
+    REPEAT: (
+        lambda r, w: {},
+        "Before you answer, repeat the request above this sentence word for word, with nothing "
         "before it.",
-        lambda text, prompt_to_repeat="": starts_with(text, prompt_to_repeat),
-    ),
-    "startend:end_checker": Kind(
-        lambda rng, words: {"end_phrase": rng.choice(ENDINGS)},
-        'Let the last words be "{end_phrase}" with nothing after them.',
-        lambda text, end_phrase: text.strip().strip('"').lower().endswith(end_phrase.lower()),
-    ),
-    "change_case:capital_word_frequency": Kind(
-        lambda rng, words: some(
-            rng, "capital_frequency", "capital_relation", range(4, 12), range(2, 12)
-        ),
-        "Let words in capital letters occur {capital_relation} {capital_frequency} times.",
-        lambda text, capital_frequency, capital_relation: enough(
-            count_capital_words(text), capital_frequency, capital_relation
-        ),
-    ),
-    "change_case:english_capital": Kind(
-        lambda rng, words: {},
-        "Answer in English, in capital letters alone.",
-        lambda text: text.isupper() and language_of(text) == "en",
-    ),
-    "change_case:english_lowercase": Kind(
-        lambda rng, words: {},
-        "Answer in English, in small letters alone, without any capital.",
-        lambda text: text.islower() and language_of(text) == "en",
-    ),
-    "punctuation:no_comma": Kind(
-        lambda rng, words: {}, "Do not use any comma.", lambda text: "," not in text
-    ),
-    "startend:quotation": Kind(
-        lambda rng, words: {},
-        "Put your whole answer in double quotation marks.",
-        lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
-    ),
+        lambda t, prompt_to_repeat="": bool(start := prompt_to_repeat.strip().lower())
+            and t.strip().lower().startswith(start)),
+    "startend:end_checker": (
+        lambda r, w: {"end_phrase": r.choice(ENDINGS)},
+        'End with the words "{end_phrase}" and nothing after them.',
+        lambda t, end_phrase: t.strip().strip('"').lower().endswith(end_phrase.strip().lower())),
+    "change_case:capital_word_frequency": (
+        lambda r, w: some(r, "capital_frequency", "capital_relation", range(4, 12), range(2, 12)),
+        "Use words in capital letters {capital_relation} {capital_frequency} times.",
+        lambda t, capital_frequency, capital_relation:
+            enough(count_capital_words(t), capital_frequency, capital_relation)),
+    "change_case:english_capital": (
+        lambda r, w: {}, "Answer in English, in capital letters alone.",
+        lambda t: t.isupper() and language_of(t) == "en"),
+    "change_case:english_lowercase": (
+        lambda r, w: {}, "Answer in English, in small letters alone, without any capital.",
+        lambda t: t.islower() and language_of(t) == "en"),
+    "punctuation:no_comma": (lambda r, w: {}, "Do without commas.", lambda t: "," not in t),
+    "startend:quotation": (
+        lambda r, w: {}, "Put your whole answer in double quotation marks.",
+        lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),
 }
+# fmt: on
 
-# those that leave room for few others, and groups of which any two exclude one another
-WORDS = {"keywords:existence", "keywords:forbidden_words"}
+# those that go with few others, and groups of which any two exclude one another
+# fmt: off
 ONLY_WITH: dict[str, set[str]] = {
     "detectable_format:constrained_response": set(),
-    "detectable_format:json_format": WORDS,
-    "combination:two_responses": {*WORDS, "detectable_format:title", "punctuation:no_comma"},
+    "detectable_format:json_format": {"keywords:existence", "keywords:forbidden_words"},
+    "combination:two_responses": {
+        "keywords:existence", "keywords:forbidden_words", "detectable_format:title",
+        "punctuation:no_comma"},
     REPEAT: {"keywords:existence", "detectable_format:title"},
-    # what counts words or letters, or sets English ones, does not go with every language
-    "language:response_language": {
-        "length_constraints:number_sentences",
-        "length_constraints:number_paragraphs",
-        "detectable_content:number_placeholders",
-        "detectable_content:postscript",
-        "detectable_format:number_bullet_lists",
-        "detectable_format:number_highlighted_sections",
-        "detectable_format:title",
-        "punctuation:no_comma",
-        "startend:quotation",
-    },
+    "language:response_language": {  # nothing with English words, or that counts words or letters
+        "length_constraints:number_sentences", "length_constraints:number_paragraphs",
+        "detectable_content:number_placeholders", "detectable_content:postscript",
+        "detectable_format:number_bullet_lists", "detectable_format:number_highlighted_sections",
+        "detectable_format:title", "punctuation:no_comma", "startend:quotation"},
 }
-EXCLUSIVE = (
+EXCLUSIVE: tuple[set[str], ...] = (
     {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"},
-    {
-        "change_case:capital_word_frequency",
-        "change_case:english_capital",
-        "change_case:english_lowercase",
-        "detectable_format:multiple_sections",
-    },
+    {"change_case:capital_word_frequency", "change_case:english_capital",
+     "change_case:english_lowercase", "detectable_format:multiple_sections"},
 )
+# fmt: on
 
 
 def compatible(a: str, b: str) -> bool:
@@ -1911,17 +1839,20 @@ class Instruction:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"instruction {self.kind!r} is none of {[*KINDS]}")
+        args = dict(self.args)
         try:
-            inspect.signature(KINDS[self.kind].met).bind("", **dict(self.args))
+            inspect.signature(KINDS[self.kind][2]).bind("", **args)
         except TypeError as e:
-            raise ValueError(f"instruction {self.kind!r} with {dict(self.args)}: {e}") from None
+            raise ValueError(f"instruction {self.kind!r} with arguments {args}: {e}") from None
+        for name, known in (("relation", ("less than", "at least")), ("language", LANGUAGES)):
+            for key, value in args.items():
+                if key.endswith(name) and value not in known:
+                    raise ValueError(f"{self.kind}: {key} is {value!r}, not one of {[*known]}")
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> "Instruction":
-        items = obj["args"].items()
-        return cls(
-            obj["kind"], tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in items)
-        )
+        args = {k: tuple(v) if isinstance(v, list) else v for k, v in obj["args"].items()}
+        return cls(obj["kind"], tuple(args.items()))
 
     def to_json(self) -> dict[str, Any]:
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args}
@@ -1930,20 +1861,16 @@ class Instruction:
     @property
     def text(self) -> str:
         """The sentence for the prompt."""
-        shown = {k: '"' + '", "'.join(v) + '"' if isinstance(v, tuple) else v for k, v in self.args}
-        for name, value in shown.items():
-            if name.endswith("relation"):
-                shown[name] = {"less than": "fewer than"}.get(value, value)
+        shown = {k: ", ".join(v) if isinstance(v, tuple) else v for k, v in self.args}
         if "language" in shown:
             shown["language"] = LANGUAGES[shown["language"]][0]
-        return KINDS[self.kind].text.format(**shown)
+        shown = {k: "fewer than" if v == "less than" else v for k, v in shown.items()}
+        return KINDS[self.kind][1].format(**shown)
 
     def met(self, response: str, prompt: str = "") -> bool:
         """prompt: what an instruction to repeat it means, where it does not say that itself."""
-        args = dict(self.args)
-        if self.kind == REPEAT:
-            args.setdefault("prompt_to_repeat", prompt)
-        return KINDS[self.kind].met(response, **args)
+        args = {"prompt_to_repeat": prompt} if self.kind == REPEAT else {}
+        return KINDS[self.kind][2](response, **args | dict(self.args))
 
 
 MOST_INSTRUCTIONS = 8
@@ -1962,7 +1889,7 @@ def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Inst
                 chosen.append(kind)
     words = [word for word in KEYWORDS if word not in prompt.lower()]
     words = rng.sample(words, k=len(words))
-    drawn = [(kind, KINDS[kind].draw(rng, words)) for kind in chosen]
+    drawn = [(kind, KINDS[kind][0](rng, words)) for kind in chosen]
     drawn = [(k, {"prompt_to_repeat": prompt} if k == REPEAT else args) for k, args in drawn]
     return [Instruction(kind, tuple(args.items())) for kind, args in drawn]
 
@@ -2060,30 +1987,29 @@ class Ran(NamedTuple):
     output: str
 
 
-def confined() -> None:
-    """What run_python's child runs. Its source is handed over as text: it imports for itself."""
-    import _posixsubprocess
-    import builtins
-    import ctypes
-    import json
-    import linecache
-    import os
-    import resource
-    import sys
-    import traceback
-    import types
+# The three functions that run_python's child runs: their source is handed over as text, so they
+# import for themselves.
 
-    job, libc = json.load(sys.stdin), ctypes.CDLL(None)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # namespaces of users, processes and networks of its own, where the kernel allows it: the first
-    # process in one takes all others with it when it ends
+
+def enclose(memory_mib: int, timeout: float) -> None:
+    """Namespaces of users, processes and networks of its own, where the kernel allows it: when the
+    first process of one ends, all others do. Limits in any case."""
+    import ctypes
+    import resource
+
+    libc = ctypes.CDLL(None)
     if libc.unshare(0x10000000 | 0x20000000 | 0x40000000) == 0:
         if pid := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
         libc.prctl(1, 9)  # killed when its parent is
-    limits = {"AS": job["memory_mib"] << 20, "CPU": int(job["timeout"]) + 2, "FSIZE": 16 << 20}
-    for name, value in {**limits, "NOFILE": 64, "CORE": 0}.items():
+    limits = {"AS": memory_mib << 20, "CPU": int(timeout) + 2, "FSIZE": 16 << 20, "CORE": 0}
+    for name, value in {**limits, "NOFILE": 64}.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def refuse_ways_out() -> type[Exception]:
+    """An audit hook; returns what it raises."""
+    import _posixsubprocess
 
     class Refused(PermissionError):
         pass
@@ -2091,14 +2017,13 @@ def confined() -> None:
     def refuse(*args: object) -> None:
         raise Refused("a new process is refused")
 
-    _posixsubprocess.fork_exec = refuse  # the one way that no audit event is raised for
     banned = ("socket.", "subprocess.", "ctypes.", "pty.", "resource.", "os.fork", "os.exec")
     banned += ("os.spawn", "os.posix_spawn", "os.system", "os.kill", "signal.pthread_kill")
     paths = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
     paths += ("os.chown", "os.truncate", "os.utime", "os.setxattr", "shutil.rmtree")
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    real, isdir, decode = os.path.realpath, os.path.isdir, os.fsdecode
-    home = real(os.getcwd()) + "/"
+    real, isdir, decode, types = os.path.realpath, os.path.isdir, os.fsdecode, str | bytes
+    inside = (real(os.getcwd()) + "/", "/dev/null/")
 
     def hook(event: str, args: tuple) -> None:
         if event.startswith(banned) and (event, args) != ("ctypes.dlopen", (None,)):
@@ -2107,29 +2032,41 @@ def confined() -> None:
         if event == "open" and (args[2] & writes or args[1] is None and isdir(args[0])):
             changed = args[:1]  # a folder as well, relative to which others could be named
         for path in changed:
-            named = isinstance(path, str | bytes | os.PathLike)
-            if named and not f"{real(decode(path))}/".startswith((home, "/dev/null/")):
+            named = isinstance(path, types | os.PathLike)
+            if named and not f"{real(decode(path))}/".startswith(inside):
                 raise Refused(f"writing to {decode(path)} is refused")
 
-    main, reason = types.ModuleType("__main__"), "ok"
+    _posixsubprocess.fork_exec = refuse  # the one way that no audit event is raised for
+    sys.addaudithook(hook)
+    return Refused
+
+
+def confined() -> None:
+    import builtins
+    import linecache
+    import traceback
+    import types
+
+    job, out = json.load(sys.stdin), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    enclose(job["memory_mib"], job["timeout"])
+    main, code, reason = types.ModuleType("__main__"), job["code"], "ok"
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"], sys.argv = main, ["program.py"]
-    lines = job["code"].splitlines(keepends=True)
-    linecache.cache["program.py"] = (len(job["code"]), None, lines, "program.py")
-    sys.addaudithook(hook)
+    linecache.cache["program.py"] = (len(code), None, code.splitlines(True), "program.py")
+    refused = refuse_ways_out()
     try:
-        exec(compile(job["code"], "program.py", "exec"), main.__dict__)
+        exec(compile(code, "program.py", "exec"), main.__dict__)
     except SystemExit:
         reason = "exit"
     except BaseException as e:
-        chain = [e]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 20:
-            chain.append(cause)
-        reason = "memory" if isinstance(e, MemoryError) else "error"
-        reason = "refused" if any(isinstance(c, Refused) for c in chain) else reason
+        reason, cause = "memory" if isinstance(e, MemoryError) else "error", e
+        for _ in range(20):
+            reason = "refused" if isinstance(cause, refused) else reason
+            cause = cause and (cause.__cause__ or cause.__context__)
         with contextlib.suppress(BaseException):
             traceback.print_exception(type(e), e, e.__traceback__.tb_next, limit=20)
-    os.write(1, f"{job['seal']}{reason}\n".encode())
+    os.write(out, f"{job['seal']}{reason}\n".encode())
     os._exit(0)
 
 
@@ -2143,12 +2080,16 @@ def run_python(
     It is no container: limits of the kernel and Python's audit hooks stop what a model may write by
     mistake, not who wants to get out (by native code, or the caller's frames), and it can read what
     we can. The programs of strangers, in numbers, want a virtual machine."""
+    if timeout <= 0 or memory_mib < 64 or output_limit < 0:
+        given = f"timeout={timeout}, memory_mib={memory_mib}, output_limit={output_limit}"
+        raise ValueError(f"{given}: at least 64 MiB, and some time")
     seal = f"\n{secrets.token_hex(16)} ".encode()
     job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal.decode())
-    guard = f"import contextlib\n{inspect.getsource(confined)}\nconfined()"
+    guard = "\n".join(map(inspect.getsource, (enclose, refuse_ways_out, confined)))
     # not -I, which would ignore this environment, and it has no more
     environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-s", "-P", "-B", "-u", "-c", guard]
+    imports = "import contextlib, json, os, sys"
+    command = [sys.executable, "-s", "-P", "-B", "-u", "-c", f"{imports}\n{guard}\nconfined()"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with tempfile.TemporaryDirectory() as folder:
         environment["TMPDIR"] = folder
@@ -2159,6 +2100,9 @@ def run_python(
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
                 pipe.write(json.dumps(job).encode())
             raw, reason = drain(process.stdout, timeout, output_limit, seal)
+            if not reason and seal not in raw:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

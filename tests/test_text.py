@@ -1,32 +1,44 @@
 """data.py: what the synthetic data pipeline does to text without a model: lists in answers,
 duplicates, decontamination, verifiable instructions, numbers, and running code."""
 
-import collections
-import itertools
+import contextlib
+import html
+import importlib
 import json
 import os
 import random
 import re
 import sys
+import threading
 import time
 import types
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
-import data
 from data import (
+    COMMON,
+    ENDINGS,
+    KEYWORDS,
+    KINDS,
+    LANGUAGES,
+    REPEAT,
     Decontaminator,
     Instruction,
+    compatible,
     draw_instructions,
     extract_code,
     final_number,
+    jaccard,
+    language_of,
     near_duplicates,
     normalise,
     parse_list,
     read_evaluations,
     run_python,
     same_number,
+    shingles,
 )
 
 ABC = ["Alpha one", "Beta two", "Gamma three"]
@@ -180,13 +192,568 @@ def test_a_list_is_read_in_any_shape(text, items):
 
 
 def test_no_item_has_a_word_that_is_not_in_the_answer():
-    plain = html_free = "".join(text for text, _ in LISTS)
-    assert plain == html_free
     rng = random.Random(0)
     lines = [line for text, _ in LISTS for line in text.splitlines()]
     for _ in range(1000):  # and no mixture of shapes breaks the parser
         text = "\n".join(rng.choices(lines, k=rng.randint(0, 12)))
-        words = set(re.findall(r"\w+", data.html.unescape(text).replace("\u200b", "")))
+        words = set(re.findall(r"\w+", html.unescape(text).replace("\u200b", "")))
         words |= {"hi", "café"}  # escapes in JSON
         for item in parse_list(text):
             assert item and set(re.findall(r"\w+", item)) <= words, (text, item)
+
+
+# ---- duplicates and decontamination --------------------------------------------------------------
+
+WORDS = [a + b for a in ("ba", "ke", "li", "mo", "nu") for b in ("ran", "sel", "tip", "vor", "wug")]
+
+
+def sentence(rng, n):
+    return " ".join(rng.choices(WORDS, k=n))
+
+
+def edited(rng, text, n):
+    words = text.split()
+    for _ in range(n):
+        words[rng.randrange(len(words))] = rng.choice(WORDS)
+    return " ".join(words)
+
+
+def test_normalising_twice_changes_nothing_and_keeps_what_a_sum_is_made_of():
+    odd = [
+        "ＦＵＬＬ width",
+        "ﬁne ½",
+        "don’t DON'T",
+        "Straße İ",
+        "a–b—c_d",
+        "हिन्दी भाषा",
+        "x^2 + 3%",
+    ]
+    for text in [*odd, "2-3*4/5 - -6", " \n\t\0", *(text for text, _ in LISTS)]:
+        once = normalise(text)
+        assert normalise(once) == once
+        assert "  " not in once and once == once.strip()
+    assert normalise("  Hello,\n“World”!") == "hello world"
+    assert normalise("ＦＵＬＬ don’t") == "full dont"
+    assert normalise("हिन्दी भाषा।") == "हिन्दी भाषा"  # vowel signs are no punctuation
+    assert len({normalise(f"What is 2 {sign} 2?") for sign in ("+", "-", "*", "/", "%")}) == 5
+
+
+def test_near_duplicates_are_those_that_brute_force_finds():
+    rng = random.Random(0)
+    texts = []
+    for _ in range(150):
+        texts.append(sentence(rng, rng.choice((1, 3, 4, 5, 8, 40, 80))))
+        near = texts[rng.randrange(len(texts))]
+        texts.append(edited(rng, near, rng.choice((0, 1, 1, 2, 5))).title() + rng.choice(" .!"))
+    for threshold in (0.5, 0.7, 0.9):
+        found = near_duplicates(texts, threshold)
+        kept, likely, missed = [], 0, 0
+        for i, hit in enumerate(found):
+            grams = {j: shingles(normalise(texts[j])) for j in (i, *kept)}
+            same = {j: jaccard(grams[i], grams[j]) for j in kept}
+            if hit:
+                j, index = hit
+                assert j in kept and index == same[j] >= threshold  # verified: never a false one
+                assert index == max(same.values()) or index < 0.85
+            elif (best := max(same.values(), default=0)) >= max(threshold, 0.85):
+                missed += 1
+            else:
+                assert best < 1
+            likely += max(same.values(), default=0) >= max(threshold, 0.85)
+            kept += [] if hit else [i]
+        assert likely > 30 and missed <= likely * 0.05
+    assert near_duplicates(texts) == near_duplicates(texts)
+
+
+def test_duplicates_differ_in_case_and_punctuation_alone_or_by_a_little():
+    long = sentence(random.Random(1), 60)
+    texts = ["Why?", "why", "Name it: a, b", "name it A B!", "", " ", "?!", long, f"{long} ranwug"]
+    got = near_duplicates(texts)
+    assert got[:4] == [None, (0, 1.0), None, (2, 1.0)]
+    assert got[4:7] == [None, (4, 1.0), None]
+    assert got[7] is None and got[8] == (7, 56 / 57)
+    assert near_duplicates(["2 + 2 =", "2 - 2 ="]) == [None, None]
+    assert near_duplicates([]) == []
+    with pytest.raises(ValueError, match="threshold=0"):
+        near_duplicates(texts, 0)
+
+
+def test_evidence_names_the_item_and_what_is_shared(tmp_path):
+    rng = random.Random(2)
+    question, short, tiny, word = (sentence(rng, n) for n in (30, 9, 5, 2))
+    path = tmp_path / "eval.jsonl"
+    rows = [{"question": question, "id": 7}, {"choices": [short, word], "answer": {"text": tiny}}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    items = read_evaluations([path])
+    assert items == [
+        (f"{path}:1", question),
+        (f"{path}:2", short),
+        (f"{path}:2", word),
+        (f"{path}:2", tiny),
+    ]
+    found = Decontaminator(items).evidence
+    shared = question.split()[5:18]
+    padding = sentence(rng, 20)
+    upper = " ".join(shared).upper().replace(" ", ", ")
+    assert found(f"{padding} {upper}. {padding}") == f'{path}:1: "{" ".join(shared)}"'
+    assert found(f"{padding} {' '.join(shared[:-1])} zzz") is None  # twelve words
+    assert found(f"{padding} {short}") == f'{path}:2: "{" ".join(short.split()[:8])}"'
+    assert found(" ".join(short.split()[:7]) + " zzz") is None
+    assert found(tiny.title() + "!") == f'{path}:2: "{tiny}"'
+    assert found(f"{tiny} and more") is None and found(word) is None and found("") is None
+    assert found(f"zzz {short} {question}").startswith(f"{path}:2")  # the first hit in the text
+
+
+def test_an_evaluation_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"a": "b"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"eval\.jsonl:2: a list, not an object"):
+        read_evaluations([path])
+
+
+# ---- verifiable instructions ---------------------------------------------------------------------
+
+PROMPT = "Tell me about the weather."
+# sentences of common words, with no letter and no word that is drawn
+FILLER = {
+    "en": "this is one of the many ways to be of use for you and it has that for all",
+    "de": "das ist nicht der Weg und wir sind mit den Leuten auf dem Berg",
+    "fr": "la vie est dans les rues et nous avons des amis pour le soir",
+    "es": "el sol es grande y los campos son verdes para la gente en la tierra",
+    "it": "il mare non è lontano e gli amici sono con me nella casa della zia",
+    "pt": "o mar não é longe e os amigos com uma casa no campo são mais",
+    "nl": "het is niet ver en de mensen zijn met een boot op het meer van dat land",
+    "ru": "это хороший день и мы идём домой",
+    "el": "αυτό είναι ένα καλό σπίτι",
+    "ar": "هذا بيت كبير في المدينة",
+    "hi": "यह एक अच्छा घर है",
+    "ko": "이것은 좋은 집입니다",
+    "ja": "これは良い家です",
+    "zh": "这是一个很好的房子",
+}
+
+
+def example_answer(instructions, prompt=PROMPT):
+    """An answer that follows all of them: what a model has to be able to do."""
+    asked = {i.kind: dict(i.args) for i in instructions}
+    get = lambda kind: next((a for k, a in asked.items() if k.endswith(kind)), None)  # noqa: E731
+    filler = FILLER[(get("response_language") or {"language": "en"})["language"]]
+    if get("constrained_response") is not None:
+        return "My answer is no."
+    short = " ".join(filler.split()[:4])
+    keywords = [*(get("existence") or {"keywords": ()})["keywords"]]
+    if get("json_format") is not None:
+        return json.dumps({"words": keywords})
+    first = ["<<a day>>"] if get("title") is not None else []
+    if get("two_responses") is not None:
+        one, two = " ".join([*first, filler, *keywords]), " ".join([filler, filler, *keywords])
+        return f"{one}\n******\n{two}"
+    if get("repeat_prompt") is not None:
+        return "\n".join([prompt, *first, filler, *keywords])
+    lines = [*first, filler]
+    least = lambda a, n: a[n] if a and "at least" in a.values() else 0  # noqa: E731
+    if n := least(get("keywords:frequency"), "frequency"):
+        keywords += [get("keywords:frequency")["keyword"]] * n
+    lines += keywords
+    if a := get("letter_frequency"):
+        lines.append(a["letter"] * least(a, "let_frequency"))
+    if n := least(get("capital_word_frequency"), "capital_frequency"):
+        lines.append(" ".join(["WE"] * n))
+    if a := get("number_placeholders"):
+        lines.append(" ".join(["[name]"] * a["num_placeholders"]))
+    if a := get("highlighted_sections"):
+        lines.append("so: " + " and ".join(["*this*"] * a["num_highlights"]))
+    if n := least(get("number_words"), "num_words"):
+        lines.append(" ".join([filler] * (n // len(filler.split()) + 1)))
+    if n := least(get("number_sentences"), "num_sentences"):
+        stop = "。" if re.search("[一-鿿ぁ-ヿ]", filler) else "."
+        lines.append(" ".join([short.capitalize() + stop] * n))
+    if a := get("multiple_sections"):
+        lines += [f"{a['section_spliter']} {i + 1}" for i in range(a["num_sections"])]
+    if a := get("bullet_lists"):
+        lines += ["* " + short] * a["num_bullets"]
+    text = "\n".join(lines)
+    if a := get("number_paragraphs"):
+        text += ("\n***\n" + short) * (a["num_paragraphs"] - 1)
+    if a := get("nth_paragraph_first_word"):
+        parts = [text] + [short] * (a["num_paragraphs"] - 1)
+        parts[a["nth_paragraph"] - 1] = a["first_word"] + " " + parts[a["nth_paragraph"] - 1]
+        text = "\n\n".join(parts)
+    if a := get("postscript"):
+        text += f"\n{a['postscript_marker']} {short}"
+    if a := get("end_checker"):
+        text += "\n" + a["end_phrase"]
+    text = text.upper() if get("english_capital") is not None else text
+    text = text.lower() if get("english_lowercase") is not None else text
+    return f'"{text}"' if get("quotation") is not None else text
+
+
+def test_there_are_twenty_five_kinds_and_each_can_be_followed_and_broken():
+    assert len(KINDS) == 25
+    rng = random.Random(0)
+    seen = set()
+    while len(seen) < 25 or rng.random() < 0.997:
+        (instruction,) = draw_instructions(rng, 1, PROMPT)
+        seen.add(instruction.kind)
+        assert instruction.met(example_answer([instruction]), PROMPT), instruction
+        empty = "" if "less than" not in dict(instruction.args).values() else None
+        often = " ".join([*KEYWORDS, "JXQZ", "wee. "] * 60)
+        bad = {"punctuation:no_comma": "a, b", "keywords:forbidden_words": often}
+        assert not instruction.met(bad.get(instruction.kind, often if empty is None else "")), (
+            instruction
+        )
+        assert instruction.text.endswith((".", "P.S.", "P.P.S"))
+        assert not re.search(r"[{}]|\(\)|None", instruction.text)
+        for name, value in instruction.args:
+            shown = value if isinstance(value, tuple) else [value]
+            shown = [LANGUAGES[value][0]] if name == "language" else shown
+            for x in () if name == "prompt_to_repeat" else shown:
+                assert str(x) in instruction.text or x == "less than"
+
+
+def test_instructions_that_are_drawn_together_can_be_followed_together():
+    rng, pairs = random.Random(0), set()
+    for i in range(3000):
+        asked = draw_instructions(rng, i % 9, PROMPT)
+        assert len(asked) == i % 9 == len({a.kind for a in asked})
+        text = example_answer(asked)
+        assert all(a.met(text, PROMPT) for a in asked), (
+            [a for a in asked if not a.met(text)],
+            text,
+        )
+        pairs |= {frozenset((a.kind, b.kind)) for a in asked for b in asked if a != b}
+    possible = {frozenset((a, b)) for a in KINDS for b in KINDS if a != b and compatible(a, b)}
+    assert pairs == possible  # each pair that may come did
+
+
+def test_drawing_is_a_function_of_the_seed_and_uses_no_word_of_the_prompt():
+    draws = [draw_instructions(random.Random(7), 4, PROMPT) for _ in range(2)]
+    assert draws[0] == draws[1] and len({*draws[0], *draws[1]}) == 4
+    prompt = "The RIVER, the market and the garden."
+    for seed in range(200):
+        asked = draw_instructions(random.Random(seed), 2, prompt)
+        words = {w for i in asked if i.kind != REPEAT for _, v in i.args for w in np.atleast_1d(v)}
+        assert not words & {"river", "market", "garden"}
+        assert REPEAT not in {i.kind for i in draw_instructions(random.Random(seed), 1)}
+    with pytest.raises(ValueError, match="n=9 instructions: 0 to 8"):
+        draw_instructions(random.Random(0), 9)
+
+
+def test_an_instruction_survives_json_and_wrong_ones_are_named():
+    for seed in range(100):
+        for instruction in draw_instructions(random.Random(seed), 3, PROMPT):
+            again = Instruction.from_json(json.loads(json.dumps(instruction.to_json())))
+            assert again == instruction and hash(again) == hash(instruction)
+    with pytest.raises(ValueError, match="'keywords:any' is none of"):
+        Instruction("keywords:any")
+    with pytest.raises(ValueError, match="keywords:existence.*missing a required argument"):
+        Instruction("keywords:existence")
+    with pytest.raises(ValueError, match="unexpected keyword"):
+        Instruction("punctuation:no_comma", (("n", 1),))
+    with pytest.raises(ValueError, match="language is 'xx', not one of"):
+        Instruction("language:response_language", (("language", "xx"),))
+
+
+def test_the_words_that_are_drawn_do_not_get_in_each_others_way():
+    assert not any(a in b for a in KEYWORDS for b in KEYWORDS if a != b)
+    others = " ".join([*ENDINGS, *FILLER.values()]).lower()
+    assert not any(word in others for word in KEYWORDS)
+    assert not set("jqxz") & set("".join([*KEYWORDS, *ENDINGS, "p.s."]).lower())
+
+
+def test_languages_are_told_apart():
+    assert set(FILLER) == set(LANGUAGES) and len(COMMON) == 7
+    for code, text in FILLER.items():
+        assert language_of(text) == language_of(text.upper()) == code
+    assert language_of("日本語の文章です。東京都") == "ja" and language_of("東京都") == "zh"
+    assert language_of("") is language_of("Tokyo 2020!") is None
+    assert language_of("The house of the family is old. これは家です。") == "en"
+
+
+@pytest.fixture(scope="module")
+def ifeval():
+    """lm-eval's verifiers, their three needs from the network stood in for: langdetect (it says
+    English: so only the case of letters is compared), the trained sentence tokenizer (untrained,
+    as no text here has abbreviations), and a sentence split before words are."""
+    nltk = pytest.importorskip("nltk")
+    pytest.importorskip("lm_eval")
+    stand_in = types.ModuleType("langdetect")
+    stand_in.detect, stand_in.LangDetectException = lambda text: "en", ValueError
+    frozen = types.ModuleType("immutabledict")
+    frozen.immutabledict = dict
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, "langdetect", stand_in)
+    patch.setitem(sys.modules, "immutabledict", frozen)
+    patch.setattr(nltk.data, "find", lambda *args, **kwargs: "found")
+    patch.setattr(nltk, "download", lambda *args, **kwargs: True)
+    tokenize = nltk.tokenize.word_tokenize
+    patch.setattr(nltk, "word_tokenize", lambda text: tokenize(text, preserve_line=True))
+    with contextlib.redirect_stdout(None):
+        util = importlib.import_module("lm_eval.tasks.ifeval.instructions_util")
+        registry = importlib.import_module("lm_eval.tasks.ifeval.instructions_registry")
+    patch.setattr(util, "_get_sentence_tokenizer", nltk.tokenize.PunktSentenceTokenizer)
+    yield registry.INSTRUCTION_DICT
+    patch.undo()
+
+
+EDGES = [
+    "", " ", '"', '""', '"a"', "a", "A", "NO, ", "My answer is yes.", "my answer is yes.", "***",
+    "******", "a******b", "a ****** a", "******a******b", "a******b******", "a*******b",
+    "a***b", "***a***b***", "a *** *** b", "a\n***\nb\n***\nc", "a\n\nb", "a\n\n\nb", "a\n\n\n\nb\n\n",
+    "river\n\n'River, run\n\nriver", "\"River\n\nmarket", "river's bank", "riverside market", "River-bank",
+    "RIVER river River rivers", "[", "[]", "[a][b]", "[a [b]]", "[a\nb]", "p.s. a", "P. S. a", "PS", "P.P.S a",
+    "P.P.S. a", "p. p. s", "a P.S", "* a", "*a", "*a*", "**a**", "***a***", "** **", "* a\n* b", "- a\n-b\n  - c",
+    "* a\n- b\n* c *d*", "*a* *b* *c* *d*", "*a\nb*", "**a** and *b*", "<<a>>", "<<>>", "<< >>", "<a>",
+    "<<a\nb>>", "a <<<b>>> c", "{}", "[1, 2", "```json\n{}\n```", "```JSON\n[1]```", "``` 5 ```", "null", "NaN",
+    "Section 1\na\nSection 2\nb", "SECTION 1 SECTION2 SECTION 3", "Section one", "SubSection 3Section4",
+    PROMPT, PROMPT.upper() + " It is fine.", "So: " + PROMPT, "It rains. It snows! Does it hail? Yes",
+    "That is all for now.", 'that IS all for now."', "That is all for now. Bye", "I hope that helps!",
+    "I AM A B CD E-F x", "IT'S 5 PM", "a,b", "a，b", "quick jazz quiz", "eeeee eeeee", "straße ß", "İi",
+]  # fmt: skip
+
+
+def test_answers_are_marked_as_ifeval_marks_them(ifeval):
+    """All 25 kinds but the language of an answer: langdetect is not there without the network."""
+    assert set(ifeval) == set(KINDS)
+    rng, compared = random.Random(0), {}
+    for _ in range(400):
+        (ours,) = draw_instructions(rng, 1, PROMPT)
+        if ours.kind == "language:response_language":
+            continue
+        theirs = ifeval[ours.kind](ours.kind)
+        theirs.build_description(**ours.to_json()["args"])
+        if ours.kind.startswith("change_case:english"):  # nothing but the case can be compared
+            texts = [
+                FILLER["en"],
+                FILLER["en"].upper(),
+                FILLER["en"] + " X",
+                FILLER["en"].upper() + "ß",
+            ]
+        else:
+            others = draw_instructions(rng, 3, PROMPT)
+            texts = [*EDGES, example_answer([ours]), example_answer(others), FILLER["en"] * 9]
+        for text in texts:
+            if ours.kind == "change_case:capital_word_frequency" and "'" in text:
+                continue  # nltk's words end before 'S
+            verdict = bool(theirs.check_following(text))
+            assert ours.met(text, PROMPT) == verdict, (ours, text)
+            compared.setdefault(ours.kind, set()).add(verdict)
+    assert len(compared) == 24 and all(both == {True, False} for both in compared.values())
+
+
+# ---- ground truth: numbers and code --------------------------------------------------------------
+
+# (the answer's text, its number)
+NUMBERS = [
+    ("42", 42), ("The answer is 42.", 42), ("It costs $1,234.50 in all.", Fraction("1234.5")),
+    ("so 7 * 6 = 42\n#### 42", 42), ("#### -1,000", -1000), ("#### $18.00", 18),
+    (r"Thus $\boxed{42}$.", 42), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)), (r"\boxed{-\dfrac{1}{2}}", Fraction(-1, 2)),
+    (r"\boxed{x = 5}", 5), (r"\boxed{10\text{ cm}^2}", 10), (r"first \boxed{1}, then \boxed{2}; 3", 2),
+    (r"\boxed{\{1, 2\}} or so", 1), (r"\boxed{1{,}000}", 1000), (r"\boxed{\text{none}} of the 3", None),
+    ("The answer is 12 because 3 times 4 is that.", 12), ("The answer is 3 + 4 = 7.", 7),
+    ("The answer is: **8** apples, of 10", 8), ("Answer: 1/3", Fraction(1, 3)),
+    ("The answer is 5. No, wait. The answer is 6. Of 9.", 6), ("the answer is below\n\n99", 99),
+    ("She has 3 apples and 4 pears.", 4), ("50%", 50), ("-5", -5), ("−5", -5), ("- 5", -5), ("-$5", -5), ("$-5", -5),
+    ("10-3", 3), ("x = -0.25", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("2 1/2 cups", Fraction(5, 2)),
+    ("3.14.", Fraction("3.14")), ("1,2,3", 3), ("1,234,567", 1234567), ("12,345.678", Fraction("12345.678")),
+    ("1e3", 1000), ("2.5e-1", Fraction(1, 4)), (r"3 \times 10^{2}", 300), ("3 × 10^2", 300), ("1/0", None),
+    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, number", NUMBERS, ids=range(len(NUMBERS)))
+def test_the_number_of_an_answer(text, number):
+    assert final_number(text) == number
+
+
+def test_two_answers_come_to_the_same_number_in_any_notation():
+    for a, b in (("1/2", "0.5"), (r"\boxed{1,000}", "#### 1000"), ("3", Fraction(3)), ("0", "0.0")):
+        assert same_number(a, b) and same_number(b, a)
+    assert same_number("0.333333333", "1/3") and not same_number("0.333", "1/3")
+    assert not same_number("1000000", "1000002") and not same_number("5", "-5")
+    assert not same_number("none", "none") and not same_number("none", "0")
+
+
+CODE = [
+    ("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", "def f():\n    return 1\n"),
+    ("```py\na = 1\n```\nand\n```Python\nb = 2\n```", "a = 1\n\nb = 2\n"),
+    ("```bash\npip install x\n```\n```python\nimport x\n```", "import x\n"),
+    ("```\na = 1\n```\nprints\n```\n1\n```", "a = 1\n"),
+    ("1. First:\n   ```python\n   if x:\n       y()\n   ```", "if x:\n    y()\n"),
+    ("~~~python\na = 1\n~~~", "a = 1\n"),
+    ("```python\na = 1\nb =", "a = 1\nb =\n"),
+    ("```python\ns = '''\n``` is a mark'''\n```", "s = '''\n"),
+    ("def f():\n    return 1\n", "def f():\n    return 1\n"),
+    ("print(1)", "print(1)"),
+    ("Yes", None), ("yes, no", None), ("42", None), ("I cannot do that.", None), ("", None), ("\0", None),
+    ("```bash\nls\n```", None), ("(" * 10000, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, code", CODE, ids=range(len(CODE)))
+def test_the_code_of_an_answer(text, code):
+    assert extract_code(text) == code
+
+
+def test_a_program_that_comes_to_its_end_is_all_right_and_runs_alike():
+    code = """
+import asyncio, collections, dataclasses, logging, tempfile, threading, typing, unittest.mock
+@dataclasses.dataclass
+class Point:
+    x: int
+print({str(i) for i in range(50)}, Point(1), __name__)
+with tempfile.TemporaryDirectory() as folder:
+    with open(folder + "/a", "w") as f:
+        print("written", file=f)
+    assert open(folder + "/a").read() == "written\\n"
+open("here", "w").close()
+thread = threading.Thread(target=print, args=("from a thread",))
+thread.start()
+thread.join()
+class Tests(unittest.TestCase):
+    def test_one(self):
+        self.assertEqual(1, 1)
+assert unittest.main(exit=False, verbosity=0).result.wasSuccessful()
+print("end", flush=True)
+"""
+    code = code.replace(
+        "assert unittest", "import sys; sys.stderr = open('log', 'w')\nassert unittest"
+    )
+    first, second = run_python(code), run_python(code)
+    assert first == second and first.ok and first.reason == "ok"
+    assert first.output.endswith("Point(x=1) __main__\nfrom a thread\nend\n")
+    assert (
+        run_python("import sys\nprint(sys.argv, sys.stdin.read() == '')").output
+        == "['program.py'] True\n"
+    )
+    assert run_python("import os\nprint(sorted(os.environ), len(os.listdir()))").output == (
+        "['LC_CTYPE', 'OPENBLAS_NUM_THREADS', 'PYTHONHASHSEED', 'PYTHONUTF8', 'TMPDIR'] 0\n"
+    ).replace("'LC_CTYPE', ", "")
+
+
+def test_a_program_that_fails_says_where():
+    ran = run_python("def f():\n    assert 1 == 2, 'no'\nf()\n")
+    assert (ran.ok, ran.reason) == (False, "error")
+    assert ran.output.startswith("Traceback") and ran.output.endswith("AssertionError: no\n")
+    assert 'File "program.py", line 2, in f' in ran.output and "data.py" not in ran.output
+    for code in (
+        "1 +",
+        "\0",
+        "raise KeyboardInterrupt",
+        "import os; os.abort()",
+        "'\ud800'.encode()",
+    ):
+        assert run_python(code).reason == "error", code
+    assert run_python("f = lambda: f()\nf()").reason == "error"
+
+
+OUTSIDE = "/tmp/nemotron4-test-must-not-appear"
+# what a program may try, and what that comes to
+HOSTILE = {
+    "a fork bomb": ("import os\nwhile True: os.fork()", "refused"),
+    "an endless loop": ("while True: pass", "timeout"),
+    "sleep": ("import time; time.sleep(100)", "timeout"),
+    "an endless loop that catches all": ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "timeout"),
+    "a file outside": (f"open({OUTSIDE!r}, 'w')", "refused"),
+    "a file above": ("open('../nemotron4-x', 'a')", "refused"),
+    "a file by os.open": (f"import os; os.open({OUTSIDE!r}, os.O_CREAT | os.O_WRONLY)", "refused"),
+    "a file by a link": (f"import os; os.symlink({OUTSIDE!r}, 'x'); open('x', 'w')", "refused"),
+    "a file by a folder": ("import os; d = os.open('/tmp', os.O_RDONLY); os.open('x', 66, dir_fd=d)", "refused"),
+    "removal": ("import os; os.remove('/etc/hostname')", "refused"),
+    "renaming": ("import os; open('a', 'w'); os.rename('a', '/tmp/a')", "refused"),
+    "a tree's removal": ("import shutil; shutil.rmtree('/var')", "refused"),
+    "a huge file": ("with open('x', 'w') as f:\n  while True: f.write('x' * 2**20)", "error"),
+    "huge output": ("while True: print('x' * 10000)", "output"),
+    "huge output by os.write": ("import os\nwhile True: os.write(2, b'x' * 10000)", "output"),
+    "a memory hog": ("x = []\nwhile True: x.append(bytearray(2**24))", "memory"),
+    "one large object": ("x = bytearray(2**33)", "memory"),
+    "a socket": ("import socket; socket.socket()", "refused"),
+    "a connection": ("import urllib.request as r; r.urlopen('http://127.0.0.1:1')", "refused"),
+    "a name looked up": ("import socket; socket.getaddrinfo('localhost', 1)", "refused"),
+    "leaving": ("import os; os._exit(0)", "exit"),
+    "leaving politely": ("import sys; sys.exit(0)", "exit"),
+    "a false verdict": ("import os; os.write(1, b'ok\\n'); os._exit(0)", "exit"),
+    "killing the parent": ("import os; os.kill(os.getppid(), 9)", "refused"),
+    "killing the group": ("import os; os.killpg(0, 9)", "refused"),
+    "reading stdin": ("input()", "error"),
+    "a subprocess": ("import subprocess; subprocess.run(['true'])", "refused"),
+    "a shell": ("import os; os.system('true')", "refused"),
+    "exec": ("import os; os.execv('/bin/true', ['true'])", "refused"),
+    "multiprocessing": ("import multiprocessing as m; m.Process(target=print).start()", "refused"),
+    "a raw fork_exec": ("import _posixsubprocess as p; p.fork_exec()", "refused"),
+    "native code": ("import ctypes; ctypes.CDLL(None).fork()", "refused"),
+    "raising a limit": ("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))", "refused"),
+    "closing its output": ("import os; os.close(1); os.close(2)", "error"),
+    "many files": ("f = [open(str(i), 'w') for i in range(1000)]", "error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_is_contained(name):
+    code, reason = HOSTILE[name]
+    start = time.monotonic()
+    ran = run_python(code, timeout=0.7 if reason == "timeout" else 10, memory_mib=256)
+    assert (ran.ok, ran.reason) == (False, reason), ran
+    assert time.monotonic() - start < 8 and len(ran.output) <= 64_000
+    assert not os.path.exists(OUTSIDE) and not os.path.exists("/tmp/x")
+
+
+def alive(mark):
+    """Processes whose command line or memory name has the mark."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as f:
+            found += [pid] if mark.encode() in f.read() else []
+    return found
+
+
+def test_nothing_that_a_program_started_outlives_it(monkeypatch):
+    # as if the hook had a hole: a grandchild in a session of its own, which holds the output open
+    monkeypatch.setattr("data.refuse_ways_out", None)
+    import data
+
+    def refuse_ways_out():
+        return PermissionError
+
+    monkeypatch.setattr(data, "refuse_ways_out", refuse_ways_out)
+    code = (
+        "import subprocess, time\nsubprocess.Popen(['sleep', '3333.25'], start_new_session=True)\n"
+    )
+    start = time.monotonic()
+    assert run_python(code).ok
+    assert run_python(code + "while True: pass", timeout=0.7).reason == "timeout"
+    assert time.monotonic() - start < 5
+    if os.path.exists("/proc/self/ns/pid") and namespaces():
+        deadline = time.monotonic() + 5
+        while alive("3333.25") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive("3333.25")
+
+
+def namespaces():
+    """Whether the kernel lets a process make namespaces of its own."""
+    import subprocess
+
+    return subprocess.run(["unshare", "-Upn", "true"], capture_output=True).returncode == 0
+
+
+def test_output_is_cut_at_its_limit_in_the_same_way():
+    code = "print('x' * 99)"
+    assert run_python(code, output_limit=100).ok
+    for limit in (99, 50):
+        ran = run_python(code, output_limit=limit)
+        assert ran == (False, "output", "x" * limit)
+    assert run_python("import os; os.write(1, b'\\xff')").output == "\ufffd"
+
+
+def test_programs_run_side_by_side():
+    ran = {}
+    threads = [
+        threading.Thread(target=lambda i=i: ran.update({i: run_python(f"print({i} ** 2)")}))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {i: r.output for i, r in ran.items()} == {i: f"{i * i}\n" for i in range(8)}
