@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import html
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -1217,16 +1218,19 @@ MARK = re.compile(
 )
 HEAD = re.compile(r"#+\s+\S.*|(\*\*|__)(?:(?!\1).)+\1:?|[-=*_]{3,}")
 INTRO = re.compile(
-    r"(?i)(sure|certainly|of course|absolutely|here (are|is)|here[’']s|below (are|is)|okay|ok|got it"
-    r"|great|no problem|the following|as requested|these are|i[’']ve|i have)\b.*[:.!]"
+    r"(?i)(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
+    r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[:.!]"
 )
 OUTRO = re.compile(
     r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))"
-    r"|would you like|do you want|note( that|:)|\(?please (let|note|feel)|is there any|if you[’' ]"
-    r"|enjoy|happy to|good luck|i can|in (summary|conclusion)|each of these)\b.*"
+    r"|good luck|i can also|(would you like|do you want) (me|more|any)|note( that|:)|is there anything|in sum"
+    r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th|!)|happy \w+ing"
+    r"|each of these)\b.*"
 )
-# how a refusal begins, or a sentence with commas
-REFUSAL = re.compile(r"(?i)(i|i[’']m|sorry|yes|no|unfortunately|as an?|my apologies|well)\b")
+REFUSAL = re.compile(
+    r"(?i)sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
+    r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b"
+)
 FENCES = ("```", "~~~")
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
 
@@ -1253,7 +1257,8 @@ def json_items(text: str) -> list[str] | None:
     """Of a JSON or Python list that stands on lines of its own: an array of texts or of objects
     with a text, or an object with a list or with numbered texts."""
     decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
-    for start in re.finditer(r"(?m)^\s*[[{]|(?<=[:=])\s*\[", text):
+    starts = re.finditer(r"(?m)^[ >]*[[{]|(?<=[:=]) *\[", text)
+    for start in itertools.islice(starts, 8):  # each try may read the whole text
         at = start.end() - 1
         try:
             value, end = decoder.raw_decode(text, at)
@@ -1298,8 +1303,8 @@ def html_lines(text: str) -> str:
             out += "\n" + "    " * (depth - 1) + "- "
         elif not name:
             out += html.unescape(re.sub(r"\s+", " ", part) if depth else part)
-        elif depth == 0:
-            out += "\n\n"
+        elif name in ("ul", "ol", "li", "p", "br", "div", "h1", "h2", "h3"):
+            out += " " if depth else "\n\n"
     return out
 
 
@@ -1430,11 +1435,12 @@ def plain_items(lines: list[str]) -> list[str]:
 
 def comma_items(line: str) -> list[str]:
     intro, _, rest = line.partition(":")
-    line = (rest if rest and (INTRO.match(line) or len(intro.split()) > 2) else line).strip()
-    parts = [part.rstrip(".") for part in re.split(r"\s*[;；,，、]\s*|\s+\|\s+", line) if part]
+    line = " ".join((rest if rest and len(intro.split()) > 2 else line).split())
+    parts = [part.rstrip(".") for part in re.split(r" ?[;；,，、] ?| \| ", line) if part]
     parts = [re.sub(r"^(and|or|&) ", "", part) for part in parts]
     short = all(len(part.split()) < 8 and not re.search(r"[.?!] ", part) for part in parts)
-    return parts if len(parts) > 2 and short and not REFUSAL.match(line) else []
+    talk = REFUSAL.match(line) or re.match(r"(?i)(i|i[’']m|yes|no|well|as)\b", line)
+    return parts if len(parts) > 2 and short and not talk else []
 
 
 def clean_item(item: str) -> str:
@@ -1898,18 +1904,20 @@ def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Inst
 
 DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = re.compile(
-    rf"(?<![\w.)\]])(?P<sign>-\s?)?\$?\s?(?P<minus>-)?(?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?"
-    rf"(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?"
-    r"(?:e(?P<e>[+-]?[0-9]{1,3})(?![0-9])|\s?[×x*]\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?",
-    re.IGNORECASE,
+    rf"""(?<![\w.)\]])(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
+    (?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?
+    (?:e(?P<e>[+-]?[0-9]{{1,3}})(?![0-9])|\s?[×x*]\s?10\^\{{?(?P<ten>-?[0-9]{{1,3}})\}}?)?""",
+    re.IGNORECASE | re.VERBOSE,
 )
 TEX = {"−": "-", "–": "-", r"\times": "×", r"\cdot": "×", r"\$": "$", r"\%": "%", "{,}": ","}
-TEX |= {r"\,": "", r"\!": "", r"\;": " ", r"\ ": " ", "**": "", "⁄": "/"}
+TEX |= {r"\,": "", r"\!": "", r"\;": " ", r"\ ": " ", "**": " ", "⁄": "/"}
 
 
 def numbers_in(text: str) -> list[Fraction]:
     out = []
     for match in NUMBER.finditer(text):
+        if len(match[0]) > 200:
+            continue  # a model that got stuck
         top, under = (Fraction((match[k] or "1").replace(",", "")) for k in ("top", "under"))
         if under:
             value = top / under + int(match["whole"] or 0)
@@ -1934,12 +1942,12 @@ def final_number(text: str) -> Fraction | None:
     last "answer is", else the last in it. 5 % is 5."""
     for tex, plain in TEX.items():
         text = text.replace(tex, plain)
-    number = r"\{?(-?[0-9.]+)\}?"
-    text = re.sub(rf"\\[dt]?frac\s*{number}\s*{number}", r" \1/\2", text)
-    text = re.sub(r"- (?=[0-9]+/)", "-", text)
+    part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
+    text = re.sub(rf"\\[dt]?frac\s*{part}\s*{part}", r"\1\2/\3\4", text)
     found = boxed(text)
-    if found is None and "####" in text:
-        found = text.rpartition("####")[2]
+    if found is None and (marked := re.findall(r"####\s*([-$.0-9][^\n]*)", text)):
+        found = marked[-1]
     if found is not None:
         values = numbers_in(found.rpartition("=")[2]) or numbers_in(found)
         return values[0] if values else None

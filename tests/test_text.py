@@ -167,6 +167,12 @@ LISTS = [
     ("1. **Sorting** a list of **n** numbers\n2. Use 2**3 and 4**5", ["Sorting a list of **n** numbers", "Use 2**3 and 4**5"]),
     ('1. "Alpha one"\n2. \'Beta two\'\n3. “Gamma three”', ABC),
     ('1. "Yes" and "no"\n2. The word "rust"', ['"Yes" and "no"', 'The word "rust"']),
+    ("How high is it?\nWould you rather swim or fly?\nIf you could fly, where would you go?",
+     ["How high is it?", "Would you rather swim or fly?", "If you could fly, where would you go?"]),
+    ("Great artists steal.\nI want to learn the piano.\nDo you want to be rich?",
+     ["Great artists steal.", "I want to learn the piano.", "Do you want to be rich?"]),
+    ("Sure, I can do that!\n\nAlpha one\nBeta two\nGamma three\n\nIf you need more, just ask.", ABC),
+    ("Sure!\n1. Alpha one\n2. Beta two\n\nAnd one more, a harder one:\n\n3. Gamma three", ABC),
     # tables and html
     ("| # | Topic |\n|---|---|\n| 1 | Alpha one |\n| 2 | Beta two |\n| 3 | Gamma three |", ABC),
     ("Area | Topic\n--- | ---\nSorting | quick sort\nGraphs | shortest paths\nTrees | red and black", T),
@@ -174,10 +180,13 @@ LISTS = [
     ("<p>Topics:</p><ol><li>Alpha <b>one</b></li><li>Beta two</li><li>Gamma three</li></ol><p>Bye</p>", ABC),
     ("<ul><li>Bread &amp; butter</li><li>Sorting<ul><li>quick</li></ul></li></ul>",
      ["Bread & butter", "Sorting; quick"]),
+    ("<li>Alpha <i>one</i></li><li>Beta two</li><li>Gamma three</li>", ABC),
     # one item
     ("1. Alpha one", ["Alpha one"]),
     ("Sure! Here is one:\n\n- Alpha one\n\nLet me know!", ["Alpha one"]),
     # no list
+    ("Yes, I can, but why", []),
+    ("Sorry.\nThat is not possible.", []),
     ("", []),
     ("I'm sorry, but I cannot help, advise or comment on that.", []),
     ("Alpha is a letter.", []),
@@ -196,10 +205,10 @@ def test_no_item_has_a_word_that_is_not_in_the_answer():
     lines = [line for text, _ in LISTS for line in text.splitlines()]
     for _ in range(1000):  # and no mixture of shapes breaks the parser
         text = "\n".join(rng.choices(lines, k=rng.randint(0, 12)))
-        words = set(re.findall(r"\w+", html.unescape(text).replace("\u200b", "")))
+        words = set(re.findall(r"[^\W_]+", html.unescape(text).replace("\u200b", "")))
         words |= {"hi", "café"}  # escapes in JSON
         for item in parse_list(text):
-            assert item and set(re.findall(r"\w+", item)) <= words, (text, item)
+            assert item and set(re.findall(r"[^\W_]+", item)) <= words, (text, item)
 
 
 # ---- duplicates and decontamination --------------------------------------------------------------
@@ -344,7 +353,7 @@ def example_answer(instructions, prompt=PROMPT):
     keywords = [*(get("existence") or {"keywords": ()})["keywords"]]
     if get("json_format") is not None:
         return json.dumps({"words": keywords})
-    first = ["<<a day>>"] if get("title") is not None else []
+    first = [f"<<{short}>>"] if get("title") is not None else []
     if get("two_responses") is not None:
         one, two = " ".join([*first, filler, *keywords]), " ".join([filler, filler, *keywords])
         return f"{one}\n******\n{two}"
@@ -360,9 +369,11 @@ def example_answer(instructions, prompt=PROMPT):
     if n := least(get("capital_word_frequency"), "capital_frequency"):
         lines.append(" ".join(["WE"] * n))
     if a := get("number_placeholders"):
-        lines.append(" ".join(["[name]"] * a["num_placeholders"]))
+        lines.append(" ".join([f"[{short}]"] * a["num_placeholders"]))
     if a := get("highlighted_sections"):
-        lines.append("so: " + " and ".join(["*this*"] * a["num_highlights"]))
+        lines.append(
+            short + ", ".join([""] + [f" *{short}*"] * a["num_highlights"]).replace(",", "")
+        )
     if n := least(get("number_words"), "num_words"):
         lines.append(" ".join([filler] * (n // len(filler.split()) + 1)))
     if n := least(get("number_sentences"), "num_sentences"):
@@ -553,11 +564,12 @@ NUMBERS = [
     ("The answer is 12 because 3 times 4 is that.", 12), ("The answer is 3 + 4 = 7.", 7),
     ("The answer is: **8** apples, of 10", 8), ("Answer: 1/3", Fraction(1, 3)),
     ("The answer is 5. No, wait. The answer is 6. Of 9.", 6), ("the answer is below\n\n99", 99),
-    ("She has 3 apples and 4 pears.", 4), ("50%", 50), ("-5", -5), ("−5", -5), ("- 5", -5), ("-$5", -5), ("$-5", -5),
+    ("She has 3 apples and 4 pears.", 4), ("50%", 50), ("-5", -5), ("−5", -5), ("- 5 apples", 5), ("-$5", -5), ("$-5", -5),
     ("10-3", 3), ("x = -0.25", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("2 1/2 cups", Fraction(5, 2)),
     ("3.14.", Fraction("3.14")), ("1,2,3", 3), ("1,234,567", 1234567), ("12,345.678", Fraction("12345.678")),
     ("1e3", 1000), ("2.5e-1", Fraction(1, 4)), (r"3 \times 10^{2}", 300), ("3 × 10^2", 300), ("1/0", None),
-    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", 1),
+    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", 1), ("7 " + "9" * 5000, 7), ("2**3", 3), ("5 - 1/2", Fraction(1, 2)),
+    (r"2\frac12", Fraction(5, 2)), ("#### Step 1\nAdd: 2 + 3 = 5\n#### Result\nIt is 5", 5),
 ]  # fmt: skip
 
 
