@@ -1222,10 +1222,10 @@ INTRO = re.compile(
     r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[:.!]"
 )
 OUTRO = re.compile(
-    r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))"
-    r"|good luck|i can also|(would you like|do you want) (me|more|any)|note( that|:)|is there anything|in sum"
-    r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th|!)|happy \w+ing"
-    r"|each of these)\b.*"
+    r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))|note:"
+    r"|good luck|i can also|(would you like|do you want) (me|more|any)|is there anything|note that"
+    r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)"
+    r"|each of these|happy \w+ing)(?!\w).*"
 )
 REFUSAL = re.compile(
     r"(?i)sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
@@ -1592,6 +1592,7 @@ ENDINGS = (
     "I hope that helps!",
     "Over to you.",
 )
+POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 VERDICTS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # code: (name, common words, or the letters that only it has among these)
 LANGUAGES = {
@@ -1610,6 +1611,8 @@ LANGUAGES = {
     "ja": ("Japanese", "[ぁ-ヿ]"),
     "zh": ("Chinese", "[一-鿿]"),
 }
+# by the last word of an argument's name
+CHOICES = {"relation": ("less than", "at least"), "language": LANGUAGES, "marker": POSTSCRIPTS}
 COMMON = {code: {*words.split()} for code, (_, words) in LANGUAGES.items() if words[0] != "["}
 
 
@@ -1659,12 +1662,6 @@ def nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word
 def count_highlights(text: str) -> int:
     marked = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(mark.strip("*").strip()) for mark in marked)
-
-
-def has_postscript(text: str, postscript_marker: str) -> bool:
-    dots = [re.escape(c) + r"\.\s?" for c in postscript_marker.lower().replace(".", "")]
-    end = r"\." if postscript_marker.endswith(".") else ""
-    return bool(re.search("".join(dots).removesuffix(r"\.\s?") + end, text.lower()))
 
 
 def is_json(text: str) -> bool:
@@ -1746,9 +1743,9 @@ KINDS: dict[str, Kind] = {
         "Leave {num_placeholders} or more gaps to be filled in, in square brackets, as in [name].",
         lambda t, num_placeholders: len(re.findall(r"\[.*?\]", t)) >= num_placeholders),
     "detectable_content:postscript": (
-        lambda r, w: {"postscript_marker": r.choice(("P.S.", "P.P.S"))},
+        lambda r, w: {"postscript_marker": r.choice([*POSTSCRIPTS])},
         "Close with a postscript that begins with {postscript_marker}",
-        has_postscript),
+        lambda t, postscript_marker: bool(re.search(POSTSCRIPTS[postscript_marker], t.lower()))),
     "detectable_format:number_bullet_lists": (
         lambda r, w: {"num_bullets": r.randint(2, 5)},
         "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
@@ -1850,10 +1847,10 @@ class Instruction:
             inspect.signature(KINDS[self.kind][2]).bind("", **args)
         except TypeError as e:
             raise ValueError(f"instruction {self.kind!r} with arguments {args}: {e}") from None
-        for name, known in (("relation", ("less than", "at least")), ("language", LANGUAGES)):
-            for key, value in args.items():
-                if key.endswith(name) and value not in known:
-                    raise ValueError(f"{self.kind}: {key} is {value!r}, not one of {[*known]}")
+        for key, value in args.items():
+            known = CHOICES.get(key.rpartition("_")[2], [value])
+            if value not in known:
+                raise ValueError(f"{self.kind}: {key} is {value!r}, not one of {[*known]}")
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> "Instruction":
@@ -1902,6 +1899,8 @@ def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Inst
 
 # ---- ground truth: numbers and code --------------------------------------------------------------
 
+# what the braces hold, three deep
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = re.compile(
     rf"""(?<![\w.)\]])(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
@@ -1926,17 +1925,6 @@ def numbers_in(text: str) -> list[Fraction]:
     return out
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last \boxed{} holds."""
-    at = text.rfind(r"\boxed{")
-    depth = 0
-    for i in range(at, len(text)) if at >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if text[i] == "}" and depth == 0:
-            return text[at + len(r"\boxed{") : i]
-    return None
-
-
 def final_number(text: str) -> Fraction | None:
     r"""The number that an answer comes to: in its last \boxed{}, after its last ####, after its
     last "answer is", else the last in it. 5 % is 5."""
@@ -1945,11 +1933,8 @@ def final_number(text: str) -> Fraction | None:
     part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
     text = re.sub(rf"\\[dt]?frac\s*{part}\s*{part}", r"\1\2/\3\4", text)
-    found = boxed(text)
-    if found is None and (marked := re.findall(r"####\s*([-$.0-9][^\n]*)", text)):
-        found = marked[-1]
-    if found is not None:
-        values = numbers_in(found.rpartition("=")[2]) or numbers_in(found)
+    if found := BOXED.findall(text) or re.findall(r"####\s*([-$.0-9][^\n]*)", text):
+        values = numbers_in(found[-1].rpartition("=")[2]) or numbers_in(found[-1])
         return values[0] if values else None
     said = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
     said = re.split(r"\n|[.!?;](?=\s|$)", said[-1].lstrip(" :\n"))[0] if said else ""

@@ -1,6 +1,8 @@
 """data.py: what the synthetic data pipeline does to text without a model: lists in answers,
 duplicates, decontamination, verifiable instructions, numbers, and running code."""
 
+# ruff: noqa: E501 (a shape, an answer or a program stays on its line)
+
 import contextlib
 import html
 import importlib
@@ -342,61 +344,64 @@ FILLER = {
 }
 
 
-def example_answer(instructions, prompt=PROMPT):
+def least(args, name):
+    return args[name] if "at least" in args.values() else 0
+
+
+# what is added to a text of lines, then to the whole: (kind, its arguments, a phrase → text)
+LINES = {
+    "keywords:existence": lambda a, p: "\n".join(a["keywords"]),
+    "keywords:frequency": lambda a, p: "\n".join([a["keyword"]] * least(a, "frequency")),
+    "letter_frequency": lambda a, p: a["letter"] * least(a, "let_frequency"),
+    "capital_word_frequency": lambda a, p: " ".join(["WE"] * least(a, "capital_frequency")),
+    "number_placeholders": lambda a, p: f"[{p}] " * a["num_placeholders"],
+    "highlighted_sections": lambda a, p: p + f" *{p}*" * a["num_highlights"],
+    "number_words": lambda a, p: f"{p} " * least(a, "num_words"),
+    "multiple_sections": lambda a, p: "\n".join(
+        f"{a['section_spliter']} {i + 1}" for i in range(a["num_sections"])
+    ),
+    "number_sentences": lambda a, p: (
+        (p + ("。" if p.isalpha() else ". ")) * least(a, "num_sentences")
+    ),
+    "bullet_lists": lambda a, p: "\n".join([f"* {p}"] * a["num_bullets"]),
+}
+
+
+def nth(text, a, phrase):
+    parts = [text] + [phrase] * (a["num_paragraphs"] - 1)
+    parts[a["nth_paragraph"] - 1] = f"{a['first_word']} {parts[a['nth_paragraph'] - 1]}"
+    return "\n\n".join(parts)
+
+
+WHOLE = {
+    "number_paragraphs": lambda t, a, p: "\n***\n".join([t] + [p] * (a["num_paragraphs"] - 1)),
+    "nth_paragraph_first_word": nth,
+    "postscript": lambda t, a, p: f"{t}\n{a['postscript_marker']} {p}",
+    "end_checker": lambda t, a, p: f"{t}\n{a['end_phrase']}",
+    "english_capital": lambda t, a, p: t.upper(),
+    "english_lowercase": lambda t, a, p: t.lower(),
+    "two_responses": lambda t, a, p: f"{t}\n******\n{p}\n{t}",
+    "repeat_prompt": lambda t, a, p: f"{a['prompt_to_repeat']}\n{t}",
+    "constrained_response": lambda t, a, p: "My answer is no.",
+    "json_format": lambda t, a, p: json.dumps(t),
+    "quotation": lambda t, a, p: f'"{t}"',
+}
+
+
+def example_answer(instructions):
     """An answer that follows all of them: what a model has to be able to do."""
     asked = {i.kind: dict(i.args) for i in instructions}
-    get = lambda kind: next((a for k, a in asked.items() if k.endswith(kind)), None)  # noqa: E731
-    filler = FILLER[(get("response_language") or {"language": "en"})["language"]]
-    if get("constrained_response") is not None:
-        return "My answer is no."
-    short = " ".join(filler.split()[:4])
-    keywords = [*(get("existence") or {"keywords": ()})["keywords"]]
-    if get("json_format") is not None:
-        return json.dumps({"words": keywords})
-    first = [f"<<{short}>>"] if get("title") is not None else []
-    if get("two_responses") is not None:
-        one, two = " ".join([*first, filler, *keywords]), " ".join([filler, filler, *keywords])
-        return f"{one}\n******\n{two}"
-    if get("repeat_prompt") is not None:
-        return "\n".join([prompt, *first, filler, *keywords])
-    lines = [*first, filler]
-    least = lambda a, n: a[n] if a and "at least" in a.values() else 0  # noqa: E731
-    if n := least(get("keywords:frequency"), "frequency"):
-        keywords += [get("keywords:frequency")["keyword"]] * n
-    lines += keywords
-    if a := get("letter_frequency"):
-        lines.append(a["letter"] * least(a, "let_frequency"))
-    if n := least(get("capital_word_frequency"), "capital_frequency"):
-        lines.append(" ".join(["WE"] * n))
-    if a := get("number_placeholders"):
-        lines.append(" ".join([f"[{short}]"] * a["num_placeholders"]))
-    if a := get("highlighted_sections"):
-        lines.append(
-            short + ", ".join([""] + [f" *{short}*"] * a["num_highlights"]).replace(",", "")
-        )
-    if n := least(get("number_words"), "num_words"):
-        lines.append(" ".join([filler] * (n // len(filler.split()) + 1)))
-    if n := least(get("number_sentences"), "num_sentences"):
-        stop = "。" if re.search("[一-鿿ぁ-ヿ]", filler) else "."
-        lines.append(" ".join([short.capitalize() + stop] * n))
-    if a := get("multiple_sections"):
-        lines += [f"{a['section_spliter']} {i + 1}" for i in range(a["num_sections"])]
-    if a := get("bullet_lists"):
-        lines += ["* " + short] * a["num_bullets"]
+    filler = FILLER[asked.get("language:response_language", {"language": "en"})["language"]]
+    phrase = " ".join(filler.split()[:4])
+    lines = [f"<<{phrase}>>"] if "detectable_format:title" in asked else []
+    lines.append(filler)
+    for name, write in LINES.items():
+        lines += [write(a, phrase).strip() for kind, a in asked.items() if kind.endswith(name)]
     text = "\n".join(filter(None, lines))
-    if a := get("number_paragraphs"):
-        text += ("\n***\n" + short) * (a["num_paragraphs"] - 1)
-    if a := get("nth_paragraph_first_word"):
-        parts = [text] + [short] * (a["num_paragraphs"] - 1)
-        parts[a["nth_paragraph"] - 1] = a["first_word"] + " " + parts[a["nth_paragraph"] - 1]
-        text = "\n\n".join(parts)
-    if a := get("postscript"):
-        text += f"\n{a['postscript_marker']} {short}"
-    if a := get("end_checker"):
-        text += "\n" + a["end_phrase"]
-    text = text.upper() if get("english_capital") is not None else text
-    text = text.lower() if get("english_lowercase") is not None else text
-    return f'"{text}"' if get("quotation") is not None else text
+    for name, change in WHOLE.items():
+        for args in (a for kind, a in asked.items() if kind.endswith(name)):
+            text = change(text, args, phrase)
+    return text
 
 
 def test_there_are_twenty_five_kinds_and_each_can_be_followed_and_broken():
