@@ -1567,7 +1567,7 @@ class Decontaminator:
     def evidence(self, text: str) -> str | None:
         """The first hit as FILE:LINE: "the shared n-gram"."""
         words = normalise(text).split()
-        grams = [" ".join(words)] if len(words) < 8 else []
+        grams = [" ".join(words)]
         for i in range(len(words)):
             grams += [" ".join(words[i : i + n]) for n in (8, 13) if i + n <= len(words)]
         hit = next((gram for gram in grams if gram in self.sources), None)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -310,6 +311,8 @@ def test_evidence_names_the_item_and_what_is_shared(tmp_path):
     assert found(f"{padding} {' '.join(shared[:-1])} zzz") is None  # twelve words
     assert found(f"{padding} {short}") == f'{path}:2: "{" ".join(short.split()[:8])}"'
     assert found(" ".join(short.split()[:7]) + " zzz") is None
+    thirteen = Decontaminator([("here", " ".join(shared))]).evidence
+    assert thirteen(" ".join(shared)) and thirteen(" ".join(shared[:12])) is None
     assert found(tiny.title() + "!") == f'{path}:2: "{tiny}"'
     assert found(f"{tiny} and more") is None and found(word) is None and found("") is None
     assert found(f"zzz {short} {question}").startswith(f"{path}:2")  # the first hit in the text
@@ -483,6 +486,8 @@ def test_languages_are_told_apart():
         assert language_of(text) == language_of(text.upper()) == code
     assert language_of("日本語の文章です。東京都") == "ja" and language_of("東京都") == "zh"
     assert language_of("") is language_of("Tokyo 2020!") is None
+    assert language_of("la") is None  # several have it
+    assert language_of("the " + " ".join(KEYWORDS)) is None
     assert language_of("The house of the family is old. これは家です。") == "en"
 
 
@@ -656,7 +661,7 @@ def test_a_program_that_fails_says_where():
     ran = run_python("def f():\n    assert 1 == 2, 'no'\nf()\n")
     assert (ran.ok, ran.reason) == (False, "error")
     assert ran.output.startswith("Traceback") and ran.output.endswith("AssertionError: no\n")
-    assert 'File "program.py", line 2, in f' in ran.output and "data.py" not in ran.output
+    assert 'File "program.py", line 2, in f' in ran.output and "<string>" not in ran.output
     for code in (
         "1 +",
         "\0",
@@ -668,21 +673,21 @@ def test_a_program_that_fails_says_where():
     assert run_python("f = lambda: f()\nf()").reason == "error"
 
 
-OUTSIDE = "/tmp/nemotron4-test-must-not-appear"
-# what a program may try, and what that comes to
+# what a program may try, and what that comes to; OUT is a folder of the test's own, so that a hole
+# costs nobody anything
 HOSTILE = {
-    "a fork bomb": ("import os\nwhile True: os.fork()", "refused"),
+    "a fork bomb": ("import os\nfor _ in range(8): os.fork()", "refused"),
     "an endless loop": ("while True: pass", "timeout"),
     "sleep": ("import time; time.sleep(100)", "timeout"),
     "an endless loop that catches all": ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "timeout"),
-    "a file outside": (f"open({OUTSIDE!r}, 'w')", "refused"),
-    "a file above": ("open('../nemotron4-x', 'a')", "refused"),
-    "a file by os.open": (f"import os; os.open({OUTSIDE!r}, os.O_CREAT | os.O_WRONLY)", "refused"),
-    "a file by a link": (f"import os; os.symlink({OUTSIDE!r}, 'x'); open('x', 'w')", "refused"),
-    "a file by a folder": ("import os; d = os.open('/tmp', os.O_RDONLY); os.open('x', 66, dir_fd=d)", "refused"),
-    "removal": ("import os; os.remove('/etc/hostname')", "refused"),
-    "renaming": ("import os; open('a', 'w'); os.rename('a', '/tmp/a')", "refused"),
-    "a tree's removal": ("import shutil; shutil.rmtree('/var')", "refused"),
+    "a file outside": ("open('OUT/new', 'w')", "refused"),
+    "a file above": ("open('../nemotron4-new', 'a')", "refused"),
+    "a file by os.open": ("import os; os.open('OUT/new', os.O_CREAT | os.O_WRONLY)", "refused"),
+    "a file by a link": ("import os; os.symlink('OUT/new', 'x'); open('x', 'w')", "refused"),
+    "a file by a folder": ("import os; d = os.open('OUT', os.O_RDONLY); os.open('new', 66, dir_fd=d)", "refused"),
+    "removal": ("import os; os.remove('OUT/old/file')", "refused"),
+    "renaming": ("import os; open('a', 'w'); os.rename('a', 'OUT/new')", "refused"),
+    "a tree's removal": ("import shutil; shutil.rmtree('OUT/old')", "refused"),
     "a huge file": ("with open('x', 'w') as f:\n  while True: f.write('x' * 2**20)", "error"),
     "huge output": ("while True: print('x' * 10000)", "output"),
     "huge output by os.write": ("import os\nwhile True: os.write(2, b'x' * 10000)", "output"),
@@ -710,22 +715,40 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_is_contained(name):
+def test_a_hostile_program_is_contained(name, tmp_path):
     code, reason = HOSTILE[name]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/file").touch()
     start = time.monotonic()
-    ran = run_python(code, timeout=0.7 if reason == "timeout" else 10, memory_mib=256)
+    timeout = 0.7 if reason == "timeout" else 10
+    ran = run_python(code.replace("OUT", str(tmp_path)), timeout=timeout, memory_mib=256)
     assert (ran.ok, ran.reason) == (False, reason), ran
     assert time.monotonic() - start < 8 and len(ran.output) <= 64_000
-    assert not os.path.exists(OUTSIDE) and not os.path.exists("/tmp/x")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "old"]
 
 
 def alive(mark):
-    """Processes whose command line or memory name has the mark."""
+    """Processes that have the mark in their command line or environment."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as f:
-            found += [pid] if mark.encode() in f.read() else []
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as f:
+                found += [pid] if mark.encode() in f.read() else []
     return found
+
+
+def gone(mark):
+    deadline = time.monotonic() + 5
+    while alive(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(mark)
+
+
+def test_a_program_that_is_stopped_is_gone_even_from_a_session_of_its_own():
+    code = "import os, time\nprint(os.getcwd())\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(99)"
+    ran = run_python(code, timeout=0.7)
+    assert ran.reason == "timeout" and ran.output.startswith("/") and gone(ran.output.strip())
+    assert not os.path.exists(ran.output.strip())
 
 
 def refuse_ways_out():
@@ -742,17 +765,11 @@ def test_nothing_that_a_program_started_outlives_it(monkeypatch):
     assert run_python(code).ok
     assert run_python(code + "while True: pass", timeout=0.7).reason == "timeout"
     assert time.monotonic() - start < 5
-    if os.path.exists("/proc/self/ns/pid") and namespaces():
-        deadline = time.monotonic() + 5
-        while alive("3333.25") and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not alive("3333.25")
+    assert gone("3333.25") or not namespaces()
 
 
 def namespaces():
     """Whether the kernel lets a process make namespaces of its own."""
-    import subprocess
-
     return subprocess.run(["unshare", "-Upn", "true"], capture_output=True).returncode == 0
 
 
