@@ -1244,8 +1244,7 @@ def parse_list(text: str) -> list[str]:
     if (items := json_items(text)) is None:
         text = table_lines(html_lines(text) if re.search(r"(?i)<li\b", text) else text)
         lines = one_item_a_line(inside_fence(text))
-        marked = any(MARK.fullmatch(line) for line in lines)
-        items = marked_items(lines) if marked else plain_items(lines)
+        items = marked_items(lines) or plain_items(lines)
     items = [item for item in map(clean_item, items) if re.search(r"\w", item)]
     key = re.match(r"([a-z_]+): ", items[0]) if len(items) > 1 else None
     if key and all(item.startswith(key[0]) for item in items):  # a YAML list of mappings
@@ -1362,6 +1361,8 @@ def marked_items(lines: list[str]) -> list[str]:
             blocks.append([open_bold + mark["text"].strip()])
         elif blocks:
             blocks[-1].append(line)
+    if not blocks:
+        return []
     items, loose = zip(*map(item_of, blocks), strict=True)
     if sum(map(bool, loose[:-1])) * 2 < len(items) or len(items) == 1:
         loose = (*loose[:-1], "")  # these are the answer's last words
