@@ -1256,7 +1256,7 @@ def json_items(text: str) -> list[str] | None:
     """Of a JSON or Python list that stands on lines of its own: an array of texts or of objects
     with a text, or an object with a list or with numbered texts."""
     decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
-    starts = re.finditer(r"(?m)^[ >]*[[{]|(?<=[:=]) *\[", text)
+    starts = re.finditer(r"(?m)^[ >]*[\[{]|(?<=[:=]) *\[", text)
     for start in itertools.islice(starts, 8):  # each try may read the whole text
         at = start.end() - 1
         try:
@@ -1639,8 +1639,8 @@ def enough(n: int, least: int, relation: str) -> bool:
 def count_sentences(text: str) -> int:
     """Ends of sentences, and a last one without; a line's end is none, nor is the dot of a list's
     number, an initial or a common abbreviation."""
-    short = r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.)+[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr|sr)\."
-    text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^\s*[-*•]\s", "", text))
+    short = r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr|sr)\."
+    text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^[ \t]*[-*•]\s", "", text))
     parts = re.split(r"[.!?]+[\"”’')\]*_]*(?=\s|$)|[。！？]+[」』”]*", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)
 
@@ -1750,7 +1750,7 @@ KINDS: dict[str, Kind] = {
     "detectable_format:number_bullet_lists": (
         lambda r, w: {"num_bullets": r.randint(2, 5)},
         "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
-        lambda t, num_bullets: len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", t)) == num_bullets),
+        lambda t, num_bullets: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == num_bullets),
     "detectable_format:constrained_response": (
         lambda r, w: {}, "Choose your answer among these: " + " ".join(VERDICTS),
         lambda t: any(verdict in t for verdict in VERDICTS)),

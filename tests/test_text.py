@@ -215,6 +215,21 @@ def test_no_item_has_a_word_that_is_not_in_the_answer():
             assert item and set(re.findall(r"[^\W_]+", item)) <= words, (text, item)
 
 
+STUCK = ["[", "[\n", "{", " ", "\n", "- ", "1. ", "**", "<li>", "|", "a, ", '"', "```\n", "_a", "*", "x"]
+STUCK += ["\\boxed{", "1/", "9,", "<", "(1) ", "Section 1 ", "p.", "<<", "1 -", "“"]
+
+
+@pytest.mark.parametrize("part", STUCK, ids=range(len(STUCK)))
+def test_the_answer_of_a_model_that_got_stuck_takes_no_longer(part):
+    text, start = part * (12_000 // len(part)), time.process_time()
+    for read in (parse_list, normalise, final_number, extract_code, language_of):
+        read(text)
+    near_duplicates([text, text + " a"])
+    for kind, (draw, _, met) in KINDS.items():
+        assert met(text, **draw(random.Random(0), [*KEYWORDS])) in (True, False), kind
+    assert time.process_time() - start < 2
+
+
 # ---- duplicates and decontamination --------------------------------------------------------------
 
 WORDS = [a + b for a in ("ba", "ke", "li", "mo", "nu") for b in ("ran", "sel", "tip", "vor", "wug")]
