@@ -1639,7 +1639,9 @@ def enough(n: int, least: int, relation: str) -> bool:
 def count_sentences(text: str) -> int:
     """Ends of sentences, and a last one without; a line's end is none, nor is the dot of a list's
     number, an initial or a common abbreviation."""
-    short = r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr|sr)\."
+    short = (
+        r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
+    )
     text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^[ \t]*[-*•]\s", "", text))
     parts = re.split(r"[.!?]+[\"”’')\]*_]*(?=\s|$)|[。！？]+[」』”]*", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)

@@ -215,7 +215,24 @@ def test_no_item_has_a_word_that_is_not_in_the_answer():
             assert item and set(re.findall(r"[^\W_]+", item)) <= words, (text, item)
 
 
-STUCK = ["[", "[\n", "{", " ", "\n", "- ", "1. ", "**", "<li>", "|", "a, ", '"', "```\n", "_a", "*", "x"]
+STUCK = [
+    "[",
+    "[\n",
+    "{",
+    " ",
+    "\n",
+    "- ",
+    "1. ",
+    "**",
+    "<li>",
+    "|",
+    "a, ",
+    '"',
+    "```\n",
+    "_a",
+    "*",
+    "x",
+]
 STUCK += ["\\boxed{", "1/", "9,", "<", "(1) ", "Section 1 ", "p.", "<<", "1 -", "“"]
 
 
