@@ -244,7 +244,7 @@ def test_the_answer_of_a_model_that_got_stuck_takes_no_longer(part):
     near_duplicates([text, text + " a"])
     for kind, (draw, _, met) in KINDS.items():
         assert met(text, **draw(random.Random(0), [*KEYWORDS])) in (True, False), kind
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8
 
 
 # ---- duplicates and decontamination --------------------------------------------------------------
