@@ -967,20 +967,19 @@ def from_json(what: str, *args: Any) -> tuple:
 
 # ---- the server ----------------------------------------------------------------------------------
 
-# The fields of a request, and those of OpenAI's that must ask for nothing: null or one of these
+# The fields of a request, and those of OpenAI's that must ask for nothing
 FIELDS = dict(
     model=str, n=int, max_tokens=int, temperature=float, top_p=float, top_k=int, min_p=float,
     repetition_penalty=float, seed=int, stop=object, stream=bool, stream_options=dict, user=str,
 )  # fmt: skip
 CHAT = dict(messages=object, max_completion_tokens=int, logprobs=bool, top_logprobs=int)
 TEXT = dict(prompt=object, echo=bool, logprobs=int, best_of=int)
-NEUTRAL: dict[str, tuple] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
-    **dict.fromkeys(("logit_bias", "metadata", "tools", "functions", "suffix"), ({}, [], "")),
-    **dict.fromkeys(("tool_choice", "function_call", "service_tier"), ("none", "auto")),
-    **dict.fromkeys(("store", "parallel_tool_calls"), (False,)),
-    "response_format": ({"type": "text"},),
-}
+NEUTRAL = (
+    "frequency_penalty", "presence_penalty", "logit_bias", "metadata", "tools", "functions",
+    "suffix", "tool_choice", "function_call", "service_tier", "store", "parallel_tool_calls",
+    "response_format",
+)  # fmt: skip
+NOTHING = (0, "", [], {}, "none", "auto", {"type": "text"})
 Body = dict[str, Any]
 
 
@@ -1005,17 +1004,11 @@ class ServeConfig(EngineConfig):
 class Refused(Exception):
     """Ends a request with an OpenAI error object."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, **more: str) -> None:
         kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         error = {"message": message[:1000], "type": kind.get(status, "invalid_request_error")}
-        self.body = {"error": error | {"param": param and param[:100], "code": code}}
+        self.body = {"error": error | {"param": None, "code": None} | more}
         self.status, self.headers = status, {"retry-after": "1"} if status == 429 else {}
-
-
-class HungUp(Exception):
-    """The client is gone."""
 
 
 def parse_body(raw: bytes, chat: bool) -> Body:
@@ -1023,23 +1016,22 @@ def parse_body(raw: bytes, chat: bool) -> Body:
     pydantic's lists every error of a list of a million."""
     from pydantic_core import from_json
 
-    known = FIELDS | (CHAT if chat else TEXT)
     try:
         body = from_json(raw)
     except ValueError as e:
-        raise Refused(400, f"invalid JSON: {e}") from e
+        raise ValueError(f"invalid JSON: {e}") from e
     if not isinstance(body, dict):
-        raise Refused(400, "a request is a JSON object")
+        raise ValueError("a request is a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
+    known = FIELDS | (CHAT if chat else TEXT)
     for name, value in body.items():
-        if name not in known and name not in NEUTRAL:
-            raise Refused(400, f"{name:.60}: no field of this route", name)
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise Refused(400, f"{name}={value!r:.60}: not possible here; leave it out", name)
         kind = known.get(name, object)
+        if name not in known and name not in NEUTRAL:
+            raise ValueError(f"{name:.60}: no field of this route")
+        if name in NEUTRAL and value not in NOTHING:
+            raise ValueError(f"{name}={value!r:.60}: not possible here; leave it out")
         if kind not in (type(value), object) and (kind, type(value)) != (float, int):
-            message = f"{name}={value!r:.60}: must be {kind.__name__}, not {type(value).__name__}"
-            raise Refused(400, message, name)
+            raise ValueError(f"{name}={value!r:.60}: must be {kind.__name__}")
     return body
 
 
@@ -1063,10 +1055,9 @@ def plain_message(message: Any) -> Any:
     if unknown := given - {"role", "content", "name", "type"}:  # lm-eval sends a type
         raise ValueError(f"messages: {min(unknown):.60}: no field of a message")
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        content = "".join(texts) if whole else None
+    if isinstance(content, list):
+        with suppress(TypeError, KeyError):  # what is no text, data.py refuses
+            content = "".join(part["text"] for part in content)
     return {"role": message.get("role"), "content": content}
 
 
@@ -1074,15 +1065,14 @@ def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     """ValueError where a field's value is not possible."""
     names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: body[name] for name in names if name in body}
-    seed = body.get("seed", secrets.randbits(62))
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+    n, seed, stop = body.get("n", 1), body.get("seed", secrets.randbits(62)), body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
         raise ValueError("stop: a text or a list of texts")
-    n, options = body.get("n", 1), body.get("stream_options", {})
     if n > 128 or len(stop) > 64 or abs(seed) >= 1 << 63 or body.get("best_of", n) != n:
         raise ValueError("at most n=128, 64 stop texts, a seed of 63 bits; best_of must be n")
-    if options not in ({}, *({"include_usage": x} for x in (True, False) if body.get("stream"))):
-        raise ValueError("stream_options: {include_usage: true or false}, with stream: true")
+    if "stream_options" in body and not body.get("stream"):
+        raise ValueError("stream_options: only with stream: true")
     if not chat:
         given |= {"echo": body.get("echo", False), "logprobs": body.get("logprobs")}
         if given["echo"] and given["logprobs"] is not None:
@@ -1122,35 +1112,39 @@ class Choice:
         text, choice = news.text, {"index": news.index, "finish_reason": news.reason or None}
         if not self.chat:
             return choice | {"text": text, "logprobs": self.text_logprobs(news.tokens)}
-        if news.scores:
-            return choice | reward_answer(news.scores)
+        logprobs = self.chat_logprobs(news.tokens)
+        if news.scores:  # as NVIDIA's reward service: in the text, and as log-probabilities
+            pairs = list(attributes_of(news.scores).items())
+            text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
+            logprobs = [
+                {"token": k, "logprob": x, "bytes": None, "top_logprobs": []} for k, x in pairs
+            ]
         # the newline that the template has before <extra_id_1> is no part of the answer
         text, self.held = self.held + text, ""
         if text.endswith("\n") and news.reason in ("", "stop"):
             text, self.held = text[:-1], "\n"
-        message = {"role": "assistant", "content": text}
-        return choice | {"message": message, "logprobs": self.chat_logprobs(news.tokens)}
+        choice["logprobs"] = {"content": logprobs, "refusal": None} if logprobs else None
+        return choice | {"message": {"role": "assistant", "content": text}}
 
     def spell(self, token: int) -> str:
         """A token's text: behind another, as some tokenizers drop a space at the beginning."""
         behind = len(self.tokenizer.decode(self.anchor))
         return self.tokenizer.decode([*self.anchor, token])[behind:]
 
-    def chat_logprobs(self, tokens: list) -> dict[str, Any] | None:
+    def chat_logprobs(self, tokens: list) -> list[dict[str, Any]]:
         def entry(token: int, log_prob: float) -> dict[str, Any]:
             text = self.spell(token)
             whole = None if "\ufffd" in text else list(text.encode())
             return {"token": text, "logprob": log_prob, "bytes": whole}
 
-        content = [
+        return [
             entry(token, log_prob) | {"top_logprobs": [entry(*pair) for pair in top]}
             for token, log_prob, top in tokens
         ]
-        return {"content": content, "refusal": None} if content else None
 
     def text_logprobs(self, tokens: list) -> dict[str, Any] | None:
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        out: dict[str, list] = {name: [] for name in names}
+        columns = []
         for token, log_prob, top in tokens:
             named: dict[str, float] = {}
             for other, value in [*top, (token, log_prob)]:
@@ -1158,22 +1152,16 @@ class Choice:
             text, start = self.spell(token), self.offset
             self.offset += len(self.stream.push(token))
             start = max(start, self.offset - len(text))  # behind what broken bytes held back
-            entry = (text, log_prob, None if log_prob is None else named, start)
-            for name, value in zip(names, entry, strict=True):
-                out[name].append(value)
-        return out if tokens else None
+            columns.append((text, log_prob, None if log_prob is None else named, start))
+        return (
+            dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)) if tokens else None
+        )
 
 
-def reward_answer(scores: list[float]) -> dict[str, Any]:
-    """As NVIDIA's reward service answers: in the text, and as log-probabilities."""
+def attributes_of(scores: list[float]) -> dict[str, float]:
+    """A reward model's output by name; of NVIDIA's nine, the first four are untrained."""
     names = ATTRIBUTES if len(scores) in (5, 9) else [f"attribute_{i}" for i in range(len(scores))]
-    pairs = list(zip(names, scores[-len(names) :], strict=True))
-    content = [
-        {"token": name, "logprob": x, "bytes": None, "top_logprobs": []} for name, x in pairs
-    ]
-    text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
-    message = {"role": "assistant", "content": text}
-    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+    return dict(zip(names, scores[-len(names) :], strict=True))
 
 
 class Call:
@@ -1181,9 +1169,10 @@ class Call:
 
     def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
         self.desk, self.body, self.chat, self.params = desk, body, chat, params
-        self.inbox: asyncio.Queue[News | Exception] = asyncio.Queue()
-        self.prompt_tokens = self.new_tokens = self.cached_tokens = self.left = 0
+        self.inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.done: list[Completion] = []
         self.numbers: list[int] = []
+        self.prompt_tokens = self.left = 0
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         kind += ".chunk" if chat and body.get("stream") else ""
         self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind}
@@ -1201,9 +1190,8 @@ class Call:
             told[index] = len(out.text), end
             tokens = list(zip(out.ids[b:end], out.logprobs[b:], out.tops[b:], strict=True))
             news = News(index, out.text[a:], out.finish_reason, tokens, out.scores)
-            n_new = len(out.ids) - out.n_prompt * self.params.echo
             with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
-                loop.call_soon_threadsafe(self.arrive, news, n_new, out.cached)
+                loop.call_soon_threadsafe(self.arrive, news, out)
 
         self.left = len(told)
         self.desk.open += self.left
@@ -1212,46 +1200,39 @@ class Call:
             self.numbers.append(self.desk.driver.submit(ids, self.params, listener))
             self.prompt_tokens += len(ids)
 
-    def arrive(self, news: News, n_new: int, cached: int) -> None:
+    def arrive(self, news: News, out: Completion) -> None:
         if news.reason:
+            self.done.append(out)
             self.left -= 1
             self.desk.open -= 1
             self.desk.cancelled += news.reason == "cancelled"
-            self.new_tokens += 1 if news.scores else n_new
-            self.cached_tokens += 0 if news.index % self.params.n else cached
         self.inbox.put_nowait(news)
 
-    async def watch(self, receive: Callable) -> None:
-        """Tell the inbox if the client hangs up or the engine fails."""
-        while self.desk.alive:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(receive(), 1)  # a whole request is followed by its end alone
-                return self.inbox.put_nowait(HungUp())
-        self.inbox.put_nowait(Refused(503, "the engine has failed"))
+    async def news(self, request: Any) -> AsyncIterator[News]:
+        """Until all samples are done, the engine fails or the client hangs up."""
+        from starlette.requests import ClientDisconnect
 
-    async def news(self, receive: Callable) -> AsyncIterator[News]:
-        watcher = asyncio.create_task(self.watch(receive))
-        try:
-            while self.left or not self.inbox.empty():
-                item = await self.inbox.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            watcher.cancel()
+        while self.left or not self.inbox.empty():
+            self.desk.check()
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            with suppress(TimeoutError):
+                yield await asyncio.wait_for(self.inbox.get(), timeout=1)
 
     def usage(self) -> dict[str, Any]:
-        total = self.prompt_tokens + self.new_tokens
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
-        cached = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
-        return counts | {"total_tokens": total} | cached
+        echoed = self.params.echo
+        new = sum(len(c.ids) - c.n_prompt * echoed + bool(c.scores) for c in self.done)
+        cached = sum(c.cached for c in self.done if c.index == 0)
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": new}
+        counts["total_tokens"] = self.prompt_tokens + new
+        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    async def whole(self, receive: Callable) -> dict[str, Any]:
-        news = sorted([item async for item in self.news(receive)])  # one of each sample
+    async def whole(self, request: Any) -> dict[str, Any]:
+        news = sorted([item async for item in self.news(request)])  # one of each sample
         choices = [Choice(self.desk.engine.tokenizer, self.chat).write(item) for item in news]
         return self.head | {"choices": choices, "usage": self.usage()}
 
-    async def stream(self, receive: Callable) -> AsyncIterator[str]:
+    async def stream(self, request: Any) -> AsyncIterator[str]:
         """Server-sent events: roles, pieces, reasons, perhaps the usage, [DONE]."""
         wants = self.body.get("stream_options", {}).get("include_usage")
         blank = {"usage": None} if wants else {}
@@ -1262,27 +1243,17 @@ class Call:
             first = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             yield line(choices=[first])
         try:
-            async for news in self.news(receive):
-                for piece in pieces(choices[news.index].write(news)):
-                    yield line(choices=[piece])
+            async for news in self.news(request):
+                piece = choices[news.index].write(news)
+                if self.chat:
+                    piece["delta"] = {"content": piece.pop("message")["content"]}
+                yield line(choices=[piece])
         except Refused as e:
             yield f"data: {json.dumps(e.body)}\n\n"
             return
         if wants:
             yield line(choices=[], usage=self.usage())
         yield "data: [DONE]\n\n"
-
-
-def pieces(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A choice as a stream has it: in a chat, the reason to finish comes alone."""
-    message, reason = choice.pop("message", None), choice["finish_reason"]
-    if message is None:
-        yield choice
-        return
-    if message["content"] or choice["logprobs"]:
-        yield choice | {"delta": {"content": message["content"]}, "finish_reason": None}
-    if reason:
-        yield choice | {"delta": {}, "logprobs": None}
 
 
 class Desk:
@@ -1292,25 +1263,26 @@ class Desk:
         self.engine, self.driver, self.cfg = engine, driver, cfg
         self.name = cfg.model_name or cfg.model.resolve().name
         self.scores = bool(engine.cfg.n_attributes)
+        self.most = cfg.slots + cfg.max_queue  # samples at a time
         self.open = self.cancelled = self.requests = 0
         self.answers: Counter[int] = Counter()  # by status
 
-    @property
-    def alive(self) -> bool:
-        return self.driver.failed is None and self.driver.thread.is_alive()
+    def check(self) -> None:
+        if self.driver.failed or not self.driver.thread.is_alive():
+            raise Refused(503, "the engine has failed, or has not begun")
 
     def read(self, raw: bytes, chat: bool) -> tuple[Body, SamplingParams, list[list[int]]]:
         """A request's bytes → what the engine is to do, Refused if it cannot."""
-        body = parse_body(raw, chat)
-        if (name := body.get("model")) != self.name:
-            have = f"the model {name!r:.200} does not exist, only {self.name!r}"
-            raise Refused(404, have, "model", "model_not_found")
         try:
+            body = parse_body(raw, chat)
+            if (name := body.get("model")) != self.name:
+                have = f"the model {name!r:.200} does not exist, only {self.name!r}"
+                raise Refused(404, have, param="model", code="model_not_found")
             params, prompts = sampling(body, chat, self.engine), self.prompts(body, chat)
             params = SamplingParams(max_tokens=0) if self.scores else params
-            if len(prompts) * params.n > (most := self.cfg.slots + self.cfg.max_queue):
+            if len(prompts) * params.n > self.most:
                 asked = f"{len(prompts)} prompts, {params.n} samples of each"
-                raise ValueError(f"{asked}: this server takes {most} samples at a time")
+                raise ValueError(f"{asked}: this server takes {self.most} samples at a time")
             return body, params, [self.engine.encode(prompt) for prompt in prompts]
         except ValueError as e:
             raise Refused(400, str(e)) from e
@@ -1331,23 +1303,17 @@ class Desk:
             raise ValueError("messages: the last one, which is answered, must be the user's")
         return [ids]
 
-    async def begin(self, request: Any, chat: bool) -> Call:
+    async def begin(self, request: Any) -> Call:
         """Read a request and submit it."""
-        raw, more = bytearray(), True
-        announced = int(request.headers.get("content-length", 0))
-        while more and max(announced, len(raw)) <= self.cfg.max_body:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise HungUp
-            raw += message.get("body", b"")
-            more = message.get("more_body")
-        if max(announced, len(raw)) > self.cfg.max_body:
-            raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
+        raw, chat = bytearray(), "chat" in request.url.path
+        async for part in request.stream():
+            raw += part
+            if len(raw) > self.cfg.max_body:
+                raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
         # in a thread: to tokenize a long text takes a while
         body, params, prompts = await asyncio.to_thread(self.read, bytes(raw), chat)
-        if not self.alive:
-            raise Refused(503, "the engine has failed, or has not begun")
-        if self.open + len(prompts) * params.n > self.cfg.slots + self.cfg.max_queue:
+        self.check()
+        if self.open + len(prompts) * params.n > self.most:
             raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
         call = request.scope["call"] = Call(self, body, chat, params)
         call.submit(prompts)
@@ -1365,6 +1331,8 @@ class Desk:
     def around(self, app: Callable) -> Callable:
         """ASGI middleware: asks for the key, counts answers, turns errors into OpenAI's, and when a
         request ends, however it does, ends its samples."""
+        from starlette.requests import ClientDisconnect
+        from starlette.responses import JSONResponse
 
         async def run(scope: dict, receive: Callable, send: Callable) -> None:
             if scope["type"] != "http":
@@ -1381,24 +1349,23 @@ class Desk:
             try:
                 self.admit(scope)
                 await app(scope, receive, count)
-            except (HungUp, asyncio.CancelledError):
+            except (ClientDisconnect, asyncio.CancelledError):
                 pass  # the client is gone, or the server stops
             except Exception as e:
                 if not isinstance(e, Refused):
                     log.exception("a request failed")
                     e = Refused(500, "a bug of the server: its log has more")
                 if not begun:
-                    await send_error(e, count)
+                    await JSONResponse(e.body, e.status, e.headers)(scope, receive, count)
             finally:
-                if (call := scope.get("call")) and call.left:
-                    for number in call.numbers:
-                        self.driver.cancel(number)
+                for number in scope["call"].numbers if "call" in scope else ():
+                    self.driver.cancel(number)
 
         return run
 
     def metrics(self) -> str:
         engine = self.engine
-        rows = {
+        values = {
             "requests_total": self.requests,
             "prompt_tokens_total": engine.prompt_tokens + engine.cached_tokens,
             "cached_prompt_tokens_total": engine.cached_tokens,
@@ -1407,39 +1374,17 @@ class Desk:
             "running_samples": engine.active,
             "waiting_samples": max(0, self.open - engine.active),
         }
-        lines = ["# TYPE nemotron4_answers_total counter"]
-        for status, n in sorted(self.answers.items()):
-            lines.append(f'nemotron4_answers_total{{status="{status}"}} {n}')
-        for name, value in rows.items():
-            kind = "counter" if name.endswith("total") else "gauge"
-            lines += [f"# TYPE nemotron4_{name} {kind}", f"nemotron4_{name} {value}"]
-        return "\n".join([*lines, ""])
-
-
-async def send_error(e: Refused, send: Callable) -> None:
-    body = json.dumps(e.body).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | e.headers
-    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
-    await send({"type": "http.response.start", "status": e.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
-
-
-def need_serving() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as e:
-        raise ValueError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
+        values |= {f'answers_total{{status="{s}"}}': n for s, n in sorted(self.answers.items())}
+        return "".join(f"nemotron4_{name} {value}\n" for name, value in values.items())
 
 
 def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
     """A FastAPI application; it starts the driver's thread, and stops it in the end."""
-    need_serving()
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
-    desk = Desk(engine, driver, cfg)
+    desk, created = Desk(engine, driver, cfg), int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -1447,24 +1392,16 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
         yield
         await asyncio.to_thread(driver.stop)
 
-    quiet = dict(openapi_url=None, redirect_slashes=False)
-    app = FastAPI(title="nemotron4", lifespan=lifespan, **quiet)
+    app = FastAPI(title="nemotron4", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(desk.around)
-    created = int(time.time())
-
-    async def answer(request: Request, chat: bool) -> Response:
-        call = await desk.begin(request, chat)
-        if call.body.get("stream"):
-            return StreamingResponse(call.stream(request.receive), media_type="text/event-stream")
-        return JSONResponse(await call.whole(request.receive))
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await answer(request, chat=True)
-
     @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return await answer(request, chat=False)
+    async def answer(request: Request) -> Response:
+        call = await desk.begin(request)
+        if call.body.get("stream"):
+            return StreamingResponse(call.stream(request), media_type="text/event-stream")
+        return JSONResponse(await call.whole(request))
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -1477,8 +1414,7 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
 
     @app.get("/v1/health/ready")
     async def ready() -> dict:
-        if not desk.alive:
-            raise Refused(503, "the engine has failed, or has not begun")
+        desk.check()
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -1496,26 +1432,26 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
 
 def serve(cfg: ServeConfig) -> None:
     """Answer until SIGINT or SIGTERM. The first process talks, the others follow it."""
-    need_serving()
-    import uvicorn
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as e:
+        raise ValueError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
 
-    engine = load_engine(cfg)
-    driver = Driver(engine)
+    driver = Driver(load_engine(cfg))
     # uvicorn raises what stopped it once more when it is done; those who follow are told to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    if driver.leads:
-        app, at = make_app(engine, driver, cfg), f"{cfg.host}:{cfg.port}"
-        log.info(f"http://{at}/v1 has the model {cfg.model_name or cfg.model.resolve().name}")
-        if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
-            log.warning(f"whoever reaches {at} may use it: set --api-key")
-        quiet = dict(log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.run(app, host=cfg.host, port=cfg.port, **quiet)
-        driver.stop()  # again, if uvicorn was made to hurry
-        if driver.failed:
-            raise RuntimeError("the engine failed") from driver.failed
-    else:
-        driver.follow()
+    if not driver.leads:
+        return driver.follow()
+    log.info(f"http://{cfg.host}:{cfg.port}/v1 serves {cfg.model_name or cfg.model.resolve().name}")
+    if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning(f"whoever reaches {cfg.host} may use it: set --api-key")
+    app, quiet = make_app(driver.engine, driver, cfg), dict(log_level="warning")
+    uvicorn.run(app, host=cfg.host, port=cfg.port, timeout_graceful_shutdown=5, **quiet)
+    driver.stop()  # again, if uvicorn was made to hurry
+    if driver.failed:
+        raise RuntimeError("the engine failed") from driver.failed
 
 
 # ---- commands ------------------------------------------------------------------------------------
