@@ -25,11 +25,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -412,6 +412,7 @@ class Engine:
         self.model, self.hidden = model, model.hidden
         self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
         self.world = self.tp * self.pp
+        self.leads = self.world == 1 or dist.get_rank() == 0
         weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
         like = torch.empty(0, dtype=weight.dtype, device=weight.device)
         self.dtype, self.device = like.dtype, like.device
@@ -496,14 +497,16 @@ class Engine:
                 self.step()
             yield row.out
 
+    def submit_pair(self, context: list[int], continuation: list[int]) -> Row:
+        """For the log-probabilities of the continuation, and the likeliest tokens in its place."""
+        ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
+        (row,) = self.submit([*context, *continuation], ask, score_from=len(context))
+        return row
+
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
         """(context, continuation) → completions whose logprobs and tops (the likeliest token) are
         the continuation's."""
-        params = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
-        rows = []
-        for context, continuation in pairs:
-            rows += self.submit([*context, *continuation], params, score_from=len(context))
-        return list(self.finished(rows))
+        return list(self.finished([self.submit_pair(*pair) for pair in pairs]))
 
     # -- one step
 
@@ -817,20 +820,13 @@ class EngineConfig:
     mesh: Layout = field(default_factory=Layout)
 
 
-def tokenizer_of(cfg: EngineConfig) -> Tokenizer:
-    """The one asked for, the one in the model's folder, or that of the data a run trained on."""
-    if cfg.tokenizer:
-        return load_tokenizer(cfg.tokenizer)
-    try:
-        return load_tokenizer(cfg.model)
-    except ValueError as e:
-        raise ValueError(f"{e}, or set --tokenizer") from e
-
-
 def load_engine(cfg: EngineConfig) -> Engine:
     """The model's parts for this process, and an engine around them."""
     model, layout = replace(read_config(cfg.model), lora_rank=0), cfg.mesh  # adapters are merged
-    tokenizer = tokenizer_of(cfg)
+    try:
+        tokenizer = load_tokenizer(cfg.tokenizer or cfg.model)
+    except ValueError as e:
+        raise ValueError(f"{e} (--tokenizer chooses one)") from e
     if tokenizer.vocab_size > model.vocab_size:
         both = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         raise ValueError(f"{both}: set --tokenizer to the one it was trained with")
@@ -841,17 +837,15 @@ def load_engine(cfg: EngineConfig) -> Engine:
         raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
     mesh_cfg.check(model, world, batch=layout.pp, micro_batch=1)
     mesh = init_mesh(mesh_cfg)
-    dtype = DTYPES["bf16" if mesh.device_type == "cuda" else "fp32"]
-    dtype = dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-    rank = mesh["pp"].get_local_rank()
-    layers = split_layers(model, layout.pp)[rank]
+    auto = "bf16" if mesh.device_type == "cuda" else "fp32"
+    dtype, stage = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype], mesh["pp"].get_local_rank()
+    here = [f"blocks.{layer}." for layer in split_layers(model, layout.pp)[stage]]
+    here += ["embed."] * (stage == 0) + ["norm.", "head."] * (stage == layout.pp - 1)
     wanted = {}
     for name, p in on_meta(model).named_parameters():
-        first, last = name.startswith("embed"), name.startswith(("norm", "head"))
-        block = name.startswith("blocks.") and int(name.split(".")[1]) in layers
-        if block or (first and rank == 0) or (last and rank == layout.pp - 1):
+        if name.startswith(tuple(here)):
             # norms and a reward head compute in fp32 anyhow
-            small = p.ndim < 2 or (model.n_attributes and name.startswith("head"))
+            small = p.ndim < 2 or (model.n_attributes and name.startswith("head."))
             wanted[name] = torch.float32 if small else dtype
     parts = load_parts(cfg.model, model, wanted, mesh)
     laid_out = lay_out(model, parts, mesh["tp"] if layout.tp > 1 else None)
@@ -871,7 +865,8 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.news: queue.SimpleQueue = queue.SimpleQueue()
-        self.rows: dict[int, list[Row]] = {}  # those under way, by the request's number
+        self.listeners: dict[int, Listener] = {}  # of requests that are news, by number
+        self.rows: dict[int, list[Row]] = {}  # those under way
         self.numbers = itertools.count()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.failed: BaseException | None = None
@@ -880,7 +875,8 @@ class Driver:
         """Queue a request from any thread → its number. The listener is called in the engine's."""
         self.engine.encode(ids)  # what is wrong with it is the caller's to hear
         number = next(self.numbers)
-        self.news.put(("submit", number, ids, params, listener))
+        self.listeners[number] = listener
+        self.news.put(("submit", number, ids, params))
         return number
 
     def cancel(self, number: int) -> None:
@@ -895,74 +891,44 @@ class Driver:
 
     def run(self) -> None:
         try:
-            while self.turn():
-                pass
+            self.follow()
         except BaseException as e:
             self.failed = e  # the server says it is not alive
             log.exception("the engine failed")
 
     def follow(self) -> None:
-        """What the other processes do."""
-        while self.turn():
-            pass
-
-    def turn(self) -> bool:
-        """Take what is new, then one step; False once stopped."""
+        """What all processes do, until they are told to stop: take what is new, then one step."""
         going = True
-        for what, *args in self.share(self.wait() if self.leads else []):
-            if what == "stop":
-                going = False
-            elif what == "cancel":
-                for row in self.rows.get(args[0], ()):
-                    self.engine.cancel(row)
-            else:
-                number, ids, params, listener = args
-                self.rows[number] = self.engine.submit(ids, params, listener)
-        if self.engine.busy:
-            self.engine.step()
-            done = lambda rows: all(row.out.finish_reason for row in rows)  # noqa: E731
-            self.rows = {n: rows for n, rows in self.rows.items() if not done(rows)}
-        return going
+        while going:
+            for what, *args in self.take():
+                if what == "stop":
+                    going = False
+                elif what == "cancel":
+                    for row in self.rows.get(args[0], ()):
+                        self.engine.cancel(row)
+                else:
+                    number, ids, params = args
+                    listener = self.listeners.pop(number, None)
+                    self.rows[number] = self.engine.submit(ids, params, listener)
+            if self.engine.busy:
+                self.engine.step()
+                for number, rows in list(self.rows.items()):
+                    if all(row.out.finish_reason for row in rows):
+                        del self.rows[number]
 
-    @property
-    def leads(self) -> bool:
-        return self.engine.world == 1 or dist.get_rank() == 0
-
-    def wait(self) -> list[tuple]:
-        """News; without work, wait for some, but never so long that those who follow give up."""
+    def take(self) -> list[tuple]:
+        """What is new to the first process, on all of them. Without work it waits for some, but
+        never so long that those who follow give up."""
         news = []
-        try:
-            if not self.engine.busy:
+        with suppress(queue.Empty):
+            if self.engine.leads and not self.engine.busy:
                 news.append(self.news.get(timeout=30))
-            while True:
+            while self.engine.leads:
                 news.append(self.news.get_nowait())
-        except queue.Empty:
-            return news
-
-    def share(self, news: list[tuple]) -> list[tuple]:
-        """What is new to the first process, on all of them: as JSON, without the listeners."""
-        if self.engine.world == 1:
-            return news
-        plain = [[*item[:3], asdict(item[3])] if item[0] == "submit" else [*item] for item in news]
-        text = np.frombuffer(json.dumps(plain).encode(), np.uint8).copy()
-        size = torch.tensor([len(text) if news else 0])
-        dist.broadcast(size, src=0)
-        if not size:
-            return []
-        text = torch.from_numpy(text) if self.leads else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(text, src=0)
-        if self.leads:
-            return news
-        return [from_json(*item) for item in json.loads(bytes(text.numpy()))]
-
-
-def from_json(what: str, *args: Any) -> tuple:
-    """An item of the news, on a process that follows."""
-    if what != "submit":
-        return (what, *args)
-    number, ids, params = args
-    tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in params.items()}
-    return (what, number, ids, SamplingParams(**tuples), None)
+        if self.engine.world > 1:
+            dist.broadcast_object_list(box := [news], src=0, device=torch.device("cpu"))
+            news = box[0]
+        return news
 
 
 # ---- the server ----------------------------------------------------------------------------------
@@ -1035,18 +1001,6 @@ def parse_body(raw: bytes, chat: bool) -> Body:
     return body
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """A text or token ids, or a list of these → the list."""
-
-    def is_one(p: Any) -> bool:
-        return isinstance(p, str) or (isinstance(p, list) and {type(i) for i in p} == {int})
-
-    prompts = [prompt] if is_one(prompt) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(map(is_one, prompts)):
-        raise ValueError("prompt: a text, a list of token ids, or a list of these, none empty")
-    return prompts
-
-
 def plain_message(message: Any) -> Any:
     """A message as data.py wants it: OpenAI's content may be a list of texts."""
     if not isinstance(message, dict):
@@ -1089,41 +1043,34 @@ def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     return SamplingParams(max_tokens=most, stop=tuple(stop), seed=seed, **given)
 
 
-class News(NamedTuple):
-    """What a step added to a sample: copied in the engine's thread, read in the server's."""
-
-    index: int
-    text: str
-    reason: str
-    tokens: list[tuple[int, float | None, list[tuple[int, float]]]]
-    """If asked for: ids, their log-probabilities, the likeliest tokens and theirs."""
-    scores: list[float]
-
-
 class Choice:
     """One sample in OpenAI's words, whole or piece by piece."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
-        self.tokenizer, self.chat, self.held, self.offset = tokenizer, chat, "", 0
-        self.stream = TextStream(tokenizer, ())
+    def __init__(self, tokenizer: Tokenizer, chat: bool, index: int = 0) -> None:
+        self.tokenizer, self.chat, self.index = tokenizer, chat, index
+        self.characters = self.tokens = 0  # written so far
+        self.held, self.offset, self.stream = "", 0, TextStream(tokenizer, ())
         self.anchor = [int(i) for i in tokenizer.encode("a")[-1:]]
 
-    def write(self, news: News) -> dict[str, Any]:
-        text, choice = news.text, {"index": news.index, "finish_reason": news.reason or None}
+    def write(self, out: Completion, characters: int, tokens: int, reason: str) -> dict[str, Any]:
+        """What is new, up to so many characters and tokens: the engine may have gone on."""
+        text, new = out.text[self.characters : characters], slice(self.tokens, tokens)
+        self.characters, self.tokens = characters, tokens
+        noted = list(zip(out.ids[new], out.logprobs[new], out.tops[new], strict=True))
+        choice: dict[str, Any] = {"index": self.index, "finish_reason": reason or None}
         if not self.chat:
-            return choice | {"text": text, "logprobs": self.text_logprobs(news.tokens)}
-        logprobs = self.chat_logprobs(news.tokens)
-        if news.scores:  # as NVIDIA's reward service: in the text, and as log-probabilities
-            pairs = list(attributes_of(news.scores).items())
+            return choice | {"text": text, "logprobs": self.text_logprobs(noted)}
+        content = self.chat_logprobs(noted)
+        if out.scores:  # as NVIDIA's reward service: in the text, and as log-probabilities
+            pairs = attributes_of(out.scores).items()
             text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
-            logprobs = [
-                {"token": k, "logprob": x, "bytes": None, "top_logprobs": []} for k, x in pairs
-            ]
+            blank = {"bytes": None, "top_logprobs": []}
+            content = [{"token": name, "logprob": x} | blank for name, x in pairs]
         # the newline that the template has before <extra_id_1> is no part of the answer
         text, self.held = self.held + text, ""
-        if text.endswith("\n") and news.reason in ("", "stop"):
+        if text.endswith("\n") and reason in ("", "stop"):
             text, self.held = text[:-1], "\n"
-        choice["logprobs"] = {"content": logprobs, "refusal": None} if logprobs else None
+        choice["logprobs"] = {"content": content, "refusal": None} if content else None
         return choice | {"message": {"role": "assistant", "content": text}}
 
     def spell(self, token: int) -> str:
@@ -1131,7 +1078,7 @@ class Choice:
         behind = len(self.tokenizer.decode(self.anchor))
         return self.tokenizer.decode([*self.anchor, token])[behind:]
 
-    def chat_logprobs(self, tokens: list) -> list[dict[str, Any]]:
+    def chat_logprobs(self, noted: list) -> list[dict[str, Any]]:
         def entry(token: int, log_prob: float) -> dict[str, Any]:
             text = self.spell(token)
             whole = None if "\ufffd" in text else list(text.encode())
@@ -1139,23 +1086,21 @@ class Choice:
 
         return [
             entry(token, log_prob) | {"top_logprobs": [entry(*pair) for pair in top]}
-            for token, log_prob, top in tokens
+            for token, log_prob, top in noted
         ]
 
-    def text_logprobs(self, tokens: list) -> dict[str, Any] | None:
-        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        columns = []
-        for token, log_prob, top in tokens:
+    def text_logprobs(self, noted: list) -> dict[str, Any] | None:
+        rows = []
+        for token, log_prob, top in noted:
             named: dict[str, float] = {}
             for other, value in [*top, (token, log_prob)]:
                 named.setdefault(self.spell(other), value)  # the likeliest of those spelt alike
             text, start = self.spell(token), self.offset
             self.offset += len(self.stream.push(token))
             start = max(start, self.offset - len(text))  # behind what broken bytes held back
-            columns.append((text, log_prob, None if log_prob is None else named, start))
-        return (
-            dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)) if tokens else None
-        )
+            rows.append((text, log_prob, None if log_prob is None else named, start))
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return {name: [row[i] for row in rows] for i, name in enumerate(names)} if rows else None
 
 
 def attributes_of(scores: list[float]) -> dict[str, float]:
@@ -1169,46 +1114,39 @@ class Call:
 
     def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
         self.desk, self.body, self.chat, self.params = desk, body, chat, params
-        self.inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.done: list[Completion] = []
-        self.numbers: list[int] = []
-        self.prompt_tokens = self.left = 0
+        self.numbers: list[int] = []  # the driver's
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         kind += ".chunk" if chat and body.get("stream") else ""
         self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind}
         self.head |= {"created": int(time.time()), "model": desk.name}
 
     def submit(self, prompts: list[list[int]]) -> None:
-        n, loop = self.params.n, asyncio.get_running_loop()
-        told = [(0, 0)] * (n * len(prompts))  # characters and tokens
+        loop, n = asyncio.get_running_loop(), self.params.n
+        tokenizer, self.left = self.desk.engine.tokenizer, n * len(prompts)
+        choices = [Choice(tokenizer, self.chat, i) for i in range(self.left)]
 
         def tell(first: int, out: Completion, _: str) -> None:
-            if not (out.finish_reason or self.body.get("stream")):
-                return
-            index = first + out.index
-            (a, b), end = told[index], len(out.logprobs)
-            told[index] = len(out.text), end
-            tokens = list(zip(out.ids[b:end], out.logprobs[b:], out.tops[b:], strict=True))
-            news = News(index, out.text[a:], out.finish_reason, tokens, out.scores)
-            with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
-                loop.call_soon_threadsafe(self.arrive, news, out)
+            if out.finish_reason or self.body.get("stream"):
+                until = len(out.text), len(out.logprobs), out.finish_reason
+                with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
+                    loop.call_soon_threadsafe(self.arrive, choices[first + out.index], out, *until)
 
-        self.left = len(told)
         self.desk.open += self.left
+        self.prompt_tokens = sum(map(len, prompts))
         for i, ids in enumerate(prompts):
-            listener = partial(tell, i * n)
-            self.numbers.append(self.desk.driver.submit(ids, self.params, listener))
-            self.prompt_tokens += len(ids)
+            self.numbers.append(self.desk.driver.submit(ids, self.params, partial(tell, i * n)))
 
-    def arrive(self, news: News, out: Completion) -> None:
-        if news.reason:
+    def arrive(self, choice: Choice, out: Completion, *until: Any) -> None:
+        if reason := until[-1]:
             self.done.append(out)
             self.left -= 1
             self.desk.open -= 1
-            self.desk.cancelled += news.reason == "cancelled"
-        self.inbox.put_nowait(news)
+            self.desk.cancelled += reason == "cancelled"
+        self.inbox.put_nowait(choice.write(out, *until))
 
-    async def news(self, request: Any) -> AsyncIterator[News]:
+    async def pieces(self, request: Any) -> AsyncIterator[dict[str, Any]]:
         """Until all samples are done, the engine fails or the client hangs up."""
         from starlette.requests import ClientDisconnect
 
@@ -1228,31 +1166,29 @@ class Call:
         return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     async def whole(self, request: Any) -> dict[str, Any]:
-        news = sorted([item async for item in self.news(request)])  # one of each sample
-        choices = [Choice(self.desk.engine.tokenizer, self.chat).write(item) for item in news]
+        choices = [choice async for choice in self.pieces(request)]  # one of each sample
+        choices.sort(key=lambda choice: choice["index"])
         return self.head | {"choices": choices, "usage": self.usage()}
 
     async def stream(self, request: Any) -> AsyncIterator[str]:
         """Server-sent events: roles, pieces, reasons, perhaps the usage, [DONE]."""
         wants = self.body.get("stream_options", {}).get("include_usage")
-        blank = {"usage": None} if wants else {}
-        line = lambda **more: f"data: {json.dumps(self.head | blank | more)}\n\n"  # noqa: E731
-        choices = [Choice(self.desk.engine.tokenizer, self.chat) for _ in range(self.left)]
-        delta = {"role": "assistant", "content": ""}
+        head = self.head | ({"usage": None} if wants else {})
+        line = lambda body: f"data: {json.dumps(body)}\n\n"  # noqa: E731
+        blank = {"logprobs": None, "finish_reason": None}
         for i in range(self.left if self.chat else 0):
-            first = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
-            yield line(choices=[first])
+            first = {"index": i, "delta": {"role": "assistant", "content": ""}}
+            yield line(head | {"choices": [first | blank]})
         try:
-            async for news in self.news(request):
-                piece = choices[news.index].write(news)
+            async for piece in self.pieces(request):
                 if self.chat:
                     piece["delta"] = {"content": piece.pop("message")["content"]}
-                yield line(choices=[piece])
+                yield line(head | {"choices": [piece]})
         except Refused as e:
-            yield f"data: {json.dumps(e.body)}\n\n"
+            yield line(e.body)
             return
         if wants:
-            yield line(choices=[], usage=self.usage())
+            yield line(head | {"choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
 
@@ -1264,7 +1200,7 @@ class Desk:
         self.name = cfg.model_name or cfg.model.resolve().name
         self.scores = bool(engine.cfg.n_attributes)
         self.most = cfg.slots + cfg.max_queue  # samples at a time
-        self.open = self.cancelled = self.requests = 0
+        self.open = self.cancelled = 0
         self.answers: Counter[int] = Counter()  # by status
 
     def check(self) -> None:
@@ -1291,17 +1227,25 @@ class Desk:
         """Texts or ids; ValueError where this model takes no such request."""
         if self.scores and (not chat or body.get("stream") or body.get("n", 1) != 1):
             raise ValueError("a reward model scores chats: /v1/chat/completions, n=1, no stream")
-        if not chat:
-            return prompts_of(body.get("prompt"))
-        messages = body.get("messages")
-        if isinstance(messages, list):
-            messages = [plain_message(message) for message in messages]
-        if self.scores:
-            return [render_reward(messages, self.engine.tokenizer)]
-        ids, _ = render_chat(messages, self.engine.tokenizer)
-        if messages[-1]["role"] != "user":
-            raise ValueError("messages: the last one, which is answered, must be the user's")
-        return [ids]
+        if chat:
+            messages = body.get("messages")
+            if isinstance(messages, list):
+                messages = [plain_message(message) for message in messages]
+            if self.scores:
+                return [render_reward(messages, self.engine.tokenizer)]
+            ids, _ = render_chat(messages, self.engine.tokenizer)
+            if messages[-1]["role"] != "user":
+                raise ValueError("messages: the last one, which is answered, must be the user's")
+            return [ids]
+
+        def is_one(p: Any) -> bool:
+            return isinstance(p, str) or (isinstance(p, list) and {type(i) for i in p} == {int})
+
+        prompts = body.get("prompt")
+        prompts = [prompts] if is_one(prompts) else prompts
+        if not isinstance(prompts, list) or not prompts or not all(map(is_one, prompts)):
+            raise ValueError("prompt: a text, a list of token ids, or a list of these, none empty")
+        return prompts
 
     async def begin(self, request: Any) -> Call:
         """Read a request and submit it."""
@@ -1317,7 +1261,6 @@ class Desk:
             raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
         call = request.scope["call"] = Call(self, body, chat, params)
         call.submit(prompts)
-        self.requests += 1
         return call
 
     def admit(self, scope: dict) -> None:
@@ -1366,7 +1309,6 @@ class Desk:
     def metrics(self) -> str:
         engine = self.engine
         values = {
-            "requests_total": self.requests,
             "prompt_tokens_total": engine.prompt_tokens + engine.cached_tokens,
             "cached_prompt_tokens_total": engine.cached_tokens,
             "new_tokens_total": engine.new_tokens,
@@ -1442,7 +1384,7 @@ def serve(cfg: ServeConfig) -> None:
     # uvicorn raises what stopped it once more when it is done; those who follow are told to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    if not driver.leads:
+    if not driver.engine.leads:
         return driver.follow()
     log.info(f"http://{cfg.host}:{cfg.port}/v1 serves {cfg.model_name or cfg.model.resolve().name}")
     if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
@@ -1486,12 +1428,10 @@ def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], T]) -> list[tupl
 
 
 @contextmanager
-def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], None]]:
+def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """A function that writes a line, to the file or stdout; on the first process alone."""
-    leads = engine.world == 1 or dist.get_rank() == 0
-    with ExitStack() as stack:
-        file = stack.enter_context(out.open("w", encoding="utf-8")) if out and leads else sys.stdout
-        dump = partial(json.dumps, ensure_ascii=False)
+    leads, dump = engine.leads, partial(json.dumps, ensure_ascii=False)
+    with out.open("w", encoding="utf-8") if out and leads else nullcontext(sys.stdout) as file:
         yield lambda row: leads and (file.write(dump(row) + "\n"), file.flush())
 
 
@@ -1510,24 +1450,17 @@ def sample_command(cfg: SampleConfig) -> None:
         ids, _ = render_chat(row["messages"], engine.tokenizer)
         return engine.submit(ids, replace(cfg.sampling, stop_ids=stops))
 
-    if cfg.prompts:
-        work = [({"prompt": text}, submit({"prompt": text})) for text in cfg.prompts]
-    else:
-        work = read_rows(cfg.file, submit)
-    begun = time.perf_counter()
-    bar = tqdm(
-        total=sum(len(rows) for _, rows in work), unit=" samples", disable=not log.isEnabledFor(20)
-    )
-    with json_lines(cfg.out, engine) as write, bar:
-        for row, samples in work:
+    given = [{"prompt": text} for text in cfg.prompts]
+    work = [(row, submit(row)) for row in given] or read_rows(cfg.file, submit)
+    begun, quiet = time.perf_counter(), not log.isEnabledFor(logging.INFO)
+    with json_lines(cfg.out, engine) as write:
+        for row, samples in tqdm(work, unit=" prompts", disable=quiet):
             for done in engine.finished(samples):
                 line = {"index": done.index, "text": done.text, "finish_reason": done.finish_reason}
                 if cfg.sampling.logprobs is not None:
                     line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
                 write(row | line)
-                rate = engine.new_tokens / (time.perf_counter() - begun)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update()
+    rate = engine.new_tokens / (time.perf_counter() - begun)
     log.info(
         f"{engine.prompt_tokens:,} prompt tokens computed, {engine.cached_tokens:,} shared; "
         f"{engine.new_tokens:,} new ones, {rate:,.0f} a second"
@@ -1548,47 +1481,43 @@ class ChatConfig(EngineConfig):
 
 def chat(cfg: ChatConfig) -> None:
     engine = load_engine(cfg)
-    driver, params = Driver(engine), replace(cfg.sampling, n=1, echo=False)
-    params = replace(params, stop_ids=chat_stops(engine.tokenizer) + (params.stop_ids or ()))
-    if not driver.leads:
+    driver, stops = Driver(engine), chat_stops(engine.tokenizer) + (cfg.sampling.stop_ids or ())
+    params = replace(cfg.sampling, n=1, echo=False, stop_ids=stops)
+    if not engine.leads:
         return driver.follow()
     driver.thread.start()
     messages = [{"role": "system", "content": cfg.system}]
-    while question := read_line():
-        messages.append({"role": "user", "content": question})
-        while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
-            if len(messages) == 2:
-                log.warning(f"{len(ids)} tokens, but the context has {engine.context}: shorten it")
-                break
-            del messages[1:3]  # the earliest question and its answer
-        answer = talk(driver, ids.tolist(), params) if len(ids) < engine.context else ""
-        # an answer that is not there takes its question with it
-        messages[-1:] = [messages[-1], {"role": "assistant", "content": answer}] if answer else []
+    with suppress(EOFError):
+        while question := input("\n> "):
+            messages.append({"role": "user", "content": question})
+            while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
+                if len(messages) == 2:
+                    log.warning(f"{len(ids)} tokens, the context has {engine.context}: shorten it")
+                    break
+                del messages[1:3]  # the earliest question and its answer
+            if len(ids) < engine.context and (answer := talk(driver, ids.tolist(), params)):
+                messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()  # an answer that is not there takes its question with it
     return driver.stop()
-
-
-def read_line() -> str:
-    sys.stdout.write("\n> ")
-    sys.stdout.flush()
-    return sys.stdin.readline().rstrip("\n")
 
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
     """Write an answer as it comes; returns it without the line end that the template adds."""
-    pieces: queue.Queue = queue.Queue()
-    number = driver.submit(ids, params, lambda out, text: pieces.put((text, out.finish_reason)))
-    answer, reason = "", ""
-    while not reason and not driver.failed:
+    told: list[Completion] = []
+
+    def show(out: Completion, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        told.append(out)
+
+    number = driver.submit(ids, params, show)
+    while not (told and told[0].finish_reason) and not driver.failed:
         try:
-            text, reason = pieces.get(timeout=1)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            answer += text
-        except queue.Empty:
-            continue
+            time.sleep(0.02)
         except KeyboardInterrupt:
             driver.cancel(number)
-    return answer.rstrip("\n")
+    return told[0].text.rstrip("\n") if told else ""
 
 
 @dataclass(frozen=True)
@@ -1613,14 +1542,13 @@ def score(cfg: ScoreConfig) -> None:
                 row["logprobs"] = [sum(c.logprobs) for c in done]
                 row["n_tokens"] = [len(c.logprobs) for c in done]
                 row["greedy"] = [is_greedy(c) for c in done]
-            elif "chosen" in row:
-                row["chosen_scores"], row["rejected_scores"] = (
-                    named_scores(c.scores) for c in done
-                )
-                won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
-                wins.setdefault(row.get("subset", "all"), []).append(won)
-            else:
+            elif "messages" in row:
                 row["scores"] = named_scores(done[0].scores)
+            else:
+                chosen, rejected = (named_scores(c.scores) for c in done)
+                row |= {"chosen_scores": chosen, "rejected_scores": rejected}
+                won = chosen["reward"] > rejected["reward"]
+                wins.setdefault(row.get("subset", "all"), []).append(won)
             write(row)
     if wins:
         log.info(rewardbench(wins))
@@ -1628,16 +1556,12 @@ def score(cfg: ScoreConfig) -> None:
 
 def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Row]:
     """The rows of the batch that a row of the file needs."""
-    ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
     if not engine.cfg.n_attributes:
         if "continuation" not in row and "continuations" not in row:
             raise ValueError("a language model needs `prompt` and `continuation(s)`")
         context = engine.encode(row["prompt"])
-        rows = []
-        for text in row.get("continuations") or [row["continuation"]]:
-            ids = context + engine.encode(text)
-            rows += engine.submit(ids, ask, score_from=len(context))
-        return rows
+        texts = row.get("continuations") or [row["continuation"]]
+        return [engine.submit_pair(context, engine.encode(text)) for text in texts]
     if "messages" in row:
         conversations = [row["messages"]]
     else:
@@ -1646,7 +1570,7 @@ def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Row]:
         answers = [row["chosen"], row["rejected"]]
         conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
     inputs = [render_reward(messages, engine.tokenizer) for messages in conversations]
-    return [row for ids in inputs for row in engine.submit(ids, ask)]
+    return [row for ids in inputs for row in engine.submit(ids, SamplingParams(max_tokens=0))]
 
 
 def is_greedy(done: Completion) -> bool:
@@ -1656,8 +1580,7 @@ def is_greedy(done: Completion) -> bool:
 
 def named_scores(scores: list[float]) -> dict[str, float]:
     """A reward model's output by attribute, and the reward: their weighted sum."""
-    last = scores[-len(ATTRIBUTES) :]  # of NVIDIA's nine outputs, the first four are untrained
-    return dict(zip(ATTRIBUTES, last, strict=True)) | {"reward": float(aggregate(last))}
+    return attributes_of(scores) | {"reward": float(aggregate(scores))}
 
 
 # RewardBench's sections and the examples of each subset; math-prm counts 984 = 6 x 164, as much as
@@ -1687,24 +1610,23 @@ def rewardbench(wins: dict[str, list[bool]]) -> str:
     sections, as the report has it; the leaderboard's, with the other sets at half weight; and of
     all rows."""
     share = {subset: sum(won) / len(won) for subset, won in wins.items()}
-    lines = [f"{subset:28} {share[subset]:6.1%} of {len(wins[subset])}" for subset in wins]
-    sections = {}
+    table = {subset: f"{share[subset]:6.1%} of {len(wins[subset])}" for subset in wins}
+    sections, other = [], set(wins)
     for section, sizes in REWARDBENCH.items():
-        if have := {subset: n for subset, n in sizes.items() if subset in wins}:
-            total = sum(share[subset] * n for subset, n in have.items())
-            sections[section] = total / sum(have.values())
-            lines.append(f"{section:28} {sections[section]:6.1%}")
-    known = {subset for sizes in REWARDBENCH.values() for subset in sizes}
-    prior = [share[subset] for subset in wins if subset not in known]
+        other -= set(sizes)
+        if have := [subset for subset in sizes if subset in wins]:
+            total = sum(share[subset] * sizes[subset] for subset in have)
+            sections.append(total / sum(sizes[subset] for subset in have))
+            table[section] = f"{sections[-1]:6.1%}"
     if sections:
-        mean = sum(sections.values()) / len(sections)
-        lines.append(f"{f'mean of {len(sections)} sections':28} {mean:6.1%}")
-    if sections and prior:
-        half = (sum(sections.values()) + sum(prior) / len(prior) / 2) / (len(sections) + 0.5)
-        lines.append(f"{'with other sets at half':28} {half:6.1%}")
-    every = [won for rows in wins.values() for won in rows]
-    lines.append(f"{'all rows':28} {sum(every) / len(every):6.1%} of {len(every)}")
-    return "\n".join(lines)
+        total, n = sum(sections), len(sections)
+        table[f"mean of {n} sections"] = f"{total / n:6.1%}"
+        if other:
+            half = sum(share[subset] for subset in other) / len(other) / 2
+            table["with other sets at half"] = f"{(total + half) / (n + 0.5):6.1%}"
+    every = sum(wins.values(), [])
+    table["all rows"] = f"{sum(every) / len(every):6.1%} of {len(every)}"
+    return "\n".join(f"{name:28} {value}" for name, value in table.items())
 
 
 # the report's Table 3: lm-eval's task and the shots. BBH by chain of thought, which its level (85)
@@ -1735,11 +1657,10 @@ class EvaluateConfig(EngineConfig):
 def local_task(path: Path) -> dict[str, Any]:
     """A file of questions as an lm-eval task: by choice where there are choices, else written."""
     row = json.loads(path.open(encoding="utf-8").readline())
-    files = {split: str(path) for split in ("train", "test")}
     task = {
-        "task": path.stem, "dataset_path": "json", "dataset_kwargs": {"data_files": files},
-        "test_split": "test", "fewshot_split": "train", "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
+        "task": path.stem, "dataset_path": "json", "test_split": "test", "fewshot_split": "train",
+        "dataset_kwargs": {"data_files": {"train": str(path), "test": str(path)}},
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
     }  # fmt: skip
     if "choices" in row:
         metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
@@ -1800,21 +1721,15 @@ def harness(engine: Engine) -> Any:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     engine = load_engine(cfg)
-    lm = harness(engine)
+    lm, results = harness(engine), {}
     import lm_eval
 
-    runs: dict[int | None, list[Any]] = {}
-    for task in cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS)):
-        shots = cfg.shots if cfg.shots is not None else BASE_TASKS.get(task)
-        runs.setdefault(shots, []).append(task)
-    for path in cfg.jsonl:
-        runs.setdefault(cfg.shots or 0, []).append(local_task(path))
-    results: dict[str, Any] = {}
-    for shots, tasks in runs.items():
-        found = lm_eval.simple_evaluate(
-            lm, tasks=tasks, num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0
-        )
-        results |= found["results"]
+    names = cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS))
+    tasks = [(name, BASE_TASKS.get(name)) for name in names]
+    for task, shots in tasks + [(local_task(path), 0) for path in cfg.jsonl]:
+        shots = shots if cfg.shots is None else cfg.shots
+        how = dict(num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0)
+        results |= lm_eval.simple_evaluate(lm, tasks=[task], **how)["results"]
     for task, metrics in results.items():
         numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
         log.info(f"{task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
