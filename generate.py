@@ -314,7 +314,7 @@ class TextStream:
         if certain == len(text) and len(self.ids) > 8:
             self.ids = self.ids[-1:]
             self.taken = len(self.tokenizer.decode(self.ids))
-        return self.release(final=False)
+        return self.release()
 
     def finish(self) -> str:
         """→ the rest."""
@@ -322,17 +322,20 @@ class TextStream:
         self.ids, self.taken = [], 0
         return self.release(final=True)
 
-    def release(self, final: bool) -> str:
+    def release(self, final: bool = False) -> str:
         if self.stopped:
             return ""
         if found := [at for at in map(self.held.find, self.stop) if at >= 0]:
             self.stopped = True
             return self.held[: min(found)]
-        keep = 0
-        for stop in () if final else self.stop:
-            most = min(len(stop) - 1, len(self.held))
-            begins = (n for n in range(most, keep, -1) if self.held.endswith(stop[:n]))
-            keep = max(keep, next(begins, 0))
+        most = 0 if final else len(self.held)
+        begun = [
+            n
+            for x in self.stop
+            for n in range(min(len(x) - 1, most), 0, -1)
+            if self.held.endswith(x[:n])
+        ]
+        keep = max(begun, default=0)
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
 
@@ -376,7 +379,6 @@ class Row:
     listener: Listener | None
     score_from: int  # positions from here on want their log-probabilities
     done: int = 0  # tokens whose keys and values are in the cache
-    cancelled: bool = False
 
 
 Prompt = str | list[int] | np.ndarray
@@ -410,7 +412,13 @@ class Engine:
         if mesh is None:
             model = lay_out(self.cfg, dict(model.state_dict()), None)
         self.model, self.hidden = model, model.hidden
-        self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
+        self.tp, self.pp, self.stage = 1, 1, 0
+        if mesh is not None:
+            self.tp, self.pp, self.stage = (
+                mesh["tp"].size(),
+                mesh["pp"].size(),
+                mesh["pp"].get_local_rank(),
+            )
         self.world = self.tp * self.pp
         self.leads = self.world == 1 or dist.get_rank() == 0
         weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
@@ -459,16 +467,16 @@ class Engine:
             stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
-        first = len(ids)
-        if score_from is not None or (params.echo and params.logprobs is not None):
-            first = min(len(ids), max(1, score_from or 1))
+        if params.echo and params.logprobs is not None:
+            score_from = 1
+        first = len(ids) if score_from is None else min(len(ids), max(1, score_from))
         rows = []
         for i in range(params.n):
-            out = Completion(i, len(ids))
-            stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+            out, stream = Completion(i, len(ids)), None
+            if self.tokenizer:
+                stream = TextStream(self.tokenizer, params.stop)
             if params.echo:
-                out.ids = list(ids)
-                out.text = self.tokenizer.decode(ids) if self.tokenizer else ""
+                out.ids, out.text = list(ids), self.tokenizer.decode(ids) if self.tokenizer else ""
                 if params.logprobs is not None:
                     out.logprobs, out.tops = [None], [[]]
             rows.append(Row(list(ids), params, out, stop_ids, stream, listener, first))
@@ -476,8 +484,9 @@ class Engine:
         return rows
 
     def cancel(self, row: Row) -> None:
-        """It leaves at the next step."""
-        row.cancelled = True
+        """It ends here, and leaves its slot at the next step."""
+        if not row.out.finish_reason:
+            self.tell(row, "", "cancelled")
 
     @property
     def busy(self) -> bool:
@@ -514,13 +523,8 @@ class Engine:
     def step(self) -> None:
         """Admit who fits, compute a chunk of the prompts being read, then a token of every row."""
         self.steps += 1
-        for slot in reversed(range(self.active)):
-            if self.slots[slot].cancelled:
-                self.finish(slot, "cancelled")
-        gone = [row for row in self.waiting if row.cancelled]
-        for row in gone:
-            self.waiting.remove(row)
-            self.tell(row, "", "cancelled")
+        self.rearrange()  # some may have been cancelled
+        self.waiting = deque(row for row in self.waiting if not row.out.finish_reason)
         self.admit()
         if reading := self.active - self.decoding:
             rows = range(self.decoding, self.active)
@@ -600,13 +604,12 @@ class Engine:
                 self.settle(row, None, values)
             else:
                 self.settle(row, int(values[0]), values)
-        self.rearrange(slots)
+        self.rearrange()
 
-    def rearrange(self, slots: range) -> None:
+    def rearrange(self) -> None:
         """Who is done leaves; who has read its prompt joins those that decode."""
-        for slot in reversed(slots):
-            row = self.slots[slot]
-            if row.out.finish_reason:
+        for slot in reversed(range(self.active)):
+            if self.slots[slot].out.finish_reason:
                 self.release(slot)
         for slot in range(self.decoding, self.active):
             if len(self.slots[slot].ids) - self.slots[slot].done == 1:
@@ -644,10 +647,6 @@ class Engine:
         if row.listener and (text or reason or row.params.logprobs is not None):
             row.listener(row.out, text)
 
-    def finish(self, slot: int, reason: str) -> None:
-        self.tell(self.slots[slot], "", reason)
-        self.release(slot)
-
     def release(self, slot: int) -> None:
         """Free a slot: the last of its kind takes its place."""
         ids = self.slots[slot].ids
@@ -670,25 +669,26 @@ class Engine:
         real = positions.where(positions < self.context, 0)
         parts = min(self.pp, len(slots))
         edges = [len(slots) * i // parts for i in range(parts + 1)]
+        group = self.mesh["pp"].get_group() if self.pp > 1 else None
         states, sent = [], []
         for a, b in zip(edges, edges[1:], strict=False):
-            n_keys = int(real[a:b].max()) + 1
-            self.cache.select(slice(slots[a], slots[b - 1] + 1), n_keys)
+            self.cache.select(slice(slots[a], slots[b - 1] + 1), int(real[a:b].max()) + 1)
             x = tokens[a:b]
-            if self.pp > 1 and self.model.embed is None:
-                shape = (*x.shape, self.cfg.dim)
-                x = torch.empty(shape, dtype=self.dtype, device=self.device)
-                group = self.mesh["pp"].get_group()
-                dist.recv(x, group=group, group_src=self.mesh["pp"].get_local_rank() - 1)
-            h = self.hidden(x, positions[a:b], None, self.cache)
-            if self.model.head is None:
-                group, to = self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank() + 1
-                sent.append((dist.isend(h.contiguous(), group=group, group_dst=to), h))
-            else:
-                states.append(h)
-        for work, _ in sent:
+            if self.stage > 0:
+                x = torch.empty((*x.shape, self.cfg.dim), dtype=self.dtype, device=self.device)
+                dist.recv(x, group=group, group_src=self.stage - 1)
+            states.append(self.hidden(x, positions[a:b], None, self.cache).contiguous())
+            if self.stage < self.pp - 1:
+                sent.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
+        for work in sent:
             work.wait()
-        return torch.cat(states).flatten(0, 1) if states else None
+        return None if sent else torch.cat(states).flatten(0, 1)
+
+    def from_last(self, x: Tensor) -> Tensor:
+        """x of the last stage's first process, on all of them: they go on with the same."""
+        if self.world > 1:
+            dist.broadcast(x, src=int(self.mesh.mesh[-1].flatten()[0]))
+        return x
 
     def read(self, h: Tensor | None, wanted: list[tuple[Row, int, int]]) -> list[list[float]]:
         """The head on states of h (n, D), for (row, state, position predicted) → of each [token,
@@ -707,32 +707,27 @@ class Engine:
                 for i in range(0, len(wanted), step):
                     part = slice(i, i + step)
                     out[part] = self.choose(h[part], wanted[part], exact, most)
-        if self.world > 1:  # of the last stage's first process: all go on with the same
-            dist.broadcast(out, src=int(self.mesh.mesh[-1].flatten()[0]))
-        return out.tolist()
+        return self.from_last(out).tolist()
 
     def choose(
         self, h: Tensor, wanted: list[tuple[Row, int, int]], exact: bool, most: int
     ) -> Tensor:
         """States (n, D) → fp64 (n, 2 + 2 most), as `read` returns them."""
         logits = self.logits(h, exact)
-        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
         new = [i for i, (row, _, at) in enumerate(wanted) if at == len(row.ids)]
         known = [row.ids[at] if at < len(row.ids) else 0 for row, _, at in wanted]
         ids = torch.tensor(known, device=h.device)
         if new:
             rows = [wanted[i][0] for i in new]
             u = [uniform(row.params.seed, row.out.index, len(row.ids)) for row in rows]
-            every = len(new) == len(wanted)
-            ids[new] = sample(
-                logits if every else logits[new], [r.params for r in rows], [r.ids for r in rows], u
-            )
+            asked = logits if len(new) == len(wanted) else logits[new]
+            ids[new] = sample(asked, [row.params for row in rows], [row.ids for row in rows], u)
+        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
         out[:, 0] = ids
         if exact:
             log_probs = logits.log_softmax(1)
             out[:, 1] = log_probs.gather(1, ids[:, None])[:, 0]
-            top, index = log_probs.topk(most)
-            out[:, 2::2], out[:, 3::2] = index, top
+            out[:, 3::2], out[:, 2::2] = log_probs.topk(most)
         return out
 
     def logits(self, h: Tensor, exact: bool) -> Tensor:
@@ -752,33 +747,29 @@ class Engine:
         """The blocks' matrices to 8 bits, a scale for each output row; embedding and head stay.
         Returns what that does to logits and perplexity on Python's documentation."""
         assert not self.busy
-        T = min(512, self.context - 1)
         text = "".join(t for t, _ in zip(embedded_english(), range(8), strict=False))
-        ids = self.tokenizer.encode(text)[: 2 * T + 1].astype(np.int64)
-        tokens, targets = ids[:-1].reshape(2, T), torch.from_numpy(ids[1:]).to(self.device)
-        positions, numbers = np.tile(np.arange(T), (2, 1)), torch.zeros(4, dtype=torch.float64)
+        ids = self.tokenizer.encode(text)[: min(1025, self.context)].astype(np.int64)
+        tokens, targets = ids[None, :-1], torch.from_numpy(ids[1:]).to(self.device)
 
-        def measure() -> tuple[Tensor, float]:
-            h = self.forward(tokens, positions, range(2))
-            logits = self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
-            return logits, F.cross_entropy(logits, targets).exp() if h is not None else 0.0
+        def logits() -> Tensor:
+            h = self.forward(tokens, np.arange(len(targets))[None], range(1))
+            return self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
 
-        exact, perplexity = measure()
+        exact = logits()
         for module in self.model.blocks.modules():
             if isinstance(module, Linear):
                 module.quantize(kind)
         self.computed[:] = 0  # the cache holds keys of other weights
-        logits, new = measure()
-        error = (logits - exact).square().mean().sqrt()
-        values = [error, exact.square().mean().sqrt(), perplexity, new]
-        numbers = torch.tensor([float(x) for x in values], device=self.device)
-        if self.world > 1:
-            dist.broadcast(numbers, src=int(self.mesh.mesh[-1].flatten()[0]))
-        error, size, perplexity, new = numbers.tolist()
+        new, numbers = logits(), torch.zeros(4, device=self.device)
+        if self.stage == self.pp - 1:
+            sizes = [x.square().mean().sqrt() for x in (new - exact, exact)]
+            losses = [F.cross_entropy(x, targets) for x in (exact, new)]
+            numbers = torch.stack([*sizes, *(loss.exp() for loss in losses)])
+        error, size, before, after = self.from_last(numbers).tolist()
         return (
             f"{kind}: root mean square error of the logits {error:.4f} (they are {size:.3f}), "
-            f"perplexity {perplexity:.3f} -> {new:.3f} ({new / perplexity - 1:+.2%}) "
-            f"over {2 * T} tokens"
+            f"perplexity {before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) "
+            f"over {len(targets)} tokens"
         )
 
 
