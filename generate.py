@@ -165,15 +165,13 @@ class Cache:
     """Keys and values of n slots (rows), preallocated. Within a row, slot = position; what pads a
     batch goes behind the last. model.py calls `extend` for the rows that `select` chose."""
 
-    def __init__(
-        self, cfg: ModelConfig, layers: list[int], tp: int, slots: int, context: int, like: Tensor
-    ) -> None:
-        shape = (len(layers), 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
+    def __init__(self, model: Nemotron, like: Tensor, tp: int, slots: int, context: int) -> None:
+        cfg, n = model.cfg, len(model.blocks)
+        shape = (n, 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
         # CPUs attend faster in fp32; zeros, as a masked slot must hold a number: 0 x NaN is NaN
         self.dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         self.kv = torch.zeros(shape, dtype=self.dtype, device=like.device)
-        self.layers = {layer: i for i, layer in enumerate(layers)}
-        self.context = context
+        self.layers = {int(layer): i for i, layer in enumerate(model.blocks)}
 
     def select(self, rows: slice, n_keys: int) -> None:
         self.rows, self.n_keys = rows, n_keys
@@ -267,9 +265,8 @@ def sample(
         logits = logits.clone()
         for row, p, ids in zip(logits, params, seen, strict=True):
             at = torch.tensor(sorted(set(ids)), device=row.device)
-            row[at] = torch.where(
-                row[at] > 0, row[at] / p.repetition_penalty, row[at] * p.repetition_penalty
-            )
+            x, penalty = row[at], p.repetition_penalty
+            row[at] = torch.where(x > 0, x / penalty, x * penalty)
     best = logits.argmax(1)
     temperature = column("temperature")
     if not temperature.any():
@@ -411,21 +408,14 @@ class Engine:
             raise ValueError(f"slots={slots}, chunk={chunk}, context={context}: {rule}")
         if mesh is None:
             model = lay_out(self.cfg, dict(model.state_dict()), None)
-        self.model, self.hidden = model, model.hidden
-        self.tp, self.pp, self.stage = 1, 1, 0
-        if mesh is not None:
-            self.tp, self.pp, self.stage = (
-                mesh["tp"].size(),
-                mesh["pp"].size(),
-                mesh["pp"].get_local_rank(),
-            )
+        self.model = model
+        self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
+        self.stage = mesh["pp"].get_local_rank() if mesh else 0
         self.world = self.tp * self.pp
         self.leads = self.world == 1 or dist.get_rank() == 0
         weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        self.dtype, self.device = like.dtype, like.device
-        layers = [int(key) for key in model.blocks]
-        self.cache = Cache(self.cfg, layers, self.tp, slots, self.context, like)
+        self.dtype, self.device = weight.dtype, weight.device
+        self.cache = Cache(model, weight, self.tp, slots, self.context)
         self.slots: list[Row | None] = [None] * slots
         self.decoding = self.active = 0  # slots [0, decoding) and [decoding, active)
         # what each slot's keys are of, and how many of them are computed
@@ -536,21 +526,18 @@ class Engine:
     def admit(self) -> None:
         """Free slots to those who wait, each with the longest prefix that some slot has computed. A
         row waits for another that is about to compute a longer one."""
-        looked_at = 0
-        while self.active < len(self.slots) and looked_at < min(len(self.waiting), len(self.slots)):
-            row = self.waiting[looked_at]
+        for row in list(itertools.islice(self.waiting, len(self.slots))):
+            if self.active == len(self.slots):
+                return
             ids = np.array(row.ids, np.int32)
             # the last token, and those before a token to be scored, are computed in any case
             most = min(len(ids), row.score_from) - 1
             differ = np.c_[self.tokens[:, :most] != ids[:most], np.ones(len(self.slots), bool)]
             same = differ.argmax(1)
             have = np.minimum(same, self.computed)
-            soon = same[self.decoding : self.active].max(initial=0)
-            if soon > have.max():
-                looked_at += 1
-                continue
-            del self.waiting[looked_at]
-            self.place(row, ids, int(have.argmax()), int(have.max()))
+            if same[self.decoding : self.active].max(initial=0) <= have.max():
+                self.waiting.remove(row)
+                self.place(row, ids, int(have.argmax()), int(have.max()))
 
     def place(self, row: Row, ids: np.ndarray, source: int, shared: int) -> None:
         """Into the first free slot: the source itself, if it is free and would not forget more than
@@ -677,7 +664,7 @@ class Engine:
             if self.stage > 0:
                 x = torch.empty((*x.shape, self.cfg.dim), dtype=self.dtype, device=self.device)
                 dist.recv(x, group=group, group_src=self.stage - 1)
-            states.append(self.hidden(x, positions[a:b], None, self.cache).contiguous())
+            states.append(self.model.hidden(x, positions[a:b], None, self.cache).contiguous())
             if self.stage < self.pp - 1:
                 sent.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
         for work in sent:
@@ -1008,30 +995,28 @@ def plain_message(message: Any) -> Any:
 
 def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     """ValueError where a field's value is not possible."""
-    names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: body[name] for name in names if name in body}
-    n, seed, stop = body.get("n", 1), body.get("seed", secrets.randbits(62)), body.get("stop", [])
+    known = SamplingParams.__dataclass_fields__
+    given = {"max_tokens": 16, "seed": secrets.randbits(62)}
+    given |= {name: value for name, value in body.items() if name in known}
+    n, stop = body.get("n", 1), body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
         raise ValueError("stop: a text or a list of texts")
-    if n > 128 or len(stop) > 64 or abs(seed) >= 1 << 63 or body.get("best_of", n) != n:
+    if n > 128 or len(stop) > 64 or abs(given["seed"]) >= 1 << 63 or body.get("best_of", n) != n:
         raise ValueError("at most n=128, 64 stop texts, a seed of 63 bits; best_of must be n")
     if "stream_options" in body and not body.get("stream"):
         raise ValueError("stream_options: only with stream: true")
-    if not chat:
-        given |= {"echo": body.get("echo", False), "logprobs": body.get("logprobs")}
-        if given["echo"] and given["logprobs"] is not None:
-            # so harnesses score a text, and cut off the max_tokens tokens that they count on
-            given["stop_ids"] = ()
-        most = body.get("max_tokens", 16)
-    else:
+    if chat:
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
         if len(limits) > 1 or ("top_logprobs" in body and not body.get("logprobs")):
             raise ValueError("one max_[completion_]tokens; top_logprobs only with logprobs: true")
-        most = limits[0] if limits else engine.context
+        given["max_tokens"] = limits[0] if limits else engine.context
         given["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
         given["stop_ids"] = chat_stops(engine.tokenizer)
-    return SamplingParams(max_tokens=most, stop=tuple(stop), seed=seed, **given)
+    elif given.get("echo") and "logprobs" in given:
+        # so harnesses score a text, and cut off the max_tokens tokens that they count on
+        given["stop_ids"] = ()
+    return SamplingParams(**given | {"stop": tuple(stop)})
 
 
 class Choice:
@@ -1677,10 +1662,8 @@ def harness(engine: Engine) -> Any:
             return engine.tokenizer.encode(string).tolist()
 
         def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-            pairs = []
-            for _, context, continuation in requests:
-                room = engine.context - len(continuation)  # the context loses its beginning
-                pairs.append((context[-room:] if room < len(context) else context, continuation))
+            # a context that is too long loses its beginning
+            pairs = [(c[len(x) - engine.context :], x) for _, c, x in requests]
             return [(sum(done.logprobs), is_greedy(done)) for done in engine.score(pairs)]
 
         def loglikelihood_rolling(self, requests: list, **kwargs: Any) -> list[float]:
