@@ -199,22 +199,15 @@ class SamplingParams:
     temperature, top_k, top_p, min_p, each to what the one before left."""
 
     max_tokens: int = 256
-    temperature: float = 1.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability."""
-    top_k: int = 0
-    """Keep the k likeliest; 0: all."""
-    min_p: float = 0.0
-    """Keep what is at least this share of the likeliest's probability."""
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # Keep the likeliest tokens that together reach this probability
+    top_k: int = 0  # Keep the k likeliest; 0: all
+    min_p: float = 0.0  # Keep what is at least this share of the likeliest's probability
     repetition_penalty: float = 1.0
     """Divides a positive logit (multiplies a negative one) of each token that occurred before."""
-    n: int = 1
-    """Samples of each prompt; they differ in their random stream."""
-    seed: int = 0
-    """A sample is a function of (prompt, seed, its number) alone."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a sample; not part of it."""
+    n: int = 1  # Samples of each prompt; they differ in their random stream
+    seed: int = 0  # A sample is a function of (prompt, seed, its number) alone
+    stop: tuple[str, ...] = ()  # Texts that end a sample; not part of it
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end a sample; default: the tokenizer's </s>."""
     logprobs: int | None = None
@@ -344,8 +337,7 @@ class TextStream:
 class Completion:
     """One sample of one prompt, as far as it has come."""
 
-    index: int
-    """Its number among the prompt's samples."""
+    index: int  # Its number among the prompt's samples
     n_prompt: int
     ids: list[int] = field(default_factory=list)
     """Tokens, without the one that stopped it; after those of the prompt with echo."""
@@ -355,10 +347,8 @@ class Completion:
     """Of each of ids, if asked for; None for a first token, which nothing predicts."""
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     """The likeliest tokens in its place, and their log-probabilities."""
-    scores: list[float] = field(default_factory=list)
-    """A reward model's attributes of the prompt."""
-    cached: int = 0
-    """Prompt tokens whose keys and values another row had computed."""
+    scores: list[float] = field(default_factory=list)  # A reward model's attributes of the prompt
+    cached: int = 0  # Prompt tokens whose keys and values another row had computed
 
 
 Listener = Callable[[Completion, str], None]
@@ -767,12 +757,9 @@ class Engine:
 class Layout:
     """One copy of the model over tp x pp processes: tp answers soonest, pp serves most."""
 
-    tp: int = 1
-    """Tensor parallel: heads, MLP and vocabulary divided."""
-    pp: int = 1
-    """Pipeline parallel: layers divided."""
-    timeout: int = 1800
-    """Seconds after which a process that does not answer ends the job."""
+    tp: int = 1  # Tensor parallel: heads, MLP and vocabulary divided
+    pp: int = 1  # Pipeline parallel: layers divided
+    timeout: int = 1800  # Seconds after which a process that does not answer ends the job
 
 
 @dataclass(frozen=True)
@@ -781,20 +768,14 @@ class EngineConfig:
 
     model: tyro.conf.Positional[Path]
     """A run's folder (its newest checkpoint, written on any mesh) or a Hugging Face folder."""
-    tokenizer: str = ""
-    """A file, folder or tiktoken name; default: the one in the model's folder."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    tokenizer: str = ""  # A file, folder or tiktoken name; default: the one in the model's folder
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     quantize: Literal["none", "int8", "float8"] = "none"
     """Weight-only, of the blocks' matrices; says what it costs."""
-    slots: int = 32
-    """Rows of the batch."""
-    context: int = 0
-    """Longest prompt and answer; default: the model's seq_len."""
-    chunk: int = 512
-    """Prompt tokens computed between two tokens of the rows that decode."""
-    compile: bool = False
-    """torch.compile the blocks."""
+    slots: int = 32  # Rows of the batch
+    context: int = 0  # Longest prompt and answer; default: the model's seq_len
+    chunk: int = 512  # Prompt tokens computed between two tokens of the rows that decode
+    compile: bool = False  # torch.compile the blocks
     mesh: Layout = field(default_factory=Layout)
 
 
@@ -932,17 +913,13 @@ class ServeConfig(EngineConfig):
     """Serve OpenAI's /v1/chat/completions, /v1/completions and /v1/models, NVIDIA's
     /v1/health/live and /v1/health/ready, and /metrics for Prometheus."""
 
-    host: str = "127.0.0.1"
-    """0.0.0.0: all networks of this machine."""
+    host: str = "127.0.0.1"  # 0.0.0.0: all networks of this machine
     port: int = 8000
-    api_key: str = ""
-    """What clients must send as their bearer token; empty: none is asked for."""
+    api_key: str = ""  # What clients must send as their bearer token; empty: none is asked for
     max_queue: int = 256
     """Samples that may wait beyond the slots; who comes later is to try again (429)."""
-    max_body: int = 4 << 20
-    """Bytes of a request."""
-    model_name: str = ""
-    """What clients call the model; default: its folder's name."""
+    max_body: int = 4 << 20  # Bytes of a request
+    model_name: str = ""  # What clients call the model; default: its folder's name
 
 
 class Refused(Exception):
@@ -1379,12 +1356,10 @@ def serve(cfg: ServeConfig) -> None:
 class SampleConfig(EngineConfig):
     """Prompts → samples, as JSON lines in the prompts' order."""
 
-    prompts: tuple[str, ...] = ()
-    """Texts; by default they come from --file."""
+    prompts: tuple[str, ...] = ()  # Texts; by default they come from --file
     file: str = "-"
     """JSON lines with a `prompt` (text or token ids) or `messages`, or a text a line; -: stdin."""
-    out: Path | None = None
-    """Where the lines go; default: stdout."""
+    out: Path | None = None  # Where the lines go; default: stdout
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
 
@@ -1447,8 +1422,7 @@ def sample_command(cfg: SampleConfig) -> None:
 class ChatConfig(EngineConfig):
     """Talk to the model in the terminal. Ctrl-C ends an answer, an empty line the conversation."""
 
-    system: str = ""
-    """The system turn; the 340B was trained with an empty one."""
+    system: str = ""  # The system turn; the 340B was trained with an empty one
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(
         # NVIDIA's public examples (SPEC 5.1)
         default_factory=lambda: SamplingParams(max_tokens=1024, temperature=0.2, top_p=0.7)
@@ -1502,10 +1476,8 @@ class ScoreConfig(EngineConfig):
     `continuations`; a reward model `messages`, or RewardBench's `prompt`, `chosen`, `rejected` and
     `subset`, of which the accuracies are printed."""
 
-    file: str = "-"
-    """JSON lines; -: stdin."""
-    out: Path | None = None
-    """Where the lines go; default: stdout."""
+    file: str = "-"  # JSON lines; -: stdin
+    out: Path | None = None  # Where the lines go; default: stdout
 
 
 def score(cfg: ScoreConfig) -> None:
@@ -1624,10 +1596,8 @@ class EvaluateConfig(EngineConfig):
     """Rows of `question`, `choices` and `answer` (its number), or of `question` and `answer`."""
     shots: int | None = None
     """Examples before each question; default: the report's, else the task's own."""
-    limit: int | None = None
-    """Questions of each task."""
-    out: Path | None = None
-    """A JSON file for all results."""
+    limit: int | None = None  # Questions of each task
+    out: Path | None = None  # A JSON file for all results
 
 
 def local_task(path: Path) -> dict[str, Any]:
