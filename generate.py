@@ -29,7 +29,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext, suppres
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,6 @@ from parallel import (
 )
 
 log = logging.getLogger("nemotron4")
-T = TypeVar("T")
 
 
 # ---- the model, laid out for inference -----------------------------------------------------------
@@ -74,9 +73,8 @@ T = TypeVar("T")
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
     one thread: oneDNN divides them, and a single row is best as one batched product."""
-    if torch.compiler.is_compiling() or x.is_cuda or x.dtype != torch.float32:
-        return F.linear(x, weight)
-    if not torch.backends.mkldnn.is_available():
+    ours = x.dtype == torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available()
+    if torch.compiler.is_compiling() or not ours:
         return F.linear(x, weight)
     threads, (rows, width) = torch.get_num_threads(), weight.shape
     if x.numel() == width and rows % threads == 0:
@@ -144,18 +142,14 @@ def lay_out(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -
     here = {key for key in model.blocks if f"blocks.{key}.attn.wq.weight" in parts}
     model.blocks = nn.ModuleDict({key: b for key, b in model.blocks.items() if key in here})
     for path, module in list(model.named_modules()):
-        owner, _, child = path.rpartition(".")
-        cut = cuts.get(f"{path}.weight")
+        name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
-            new = Linear(parts[f"{path}.weight"], tp.get_group() if cut == 1 else None)
-            setattr(model.get_submodule(owner), child, new)
-        elif isinstance(module, nn.Embedding) and cut is not None:
-            model.embed = Embedding(parts["embed.weight"], tp)
-        else:
-            for kind in [name for name, _ in module.named_parameters(recurse=False)]:
-                tensor = nn.Parameter(parts[f"{path}.{kind}"], requires_grad=False)
-                setattr(module, kind, tensor)
-    return model.eval()
+            summed = tp.get_group() if cuts.get(name) == 1 else None
+            model.set_submodule(path, Linear(parts[name], summed))
+        elif name in cuts:
+            model.embed = Embedding(parts[name], tp)
+    model.load_state_dict(parts, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 # ---- keys and values -----------------------------------------------------------------------------
@@ -575,12 +569,9 @@ class Engine:
         h = self.forward(tokens, positions, slots)
         for (row, _, at), values in zip(wanted, self.read(h, wanted), strict=True):
             if at < len(row.ids):
-                self.note(row, row.ids[at], values)
-            elif self.cfg.n_attributes:
-                row.out.scores = values
-                self.settle(row, None, values)
+                self.note(row, values)
             else:
-                self.settle(row, int(values[0]), values)
+                self.settle(row, values)
         self.rearrange()
 
     def rearrange(self) -> None:
@@ -593,23 +584,25 @@ class Engine:
                 self.swap(slot, self.decoding)
                 self.decoding += 1
 
-    def settle(self, row: Row, token: int | None, values: list[float]) -> None:
-        """The end of what row knows is reached: a token was sampled, or none was asked for."""
+    def settle(self, row: Row, values: list[float]) -> None:
+        """The end of what row knows is reached: a token was sampled, or attributes were read."""
         end = min(row.out.n_prompt + row.params.max_tokens, self.context)
-        if token is None or len(row.ids) >= end:
+        row.out.scores = values if self.cfg.n_attributes else []
+        if self.cfg.n_attributes or len(row.ids) >= end:
             return self.tell(row, "", "length")
+        token = int(values[0])
         self.new_tokens += 1
         if token in row.stop_ids:
             return self.tell(row, "", "stop")
         row.ids.append(token)
         row.out.ids.append(token)
-        self.note(row, token, values)
+        self.note(row, values)
         text = row.stream.push(token) if row.stream else ""
         if row.stream and row.stream.stopped:
             return self.tell(row, text, "stop")
         return self.tell(row, text, "length" if len(row.ids) == end else "")
 
-    def note(self, row: Row, token: int, values: list[float]) -> None:
+    def note(self, row: Row, values: list[float]) -> None:
         """Keep a token's log-probability, and the likeliest ones, if asked for."""
         if row.params.logprobs is not None:
             top = list(zip(map(int, values[2::2]), values[3::2], strict=True))
@@ -1129,7 +1122,7 @@ class Call:
         head = self.head | ({"usage": None} if wants else {})
         line = lambda body: f"data: {json.dumps(body)}\n\n"  # noqa: E731
         blank = {"logprobs": None, "finish_reason": None}
-        for i in range(self.left if self.chat else 0):
+        for i in range(len(self.numbers) * self.params.n if self.chat else 0):
             first = {"index": i, "delta": {"role": "assistant", "content": ""}}
             yield line(head | {"choices": [first | blank]})
         try:
@@ -1363,7 +1356,7 @@ class SampleConfig(EngineConfig):
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
 
-def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], T]) -> list[tuple[dict, T]]:
+def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], Any]) -> list[tuple[dict, Any]]:
     """Each line's row, and what to_prompts makes of it; a bad line is named. A line that is no JSON
     object is a prompt."""
     rows = []
