@@ -1058,31 +1058,32 @@ def attributes_of(scores: list[float]) -> dict[str, float]:
 class Call:
     """A request under way: its samples come in from the engine's thread, its answer goes out."""
 
-    def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
+    def __init__(
+        self, desk: "Desk", body: Body, chat: bool, params: SamplingParams, prompts: list[list[int]]
+    ) -> None:
         self.desk, self.body, self.chat, self.params = desk, body, chat, params
+        kind = "chat.completion" if chat else "text_completion"
+        kind += ".chunk" if chat and body.get("stream") else ""
+        self.head = {"id": f"{'chat' * chat}cmpl-{secrets.token_hex(12)}", "object": kind}
+        self.head |= {"created": int(time.time()), "model": desk.name}
         self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.done: list[Completion] = []
-        self.numbers: list[int] = []  # the driver's
-        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
-        kind += ".chunk" if chat and body.get("stream") else ""
-        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind}
-        self.head |= {"created": int(time.time()), "model": desk.name}
-
-    def submit(self, prompts: list[list[int]]) -> None:
-        loop, n = asyncio.get_running_loop(), self.params.n
-        tokenizer, self.left = self.desk.engine.tokenizer, n * len(prompts)
-        choices = [Choice(tokenizer, self.chat, i) for i in range(self.left)]
+        self.samples = self.left = params.n * len(prompts)
+        loop, tokenizer = asyncio.get_running_loop(), desk.engine.tokenizer
+        choices = [Choice(tokenizer, chat, i) for i in range(self.samples)]
 
         def tell(first: int, out: Completion, _: str) -> None:
-            if out.finish_reason or self.body.get("stream"):
+            if out.finish_reason or body.get("stream"):
                 until = len(out.text), len(out.logprobs), out.finish_reason
                 with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
                     loop.call_soon_threadsafe(self.arrive, choices[first + out.index], out, *until)
 
-        self.desk.open += self.left
+        desk.open += self.samples
         self.prompt_tokens = sum(map(len, prompts))
-        for i, ids in enumerate(prompts):
-            self.numbers.append(self.desk.driver.submit(ids, self.params, partial(tell, i * n)))
+        tellers = [partial(tell, i * params.n) for i in range(len(prompts))]
+        self.numbers = [
+            desk.driver.submit(p, params, t) for p, t in zip(prompts, tellers, strict=True)
+        ]
 
     def arrive(self, choice: Choice, out: Completion, *until: Any) -> None:
         if reason := until[-1]:
@@ -1094,12 +1095,8 @@ class Call:
 
     async def pieces(self, request: Any) -> AsyncIterator[dict[str, Any]]:
         """Until all samples are done, the engine fails or the client hangs up."""
-        from starlette.requests import ClientDisconnect
-
-        while self.left or not self.inbox.empty():
+        while (self.left or not self.inbox.empty()) and not await request.is_disconnected():
             self.desk.check()
-            if await request.is_disconnected():
-                raise ClientDisconnect
             with suppress(TimeoutError):
                 yield await asyncio.wait_for(self.inbox.get(), timeout=1)
 
@@ -1122,7 +1119,7 @@ class Call:
         head = self.head | ({"usage": None} if wants else {})
         line = lambda body: f"data: {json.dumps(body)}\n\n"  # noqa: E731
         blank = {"logprobs": None, "finish_reason": None}
-        for i in range(len(self.numbers) * self.params.n if self.chat else 0):
+        for i in range(self.samples if self.chat else 0):
             first = {"index": i, "delta": {"role": "assistant", "content": ""}}
             yield line(head | {"choices": [first | blank]})
         try:
@@ -1205,8 +1202,7 @@ class Desk:
         self.check()
         if self.open + len(prompts) * params.n > self.most:
             raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
-        call = request.scope["call"] = Call(self, body, chat, params)
-        call.submit(prompts)
+        call = request.scope["call"] = Call(self, body, chat, params, prompts)
         return call
 
     def admit(self, scope: dict) -> None:
