@@ -177,12 +177,6 @@ class Cache:
         values[self.index, positions] = v.to(self.dtype)
         return keys[self.rows, : self.n_keys], values[self.rows, : self.n_keys]
 
-    def copy(self, source: int, target: int, n: int) -> None:
-        self.kv[:, :, target, :n] = self.kv[:, :, source, :n]
-
-    def swap(self, i: int, j: int, n: int) -> None:
-        self.kv[:, :, [i, j], :n] = self.kv[:, :, [j, i], :n]
-
 
 # ---- sampling ------------------------------------------------------------------------------------
 
@@ -363,6 +357,7 @@ class Row:
 
 
 Prompt = str | list[int] | np.ndarray
+Wanted = tuple[Row, int, int]  # a row, the state that the head is to read, the position it predicts
 
 
 class Engine:
@@ -533,7 +528,7 @@ class Engine:
             oldest = slot + int(self.freed[slot:].argmin())
             self.swap(oldest, slot)
             source = oldest if source == slot else slot if source == oldest else source
-            self.cache.copy(source, slot, shared)
+            self.cache.kv[:, :, slot, :shared] = self.cache.kv[:, :, source, :shared]
         self.slots[slot], row.done, row.out.cached = row, shared, shared
         self.computed[slot] = shared
         self.tokens[slot, : len(ids)] = ids
@@ -543,7 +538,8 @@ class Engine:
 
     def swap(self, i: int, j: int) -> None:
         if i != j:
-            self.cache.swap(i, j, int(self.computed[[i, j]].max()))
+            n, kv = int(self.computed[[i, j]].max()), self.cache.kv
+            kv[:, :, [i, j], :n] = kv[:, :, [j, i], :n]
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
             for table in (self.tokens, self.computed, self.freed):
                 table[[i, j]] = table[[j, i]]
@@ -554,7 +550,7 @@ class Engine:
         rows = [self.slots[i] for i in slots]
         tokens = np.zeros((len(rows), T), np.int64)
         positions = np.full((len(rows), T), self.context)  # padding
-        wanted: list[tuple[Row, int, int]] = []  # states that the head reads: row, which, predicts
+        wanted: list[Wanted] = []
         for r, row in enumerate(rows):
             n = min(T, len(row.ids) - row.done)
             tokens[r, :n] = row.ids[row.done : row.done + n]
@@ -575,10 +571,19 @@ class Engine:
         self.rearrange()
 
     def rearrange(self) -> None:
-        """Who is done leaves; who has read its prompt joins those that decode."""
+        """Who is done leaves, and the last of its kind takes its place; who has read its prompt
+        joins those that decode."""
         for slot in reversed(range(self.active)):
-            if self.slots[slot].out.finish_reason:
-                self.release(slot)
+            row, last = self.slots[slot], slot
+            if row.out.finish_reason:
+                self.tokens[slot, : len(row.ids)] = row.ids
+                self.freed[slot] = self.steps
+                if slot < self.decoding:
+                    last = self.decoding = self.decoding - 1
+                    self.swap(slot, last)
+                self.active -= 1
+                self.swap(last, self.active)
+                self.slots[self.active] = None
         for slot in range(self.decoding, self.active):
             if len(self.slots[slot].ids) - self.slots[slot].done == 1:
                 self.swap(slot, self.decoding)
@@ -617,19 +622,6 @@ class Engine:
         if row.listener and (text or reason or row.params.logprobs is not None):
             row.listener(row.out, text)
 
-    def release(self, slot: int) -> None:
-        """Free a slot: the last of its kind takes its place."""
-        ids = self.slots[slot].ids
-        self.tokens[slot, : len(ids)] = ids
-        self.freed[slot] = self.steps
-        if slot < self.decoding:
-            self.decoding -= 1
-            self.swap(slot, self.decoding)
-            slot = self.decoding
-        self.active -= 1
-        self.swap(slot, self.active)
-        self.slots[self.active] = None
-
     # -- the model
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: range) -> Tensor | None:
@@ -660,10 +652,10 @@ class Engine:
             dist.broadcast(x, src=int(self.mesh.mesh[-1].flatten()[0]))
         return x
 
-    def read(self, h: Tensor | None, wanted: list[tuple[Row, int, int]]) -> list[list[float]]:
-        """The head on states of h (n, D), for (row, state, position predicted) → of each [token,
-        its log-probability, then the likeliest tokens and theirs], or a reward model's attributes.
-        The token is the one known to be there, else a sample."""
+    def read(self, h: Tensor | None, wanted: list[Wanted]) -> list[list[float]]:
+        """The head on states of h (n, D) → of each [token, its log-probability, then the likeliest
+        tokens and theirs], or a reward model's attributes. The token is the one known to be there,
+        else a sample."""
         exact = any(row.params.logprobs is not None for row, _, _ in wanted)
         most = max((row.params.logprobs or 0 for row, _, _ in wanted), default=0)
         shape = (len(wanted), self.cfg.n_attributes or 2 + 2 * most)
@@ -679,9 +671,7 @@ class Engine:
                     out[part] = self.choose(h[part], wanted[part], exact, most)
         return self.from_last(out).tolist()
 
-    def choose(
-        self, h: Tensor, wanted: list[tuple[Row, int, int]], exact: bool, most: int
-    ) -> Tensor:
+    def choose(self, h: Tensor, wanted: list[Wanted], exact: bool, most: int) -> Tensor:
         """States (n, D) → fp64 (n, 2 + 2 most), as `read` returns them."""
         logits = self.logits(h, exact)
         new = [i for i, (row, _, at) in enumerate(wanted) if at == len(row.ids)]
@@ -1068,8 +1058,8 @@ class Call:
         self.head |= {"created": int(time.time()), "model": desk.name}
         self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.done: list[Completion] = []
-        self.samples = self.left = params.n * len(prompts)
-        loop, tokenizer = asyncio.get_running_loop(), desk.engine.tokenizer
+        n, loop, tokenizer = params.n, asyncio.get_running_loop(), desk.engine.tokenizer
+        self.samples = self.left = n * len(prompts)
         choices = [Choice(tokenizer, chat, i) for i in range(self.samples)]
 
         def tell(first: int, out: Completion, _: str) -> None:
@@ -1080,9 +1070,8 @@ class Call:
 
         desk.open += self.samples
         self.prompt_tokens = sum(map(len, prompts))
-        tellers = [partial(tell, i * params.n) for i in range(len(prompts))]
         self.numbers = [
-            desk.driver.submit(p, params, t) for p, t in zip(prompts, tellers, strict=True)
+            desk.driver.submit(p, params, partial(tell, i * n)) for i, p in enumerate(prompts)
         ]
 
     def arrive(self, choice: Choice, out: Completion, *until: Any) -> None:
@@ -1202,8 +1191,8 @@ class Desk:
         self.check()
         if self.open + len(prompts) * params.n > self.most:
             raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
-        call = request.scope["call"] = Call(self, body, chat, params, prompts)
-        return call
+        request.scope["call"] = Call(self, body, chat, params, prompts)
+        return request.scope["call"]
 
     def admit(self, scope: dict) -> None:
         """Refused without the key, if there is one."""
@@ -1392,7 +1381,7 @@ def sample_command(cfg: SampleConfig) -> None:
 
     given = [{"prompt": text} for text in cfg.prompts]
     work = [(row, submit(row)) for row in given] or read_rows(cfg.file, submit)
-    begun, quiet = time.perf_counter(), not log.isEnabledFor(logging.INFO)
+    quiet = not log.isEnabledFor(logging.INFO)
     with json_lines(cfg.out, engine) as write:
         for row, samples in tqdm(work, unit=" prompts", disable=quiet):
             for done in engine.finished(samples):
@@ -1400,11 +1389,7 @@ def sample_command(cfg: SampleConfig) -> None:
                 if cfg.sampling.logprobs is not None:
                     line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
                 write(row | line)
-    rate = engine.new_tokens / (time.perf_counter() - begun)
-    log.info(
-        f"{engine.prompt_tokens:,} prompt tokens computed, {engine.cached_tokens:,} shared; "
-        f"{engine.new_tokens:,} new ones, {rate:,.0f} a second"
-    )
+    log.info(f"{engine.prompt_tokens:,} prompt tokens, {engine.new_tokens:,} new ones")
 
 
 @dataclass(frozen=True)
@@ -1662,10 +1647,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
     for task, shots in tasks + [(local_task(path), 0) for path in cfg.jsonl]:
         shots = shots if cfg.shots is None else cfg.shots
         how = dict(num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0)
-        results |= lm_eval.simple_evaluate(lm, tasks=[task], **how)["results"]
-    for task, metrics in results.items():
-        numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
-        log.info(f"{task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        found = lm_eval.simple_evaluate(lm, tasks=[task], **how)
+        log.info(lm_eval.utils.make_table(found))
+        results |= found["results"]
     if cfg.out:
         with json_lines(cfg.out, engine) as write:
             write(results)
