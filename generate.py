@@ -306,14 +306,11 @@ class TextStream:
         if found := [at for at in map(self.held.find, self.stop) if at >= 0]:
             self.stopped = True
             return self.held[: min(found)]
-        most = 0 if final else len(self.held)
-        begun = [
-            n
-            for x in self.stop
-            for n in range(min(len(x) - 1, most), 0, -1)
-            if self.held.endswith(x[:n])
-        ]
-        keep = max(begun, default=0)
+
+        def begins(n: int) -> bool:  # whether the last n characters may begin a stop text
+            return any(stop[:n] == self.held[-n:] for stop in self.stop if len(stop) > n)
+
+        keep = 0 if final else max(filter(begins, range(1, len(self.held) + 1)), default=0)
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
 
@@ -1411,7 +1408,7 @@ def chat(cfg: ChatConfig) -> None:
         return driver.follow()
     driver.thread.start()
     messages = [{"role": "system", "content": cfg.system}]
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while question := input("\n> "):
             messages.append({"role": "user", "content": question})
             while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
@@ -1428,20 +1425,22 @@ def chat(cfg: ChatConfig) -> None:
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
     """Write an answer as it comes; returns it without the line end that the template adds."""
-    told: list[Completion] = []
+    done, pieces = threading.Event(), []
 
     def show(out: Completion, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
-        told.append(out)
+        pieces.append(text)
+        if out.finish_reason:
+            done.set()
 
     number = driver.submit(ids, params, show)
-    while not (told and told[0].finish_reason) and not driver.failed:
+    while not done.is_set() and not driver.failed:
         try:
-            time.sleep(0.02)
+            done.wait(timeout=1)
         except KeyboardInterrupt:
             driver.cancel(number)
-    return told[0].text.rstrip("\n") if told else ""
+    return "".join(pieces).rstrip("\n")
 
 
 @dataclass(frozen=True)
