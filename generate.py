@@ -25,11 +25,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,6 @@ from parallel import (
 )
 
 log = logging.getLogger("nemotron4")
-T = TypeVar("T")
 
 
 # ---- the model, laid out for inference -----------------------------------------------------------
@@ -74,9 +73,8 @@ T = TypeVar("T")
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
     one thread: oneDNN divides them, and a single row is best as one batched product."""
-    if torch.compiler.is_compiling() or x.is_cuda or x.dtype != torch.float32:
-        return F.linear(x, weight)
-    if not torch.backends.mkldnn.is_available():
+    ours = x.dtype == torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available()
+    if torch.compiler.is_compiling() or not ours:
         return F.linear(x, weight)
     threads, (rows, width) = torch.get_num_threads(), weight.shape
     if x.numel() == width and rows % threads == 0:
@@ -144,18 +142,14 @@ def lay_out(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -
     here = {key for key in model.blocks if f"blocks.{key}.attn.wq.weight" in parts}
     model.blocks = nn.ModuleDict({key: b for key, b in model.blocks.items() if key in here})
     for path, module in list(model.named_modules()):
-        owner, _, child = path.rpartition(".")
-        cut = cuts.get(f"{path}.weight")
+        name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
-            new = Linear(parts[f"{path}.weight"], tp.get_group() if cut == 1 else None)
-            setattr(model.get_submodule(owner), child, new)
-        elif isinstance(module, nn.Embedding) and cut is not None:
-            model.embed = Embedding(parts["embed.weight"], tp)
-        else:
-            for kind in [name for name, _ in module.named_parameters(recurse=False)]:
-                tensor = nn.Parameter(parts[f"{path}.{kind}"], requires_grad=False)
-                setattr(module, kind, tensor)
-    return model.eval()
+            summed = tp.get_group() if cuts.get(name) == 1 else None
+            model.set_submodule(path, Linear(parts[name], summed))
+        elif name in cuts:
+            model.embed = Embedding(parts[name], tp)
+    model.load_state_dict(parts, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 # ---- keys and values -----------------------------------------------------------------------------
@@ -165,15 +159,13 @@ class Cache:
     """Keys and values of n slots (rows), preallocated. Within a row, slot = position; what pads a
     batch goes behind the last. model.py calls `extend` for the rows that `select` chose."""
 
-    def __init__(
-        self, cfg: ModelConfig, layers: list[int], tp: int, slots: int, context: int, like: Tensor
-    ) -> None:
-        shape = (len(layers), 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
+    def __init__(self, model: Nemotron, like: Tensor, tp: int, slots: int, context: int) -> None:
+        cfg, n = model.cfg, len(model.blocks)
+        shape = (n, 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
         # CPUs attend faster in fp32; zeros, as a masked slot must hold a number: 0 x NaN is NaN
         self.dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         self.kv = torch.zeros(shape, dtype=self.dtype, device=like.device)
-        self.layers = {layer: i for i, layer in enumerate(layers)}
-        self.context = context
+        self.layers = {int(layer): i for i, layer in enumerate(model.blocks)}
 
     def select(self, rows: slice, n_keys: int) -> None:
         self.rows, self.n_keys = rows, n_keys
@@ -185,12 +177,6 @@ class Cache:
         values[self.index, positions] = v.to(self.dtype)
         return keys[self.rows, : self.n_keys], values[self.rows, : self.n_keys]
 
-    def copy(self, source: int, target: int, n: int) -> None:
-        self.kv[:, :, target, :n] = self.kv[:, :, source, :n]
-
-    def swap(self, i: int, j: int, n: int) -> None:
-        self.kv[:, :, [i, j], :n] = self.kv[:, :, [j, i], :n]
-
 
 # ---- sampling ------------------------------------------------------------------------------------
 
@@ -201,22 +187,15 @@ class SamplingParams:
     temperature, top_k, top_p, min_p, each to what the one before left."""
 
     max_tokens: int = 256
-    temperature: float = 1.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability."""
-    top_k: int = 0
-    """Keep the k likeliest; 0: all."""
-    min_p: float = 0.0
-    """Keep what is at least this share of the likeliest's probability."""
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # Keep the likeliest tokens that together reach this probability
+    top_k: int = 0  # Keep the k likeliest; 0: all
+    min_p: float = 0.0  # Keep what is at least this share of the likeliest's probability
     repetition_penalty: float = 1.0
     """Divides a positive logit (multiplies a negative one) of each token that occurred before."""
-    n: int = 1
-    """Samples of each prompt; they differ in their random stream."""
-    seed: int = 0
-    """A sample is a function of (prompt, seed, its number) alone."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a sample; not part of it."""
+    n: int = 1  # Samples of each prompt; they differ in their random stream
+    seed: int = 0  # A sample is a function of (prompt, seed, its number) alone
+    stop: tuple[str, ...] = ()  # Texts that end a sample; not part of it
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end a sample; default: the tokenizer's </s>."""
     logprobs: int | None = None
@@ -267,9 +246,8 @@ def sample(
         logits = logits.clone()
         for row, p, ids in zip(logits, params, seen, strict=True):
             at = torch.tensor(sorted(set(ids)), device=row.device)
-            row[at] = torch.where(
-                row[at] > 0, row[at] / p.repetition_penalty, row[at] * p.repetition_penalty
-            )
+            x, penalty = row[at], p.repetition_penalty
+            row[at] = torch.where(x > 0, x / penalty, x * penalty)
     best = logits.argmax(1)
     temperature = column("temperature")
     if not temperature.any():
@@ -314,7 +292,7 @@ class TextStream:
         if certain == len(text) and len(self.ids) > 8:
             self.ids = self.ids[-1:]
             self.taken = len(self.tokenizer.decode(self.ids))
-        return self.release(final=False)
+        return self.release()
 
     def finish(self) -> str:
         """→ the rest."""
@@ -322,17 +300,17 @@ class TextStream:
         self.ids, self.taken = [], 0
         return self.release(final=True)
 
-    def release(self, final: bool) -> str:
+    def release(self, final: bool = False) -> str:
         if self.stopped:
             return ""
         if found := [at for at in map(self.held.find, self.stop) if at >= 0]:
             self.stopped = True
             return self.held[: min(found)]
-        keep = 0
-        for stop in () if final else self.stop:
-            most = min(len(stop) - 1, len(self.held))
-            begins = (n for n in range(most, keep, -1) if self.held.endswith(stop[:n]))
-            keep = max(keep, next(begins, 0))
+
+        def begins(n: int) -> bool:  # whether the last n characters may begin a stop text
+            return any(stop[:n] == self.held[-n:] for stop in self.stop if len(stop) > n)
+
+        keep = 0 if final else max(filter(begins, range(1, len(self.held) + 1)), default=0)
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
 
@@ -344,8 +322,7 @@ class TextStream:
 class Completion:
     """One sample of one prompt, as far as it has come."""
 
-    index: int
-    """Its number among the prompt's samples."""
+    index: int  # Its number among the prompt's samples
     n_prompt: int
     ids: list[int] = field(default_factory=list)
     """Tokens, without the one that stopped it; after those of the prompt with echo."""
@@ -355,10 +332,8 @@ class Completion:
     """Of each of ids, if asked for; None for a first token, which nothing predicts."""
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     """The likeliest tokens in its place, and their log-probabilities."""
-    scores: list[float] = field(default_factory=list)
-    """A reward model's attributes of the prompt."""
-    cached: int = 0
-    """Prompt tokens whose keys and values another row had computed."""
+    scores: list[float] = field(default_factory=list)  # A reward model's attributes of the prompt
+    cached: int = 0  # Prompt tokens whose keys and values another row had computed
 
 
 Listener = Callable[[Completion, str], None]
@@ -376,10 +351,10 @@ class Row:
     listener: Listener | None
     score_from: int  # positions from here on want their log-probabilities
     done: int = 0  # tokens whose keys and values are in the cache
-    cancelled: bool = False
 
 
 Prompt = str | list[int] | np.ndarray
+Wanted = tuple[Row, int, int]  # a row, the state that the head is to read, the position it predicts
 
 
 class Engine:
@@ -409,14 +384,14 @@ class Engine:
             raise ValueError(f"slots={slots}, chunk={chunk}, context={context}: {rule}")
         if mesh is None:
             model = lay_out(self.cfg, dict(model.state_dict()), None)
-        self.model, self.hidden = model, model.hidden
+        self.model = model
         self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
+        self.stage = mesh["pp"].get_local_rank() if mesh else 0
         self.world = self.tp * self.pp
+        self.leads = self.world == 1 or dist.get_rank() == 0
         weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        self.dtype, self.device = like.dtype, like.device
-        layers = [int(key) for key in model.blocks]
-        self.cache = Cache(self.cfg, layers, self.tp, slots, self.context, like)
+        self.dtype, self.device = weight.dtype, weight.device
+        self.cache = Cache(model, weight, self.tp, slots, self.context)
         self.slots: list[Row | None] = [None] * slots
         self.decoding = self.active = 0  # slots [0, decoding) and [decoding, active)
         # what each slot's keys are of, and how many of them are computed
@@ -458,16 +433,16 @@ class Engine:
             stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
-        first = len(ids)
-        if score_from is not None or (params.echo and params.logprobs is not None):
-            first = min(len(ids), max(1, score_from or 1))
+        if params.echo and params.logprobs is not None:
+            score_from = 1
+        first = len(ids) if score_from is None else min(len(ids), max(1, score_from))
         rows = []
         for i in range(params.n):
-            out = Completion(i, len(ids))
-            stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+            out, stream = Completion(i, len(ids)), None
+            if self.tokenizer:
+                stream = TextStream(self.tokenizer, params.stop)
             if params.echo:
-                out.ids = list(ids)
-                out.text = self.tokenizer.decode(ids) if self.tokenizer else ""
+                out.ids, out.text = list(ids), self.tokenizer.decode(ids) if self.tokenizer else ""
                 if params.logprobs is not None:
                     out.logprobs, out.tops = [None], [[]]
             rows.append(Row(list(ids), params, out, stop_ids, stream, listener, first))
@@ -475,8 +450,9 @@ class Engine:
         return rows
 
     def cancel(self, row: Row) -> None:
-        """It leaves at the next step."""
-        row.cancelled = True
+        """It ends here, and leaves its slot at the next step."""
+        if not row.out.finish_reason:
+            self.tell(row, "", "cancelled")
 
     @property
     def busy(self) -> bool:
@@ -496,14 +472,16 @@ class Engine:
                 self.step()
             yield row.out
 
+    def submit_pair(self, context: list[int], continuation: list[int]) -> Row:
+        """For the log-probabilities of the continuation, and the likeliest tokens in its place."""
+        ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
+        (row,) = self.submit([*context, *continuation], ask, score_from=len(context))
+        return row
+
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
         """(context, continuation) → completions whose logprobs and tops (the likeliest token) are
         the continuation's."""
-        params = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
-        rows = []
-        for context, continuation in pairs:
-            rows += self.submit([*context, *continuation], params, score_from=len(context))
-        return list(self.finished(rows))
+        return list(self.finished([self.submit_pair(*pair) for pair in pairs]))
 
     # -- one step
 
@@ -511,13 +489,8 @@ class Engine:
     def step(self) -> None:
         """Admit who fits, compute a chunk of the prompts being read, then a token of every row."""
         self.steps += 1
-        for slot in reversed(range(self.active)):
-            if self.slots[slot].cancelled:
-                self.finish(slot, "cancelled")
-        gone = [row for row in self.waiting if row.cancelled]
-        for row in gone:
-            self.waiting.remove(row)
-            self.tell(row, "", "cancelled")
+        self.rearrange()  # some may have been cancelled
+        self.waiting = deque(row for row in self.waiting if not row.out.finish_reason)
         self.admit()
         if reading := self.active - self.decoding:
             rows = range(self.decoding, self.active)
@@ -529,21 +502,18 @@ class Engine:
     def admit(self) -> None:
         """Free slots to those who wait, each with the longest prefix that some slot has computed. A
         row waits for another that is about to compute a longer one."""
-        looked_at = 0
-        while self.active < len(self.slots) and looked_at < min(len(self.waiting), len(self.slots)):
-            row = self.waiting[looked_at]
+        for row in list(itertools.islice(self.waiting, len(self.slots))):
+            if self.active == len(self.slots):
+                return
             ids = np.array(row.ids, np.int32)
             # the last token, and those before a token to be scored, are computed in any case
             most = min(len(ids), row.score_from) - 1
             differ = np.c_[self.tokens[:, :most] != ids[:most], np.ones(len(self.slots), bool)]
             same = differ.argmax(1)
             have = np.minimum(same, self.computed)
-            soon = same[self.decoding : self.active].max(initial=0)
-            if soon > have.max():
-                looked_at += 1
-                continue
-            del self.waiting[looked_at]
-            self.place(row, ids, int(have.argmax()), int(have.max()))
+            if same[self.decoding : self.active].max(initial=0) <= have.max():
+                self.waiting.remove(row)
+                self.place(row, ids, int(have.argmax()), int(have.max()))
 
     def place(self, row: Row, ids: np.ndarray, source: int, shared: int) -> None:
         """Into the first free slot: the source itself, if it is free and would not forget more than
@@ -555,7 +525,7 @@ class Engine:
             oldest = slot + int(self.freed[slot:].argmin())
             self.swap(oldest, slot)
             source = oldest if source == slot else slot if source == oldest else source
-            self.cache.copy(source, slot, shared)
+            self.cache.kv[:, :, slot, :shared] = self.cache.kv[:, :, source, :shared]
         self.slots[slot], row.done, row.out.cached = row, shared, shared
         self.computed[slot] = shared
         self.tokens[slot, : len(ids)] = ids
@@ -565,7 +535,8 @@ class Engine:
 
     def swap(self, i: int, j: int) -> None:
         if i != j:
-            self.cache.swap(i, j, int(self.computed[[i, j]].max()))
+            n, kv = int(self.computed[[i, j]].max()), self.cache.kv
+            kv[:, :, [i, j], :n] = kv[:, :, [j, i], :n]
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
             for table in (self.tokens, self.computed, self.freed):
                 table[[i, j]] = table[[j, i]]
@@ -576,7 +547,7 @@ class Engine:
         rows = [self.slots[i] for i in slots]
         tokens = np.zeros((len(rows), T), np.int64)
         positions = np.full((len(rows), T), self.context)  # padding
-        wanted: list[tuple[Row, int, int]] = []  # states that the head reads: row, which, predicts
+        wanted: list[Wanted] = []
         for r, row in enumerate(rows):
             n = min(T, len(row.ids) - row.done)
             tokens[r, :n] = row.ids[row.done : row.done + n]
@@ -591,42 +562,49 @@ class Engine:
         h = self.forward(tokens, positions, slots)
         for (row, _, at), values in zip(wanted, self.read(h, wanted), strict=True):
             if at < len(row.ids):
-                self.note(row, row.ids[at], values)
-            elif self.cfg.n_attributes:
-                row.out.scores = values
-                self.settle(row, None, values)
+                self.note(row, values)
             else:
-                self.settle(row, int(values[0]), values)
-        self.rearrange(slots)
+                self.settle(row, values)
+        self.rearrange()
 
-    def rearrange(self, slots: range) -> None:
-        """Who is done leaves; who has read its prompt joins those that decode."""
-        for slot in reversed(slots):
-            row = self.slots[slot]
+    def rearrange(self) -> None:
+        """Who is done leaves, and the last of its kind takes its place; who has read its prompt
+        joins those that decode."""
+        for slot in reversed(range(self.active)):
+            row, last = self.slots[slot], slot
             if row.out.finish_reason:
-                self.release(slot)
+                self.tokens[slot, : len(row.ids)] = row.ids
+                self.freed[slot] = self.steps
+                if slot < self.decoding:
+                    last = self.decoding = self.decoding - 1
+                    self.swap(slot, last)
+                self.active -= 1
+                self.swap(last, self.active)
+                self.slots[self.active] = None
         for slot in range(self.decoding, self.active):
             if len(self.slots[slot].ids) - self.slots[slot].done == 1:
                 self.swap(slot, self.decoding)
                 self.decoding += 1
 
-    def settle(self, row: Row, token: int | None, values: list[float]) -> None:
-        """The end of what row knows is reached: a token was sampled, or none was asked for."""
+    def settle(self, row: Row, values: list[float]) -> None:
+        """The end of what row knows is reached: a token was sampled, or attributes were read."""
         end = min(row.out.n_prompt + row.params.max_tokens, self.context)
-        if token is None or len(row.ids) >= end:
+        row.out.scores = values if self.cfg.n_attributes else []
+        if self.cfg.n_attributes or len(row.ids) >= end:
             return self.tell(row, "", "length")
+        token = int(values[0])
         self.new_tokens += 1
         if token in row.stop_ids:
             return self.tell(row, "", "stop")
         row.ids.append(token)
         row.out.ids.append(token)
-        self.note(row, token, values)
+        self.note(row, values)
         text = row.stream.push(token) if row.stream else ""
         if row.stream and row.stream.stopped:
             return self.tell(row, text, "stop")
         return self.tell(row, text, "length" if len(row.ids) == end else "")
 
-    def note(self, row: Row, token: int, values: list[float]) -> None:
+    def note(self, row: Row, values: list[float]) -> None:
         """Keep a token's log-probability, and the likeliest ones, if asked for."""
         if row.params.logprobs is not None:
             top = list(zip(map(int, values[2::2]), values[3::2], strict=True))
@@ -641,23 +619,6 @@ class Engine:
         if row.listener and (text or reason or row.params.logprobs is not None):
             row.listener(row.out, text)
 
-    def finish(self, slot: int, reason: str) -> None:
-        self.tell(self.slots[slot], "", reason)
-        self.release(slot)
-
-    def release(self, slot: int) -> None:
-        """Free a slot: the last of its kind takes its place."""
-        ids = self.slots[slot].ids
-        self.tokens[slot, : len(ids)] = ids
-        self.freed[slot] = self.steps
-        if slot < self.decoding:
-            self.decoding -= 1
-            self.swap(slot, self.decoding)
-            slot = self.decoding
-        self.active -= 1
-        self.swap(slot, self.active)
-        self.slots[self.active] = None
-
     # -- the model
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: range) -> Tensor | None:
@@ -667,30 +628,31 @@ class Engine:
         real = positions.where(positions < self.context, 0)
         parts = min(self.pp, len(slots))
         edges = [len(slots) * i // parts for i in range(parts + 1)]
+        group = self.mesh["pp"].get_group() if self.pp > 1 else None
         states, sent = [], []
         for a, b in zip(edges, edges[1:], strict=False):
-            n_keys = int(real[a:b].max()) + 1
-            self.cache.select(slice(slots[a], slots[b - 1] + 1), n_keys)
+            self.cache.select(slice(slots[a], slots[b - 1] + 1), int(real[a:b].max()) + 1)
             x = tokens[a:b]
-            if self.pp > 1 and self.model.embed is None:
-                shape = (*x.shape, self.cfg.dim)
-                x = torch.empty(shape, dtype=self.dtype, device=self.device)
-                group = self.mesh["pp"].get_group()
-                dist.recv(x, group=group, group_src=self.mesh["pp"].get_local_rank() - 1)
-            h = self.hidden(x, positions[a:b], None, self.cache)
-            if self.model.head is None:
-                group, to = self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank() + 1
-                sent.append((dist.isend(h.contiguous(), group=group, group_dst=to), h))
-            else:
-                states.append(h)
-        for work, _ in sent:
+            if self.stage > 0:
+                x = torch.empty((*x.shape, self.cfg.dim), dtype=self.dtype, device=self.device)
+                dist.recv(x, group=group, group_src=self.stage - 1)
+            states.append(self.model.hidden(x, positions[a:b], None, self.cache).contiguous())
+            if self.stage < self.pp - 1:
+                sent.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
+        for work in sent:
             work.wait()
-        return torch.cat(states).flatten(0, 1) if states else None
+        return None if sent else torch.cat(states).flatten(0, 1)
 
-    def read(self, h: Tensor | None, wanted: list[tuple[Row, int, int]]) -> list[list[float]]:
-        """The head on states of h (n, D), for (row, state, position predicted) → of each [token,
-        its log-probability, then the likeliest tokens and theirs], or a reward model's attributes.
-        The token is the one known to be there, else a sample."""
+    def from_last(self, x: Tensor) -> Tensor:
+        """x of the last stage's first process, on all of them: they go on with the same."""
+        if self.world > 1:
+            dist.broadcast(x, src=int(self.mesh.mesh[-1].flatten()[0]))
+        return x
+
+    def read(self, h: Tensor | None, wanted: list[Wanted]) -> list[list[float]]:
+        """The head on states of h (n, D) → of each [token, its log-probability, then the likeliest
+        tokens and theirs], or a reward model's attributes. The token is the one known to be there,
+        else a sample."""
         exact = any(row.params.logprobs is not None for row, _, _ in wanted)
         most = max((row.params.logprobs or 0 for row, _, _ in wanted), default=0)
         shape = (len(wanted), self.cfg.n_attributes or 2 + 2 * most)
@@ -704,32 +666,25 @@ class Engine:
                 for i in range(0, len(wanted), step):
                     part = slice(i, i + step)
                     out[part] = self.choose(h[part], wanted[part], exact, most)
-        if self.world > 1:  # of the last stage's first process: all go on with the same
-            dist.broadcast(out, src=int(self.mesh.mesh[-1].flatten()[0]))
-        return out.tolist()
+        return self.from_last(out).tolist()
 
-    def choose(
-        self, h: Tensor, wanted: list[tuple[Row, int, int]], exact: bool, most: int
-    ) -> Tensor:
+    def choose(self, h: Tensor, wanted: list[Wanted], exact: bool, most: int) -> Tensor:
         """States (n, D) → fp64 (n, 2 + 2 most), as `read` returns them."""
         logits = self.logits(h, exact)
-        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
         new = [i for i, (row, _, at) in enumerate(wanted) if at == len(row.ids)]
         known = [row.ids[at] if at < len(row.ids) else 0 for row, _, at in wanted]
         ids = torch.tensor(known, device=h.device)
         if new:
             rows = [wanted[i][0] for i in new]
             u = [uniform(row.params.seed, row.out.index, len(row.ids)) for row in rows]
-            every = len(new) == len(wanted)
-            ids[new] = sample(
-                logits if every else logits[new], [r.params for r in rows], [r.ids for r in rows], u
-            )
+            asked = logits if len(new) == len(wanted) else logits[new]
+            ids[new] = sample(asked, [row.params for row in rows], [row.ids for row in rows], u)
+        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
         out[:, 0] = ids
         if exact:
             log_probs = logits.log_softmax(1)
             out[:, 1] = log_probs.gather(1, ids[:, None])[:, 0]
-            top, index = log_probs.topk(most)
-            out[:, 2::2], out[:, 3::2] = index, top
+            out[:, 3::2], out[:, 2::2] = log_probs.topk(most)
         return out
 
     def logits(self, h: Tensor, exact: bool) -> Tensor:
@@ -749,33 +704,29 @@ class Engine:
         """The blocks' matrices to 8 bits, a scale for each output row; embedding and head stay.
         Returns what that does to logits and perplexity on Python's documentation."""
         assert not self.busy
-        T = min(512, self.context - 1)
         text = "".join(t for t, _ in zip(embedded_english(), range(8), strict=False))
-        ids = self.tokenizer.encode(text)[: 2 * T + 1].astype(np.int64)
-        tokens, targets = ids[:-1].reshape(2, T), torch.from_numpy(ids[1:]).to(self.device)
-        positions, numbers = np.tile(np.arange(T), (2, 1)), torch.zeros(4, dtype=torch.float64)
+        ids = self.tokenizer.encode(text)[: min(1025, self.context)].astype(np.int64)
+        tokens, targets = ids[None, :-1], torch.from_numpy(ids[1:]).to(self.device)
 
-        def measure() -> tuple[Tensor, float]:
-            h = self.forward(tokens, positions, range(2))
-            logits = self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
-            return logits, F.cross_entropy(logits, targets).exp() if h is not None else 0.0
+        def logits() -> Tensor:
+            h = self.forward(tokens, np.arange(len(targets))[None], range(1))
+            return self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
 
-        exact, perplexity = measure()
+        exact = logits()
         for module in self.model.blocks.modules():
             if isinstance(module, Linear):
                 module.quantize(kind)
         self.computed[:] = 0  # the cache holds keys of other weights
-        logits, new = measure()
-        error = (logits - exact).square().mean().sqrt()
-        values = [error, exact.square().mean().sqrt(), perplexity, new]
-        numbers = torch.tensor([float(x) for x in values], device=self.device)
-        if self.world > 1:
-            dist.broadcast(numbers, src=int(self.mesh.mesh[-1].flatten()[0]))
-        error, size, perplexity, new = numbers.tolist()
+        new, numbers = logits(), torch.zeros(4, device=self.device)
+        if self.stage == self.pp - 1:
+            sizes = [x.square().mean().sqrt() for x in (new - exact, exact)]
+            losses = [F.cross_entropy(x, targets) for x in (exact, new)]
+            numbers = torch.stack([*sizes, *(loss.exp() for loss in losses)])
+        error, size, before, after = self.from_last(numbers).tolist()
         return (
             f"{kind}: root mean square error of the logits {error:.4f} (they are {size:.3f}), "
-            f"perplexity {perplexity:.3f} -> {new:.3f} ({new / perplexity - 1:+.2%}) "
-            f"over {2 * T} tokens"
+            f"perplexity {before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) "
+            f"over {len(targets)} tokens"
         )
 
 
@@ -786,12 +737,9 @@ class Engine:
 class Layout:
     """One copy of the model over tp x pp processes: tp answers soonest, pp serves most."""
 
-    tp: int = 1
-    """Tensor parallel: heads, MLP and vocabulary divided."""
-    pp: int = 1
-    """Pipeline parallel: layers divided."""
-    timeout: int = 1800
-    """Seconds after which a process that does not answer ends the job."""
+    tp: int = 1  # Tensor parallel: heads, MLP and vocabulary divided
+    pp: int = 1  # Pipeline parallel: layers divided
+    timeout: int = 1800  # Seconds after which a process that does not answer ends the job
 
 
 @dataclass(frozen=True)
@@ -800,37 +748,24 @@ class EngineConfig:
 
     model: tyro.conf.Positional[Path]
     """A run's folder (its newest checkpoint, written on any mesh) or a Hugging Face folder."""
-    tokenizer: str = ""
-    """A file, folder or tiktoken name; default: the one in the model's folder."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    tokenizer: str = ""  # A file, folder or tiktoken name; default: the one in the model's folder
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     quantize: Literal["none", "int8", "float8"] = "none"
     """Weight-only, of the blocks' matrices; says what it costs."""
-    slots: int = 32
-    """Rows of the batch."""
-    context: int = 0
-    """Longest prompt and answer; default: the model's seq_len."""
-    chunk: int = 512
-    """Prompt tokens computed between two tokens of the rows that decode."""
-    compile: bool = False
-    """torch.compile the blocks."""
+    slots: int = 32  # Rows of the batch
+    context: int = 0  # Longest prompt and answer; default: the model's seq_len
+    chunk: int = 512  # Prompt tokens computed between two tokens of the rows that decode
+    compile: bool = False  # torch.compile the blocks
     mesh: Layout = field(default_factory=Layout)
-
-
-def tokenizer_of(cfg: EngineConfig) -> Tokenizer:
-    """The one asked for, the one in the model's folder, or that of the data a run trained on."""
-    if cfg.tokenizer:
-        return load_tokenizer(cfg.tokenizer)
-    try:
-        return load_tokenizer(cfg.model)
-    except ValueError as e:
-        raise ValueError(f"{e}, or set --tokenizer") from e
 
 
 def load_engine(cfg: EngineConfig) -> Engine:
     """The model's parts for this process, and an engine around them."""
     model, layout = replace(read_config(cfg.model), lora_rank=0), cfg.mesh  # adapters are merged
-    tokenizer = tokenizer_of(cfg)
+    try:
+        tokenizer = load_tokenizer(cfg.tokenizer or cfg.model)
+    except ValueError as e:
+        raise ValueError(f"{e} (--tokenizer chooses one)") from e
     if tokenizer.vocab_size > model.vocab_size:
         both = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         raise ValueError(f"{both}: set --tokenizer to the one it was trained with")
@@ -841,17 +776,15 @@ def load_engine(cfg: EngineConfig) -> Engine:
         raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
     mesh_cfg.check(model, world, batch=layout.pp, micro_batch=1)
     mesh = init_mesh(mesh_cfg)
-    dtype = DTYPES["bf16" if mesh.device_type == "cuda" else "fp32"]
-    dtype = dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-    rank = mesh["pp"].get_local_rank()
-    layers = split_layers(model, layout.pp)[rank]
+    auto = "bf16" if mesh.device_type == "cuda" else "fp32"
+    dtype, stage = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype], mesh["pp"].get_local_rank()
+    here = [f"blocks.{layer}." for layer in split_layers(model, layout.pp)[stage]]
+    here += ["embed."] * (stage == 0) + ["norm.", "head."] * (stage == layout.pp - 1)
     wanted = {}
     for name, p in on_meta(model).named_parameters():
-        first, last = name.startswith("embed"), name.startswith(("norm", "head"))
-        block = name.startswith("blocks.") and int(name.split(".")[1]) in layers
-        if block or (first and rank == 0) or (last and rank == layout.pp - 1):
+        if name.startswith(tuple(here)):
             # norms and a reward head compute in fp32 anyhow
-            small = p.ndim < 2 or (model.n_attributes and name.startswith("head"))
+            small = p.ndim < 2 or (model.n_attributes and name.startswith("head."))
             wanted[name] = torch.float32 if small else dtype
     parts = load_parts(cfg.model, model, wanted, mesh)
     laid_out = lay_out(model, parts, mesh["tp"] if layout.tp > 1 else None)
@@ -871,7 +804,8 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.news: queue.SimpleQueue = queue.SimpleQueue()
-        self.rows: dict[int, list[Row]] = {}  # those under way, by the request's number
+        self.listeners: dict[int, Listener] = {}  # of requests that are news, by number
+        self.rows: dict[int, list[Row]] = {}  # those under way
         self.numbers = itertools.count()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.failed: BaseException | None = None
@@ -880,7 +814,8 @@ class Driver:
         """Queue a request from any thread → its number. The listener is called in the engine's."""
         self.engine.encode(ids)  # what is wrong with it is the caller's to hear
         number = next(self.numbers)
-        self.news.put(("submit", number, ids, params, listener))
+        self.listeners[number] = listener
+        self.news.put(("submit", number, ids, params))
         return number
 
     def cancel(self, number: int) -> None:
@@ -895,92 +830,61 @@ class Driver:
 
     def run(self) -> None:
         try:
-            while self.turn():
-                pass
+            self.follow()
         except BaseException as e:
             self.failed = e  # the server says it is not alive
             log.exception("the engine failed")
 
     def follow(self) -> None:
-        """What the other processes do."""
-        while self.turn():
-            pass
-
-    def turn(self) -> bool:
-        """Take what is new, then one step; False once stopped."""
+        """What all processes do, until they are told to stop: take what is new, then one step."""
         going = True
-        for what, *args in self.share(self.wait() if self.leads else []):
-            if what == "stop":
-                going = False
-            elif what == "cancel":
-                for row in self.rows.get(args[0], ()):
-                    self.engine.cancel(row)
-            else:
-                number, ids, params, listener = args
-                self.rows[number] = self.engine.submit(ids, params, listener)
-        if self.engine.busy:
-            self.engine.step()
-            done = lambda rows: all(row.out.finish_reason for row in rows)  # noqa: E731
-            self.rows = {n: rows for n, rows in self.rows.items() if not done(rows)}
-        return going
+        while going:
+            for what, *args in self.take():
+                if what == "stop":
+                    going = False
+                elif what == "cancel":
+                    for row in self.rows.get(args[0], ()):
+                        self.engine.cancel(row)
+                else:
+                    number, ids, params = args
+                    listener = self.listeners.pop(number, None)
+                    self.rows[number] = self.engine.submit(ids, params, listener)
+            if self.engine.busy:
+                self.engine.step()
+                for number, rows in list(self.rows.items()):
+                    if all(row.out.finish_reason for row in rows):
+                        del self.rows[number]
 
-    @property
-    def leads(self) -> bool:
-        return self.engine.world == 1 or dist.get_rank() == 0
-
-    def wait(self) -> list[tuple]:
-        """News; without work, wait for some, but never so long that those who follow give up."""
+    def take(self) -> list[tuple]:
+        """What is new to the first process, on all of them. Without work it waits for some, but
+        never so long that those who follow give up."""
         news = []
-        try:
-            if not self.engine.busy:
+        with suppress(queue.Empty):
+            if self.engine.leads and not self.engine.busy:
                 news.append(self.news.get(timeout=30))
-            while True:
+            while self.engine.leads:
                 news.append(self.news.get_nowait())
-        except queue.Empty:
-            return news
-
-    def share(self, news: list[tuple]) -> list[tuple]:
-        """What is new to the first process, on all of them: as JSON, without the listeners."""
-        if self.engine.world == 1:
-            return news
-        plain = [[*item[:3], asdict(item[3])] if item[0] == "submit" else [*item] for item in news]
-        text = np.frombuffer(json.dumps(plain).encode(), np.uint8).copy()
-        size = torch.tensor([len(text) if news else 0])
-        dist.broadcast(size, src=0)
-        if not size:
-            return []
-        text = torch.from_numpy(text) if self.leads else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(text, src=0)
-        if self.leads:
-            return news
-        return [from_json(*item) for item in json.loads(bytes(text.numpy()))]
-
-
-def from_json(what: str, *args: Any) -> tuple:
-    """An item of the news, on a process that follows."""
-    if what != "submit":
-        return (what, *args)
-    number, ids, params = args
-    tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in params.items()}
-    return (what, number, ids, SamplingParams(**tuples), None)
+        if self.engine.world > 1:
+            dist.broadcast_object_list(box := [news], src=0, device=torch.device("cpu"))
+            news = box[0]
+        return news
 
 
 # ---- the server ----------------------------------------------------------------------------------
 
-# The fields of a request, and those of OpenAI's that must ask for nothing: null or one of these
+# The fields of a request, and those of OpenAI's that must ask for nothing
 FIELDS = dict(
     model=str, n=int, max_tokens=int, temperature=float, top_p=float, top_k=int, min_p=float,
     repetition_penalty=float, seed=int, stop=object, stream=bool, stream_options=dict, user=str,
 )  # fmt: skip
 CHAT = dict(messages=object, max_completion_tokens=int, logprobs=bool, top_logprobs=int)
 TEXT = dict(prompt=object, echo=bool, logprobs=int, best_of=int)
-NEUTRAL: dict[str, tuple] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
-    **dict.fromkeys(("logit_bias", "metadata", "tools", "functions", "suffix"), ({}, [], "")),
-    **dict.fromkeys(("tool_choice", "function_call", "service_tier"), ("none", "auto")),
-    **dict.fromkeys(("store", "parallel_tool_calls"), (False,)),
-    "response_format": ({"type": "text"},),
-}
+NEUTRAL = (
+    "frequency_penalty", "presence_penalty", "logit_bias", "metadata", "tools", "functions",
+    "suffix", "tool_choice", "function_call", "service_tier", "store", "parallel_tool_calls",
+    "response_format",
+)  # fmt: skip
+NOTHING = (0, "", [], {}, "none", "auto", {"type": "text"})
 Body = dict[str, Any]
 
 
@@ -989,33 +893,23 @@ class ServeConfig(EngineConfig):
     """Serve OpenAI's /v1/chat/completions, /v1/completions and /v1/models, NVIDIA's
     /v1/health/live and /v1/health/ready, and /metrics for Prometheus."""
 
-    host: str = "127.0.0.1"
-    """0.0.0.0: all networks of this machine."""
+    host: str = "127.0.0.1"  # 0.0.0.0: all networks of this machine
     port: int = 8000
-    api_key: str = ""
-    """What clients must send as their bearer token; empty: none is asked for."""
+    api_key: str = ""  # What clients must send as their bearer token; empty: none is asked for
     max_queue: int = 256
     """Samples that may wait beyond the slots; who comes later is to try again (429)."""
-    max_body: int = 4 << 20
-    """Bytes of a request."""
-    model_name: str = ""
-    """What clients call the model; default: its folder's name."""
+    max_body: int = 4 << 20  # Bytes of a request
+    model_name: str = ""  # What clients call the model; default: its folder's name
 
 
 class Refused(Exception):
     """Ends a request with an OpenAI error object."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, **more: str) -> None:
         kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         error = {"message": message[:1000], "type": kind.get(status, "invalid_request_error")}
-        self.body = {"error": error | {"param": param and param[:100], "code": code}}
+        self.body = {"error": error | {"param": None, "code": None} | more}
         self.status, self.headers = status, {"retry-after": "1"} if status == 429 else {}
-
-
-class HungUp(Exception):
-    """The client is gone."""
 
 
 def parse_body(raw: bytes, chat: bool) -> Body:
@@ -1023,36 +917,23 @@ def parse_body(raw: bytes, chat: bool) -> Body:
     pydantic's lists every error of a list of a million."""
     from pydantic_core import from_json
 
-    known = FIELDS | (CHAT if chat else TEXT)
     try:
         body = from_json(raw)
     except ValueError as e:
-        raise Refused(400, f"invalid JSON: {e}") from e
+        raise ValueError(f"invalid JSON: {e}") from e
     if not isinstance(body, dict):
-        raise Refused(400, "a request is a JSON object")
+        raise ValueError("a request is a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
+    known = FIELDS | (CHAT if chat else TEXT)
     for name, value in body.items():
-        if name not in known and name not in NEUTRAL:
-            raise Refused(400, f"{name:.60}: no field of this route", name)
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise Refused(400, f"{name}={value!r:.60}: not possible here; leave it out", name)
         kind = known.get(name, object)
+        if name not in known and name not in NEUTRAL:
+            raise ValueError(f"{name:.60}: no field of this route")
+        if name in NEUTRAL and value not in NOTHING:
+            raise ValueError(f"{name}={value!r:.60}: not possible here; leave it out")
         if kind not in (type(value), object) and (kind, type(value)) != (float, int):
-            message = f"{name}={value!r:.60}: must be {kind.__name__}, not {type(value).__name__}"
-            raise Refused(400, message, name)
+            raise ValueError(f"{name}={value!r:.60}: must be {kind.__name__}")
     return body
-
-
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """A text or token ids, or a list of these → the list."""
-
-    def is_one(p: Any) -> bool:
-        return isinstance(p, str) or (isinstance(p, list) and {type(i) for i in p} == {int})
-
-    prompts = [prompt] if is_one(prompt) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(map(is_one, prompts)):
-        raise ValueError("prompt: a text, a list of token ids, or a list of these, none empty")
-    return prompts
 
 
 def plain_message(message: Any) -> Any:
@@ -1063,226 +944,181 @@ def plain_message(message: Any) -> Any:
     if unknown := given - {"role", "content", "name", "type"}:  # lm-eval sends a type
         raise ValueError(f"messages: {min(unknown):.60}: no field of a message")
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        content = "".join(texts) if whole else None
+    if isinstance(content, list):
+        with suppress(TypeError, KeyError):  # what is no text, data.py refuses
+            content = "".join(part["text"] for part in content)
     return {"role": message.get("role"), "content": content}
 
 
 def sampling(body: Body, chat: bool, engine: Engine) -> SamplingParams:
     """ValueError where a field's value is not possible."""
-    names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: body[name] for name in names if name in body}
-    seed = body.get("seed", secrets.randbits(62))
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+    known = SamplingParams.__dataclass_fields__
+    given = {"max_tokens": 16, "seed": secrets.randbits(62)}
+    given |= {name: value for name, value in body.items() if name in known}
+    n, stop = body.get("n", 1), body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
         raise ValueError("stop: a text or a list of texts")
-    n, options = body.get("n", 1), body.get("stream_options", {})
-    if n > 128 or len(stop) > 64 or abs(seed) >= 1 << 63 or body.get("best_of", n) != n:
+    if n > 128 or len(stop) > 64 or abs(given["seed"]) >= 1 << 63 or body.get("best_of", n) != n:
         raise ValueError("at most n=128, 64 stop texts, a seed of 63 bits; best_of must be n")
-    if options not in ({}, *({"include_usage": x} for x in (True, False) if body.get("stream"))):
-        raise ValueError("stream_options: {include_usage: true or false}, with stream: true")
-    if not chat:
-        given |= {"echo": body.get("echo", False), "logprobs": body.get("logprobs")}
-        if given["echo"] and given["logprobs"] is not None:
-            # so harnesses score a text, and cut off the max_tokens tokens that they count on
-            given["stop_ids"] = ()
-        most = body.get("max_tokens", 16)
-    else:
+    if "stream_options" in body and not body.get("stream"):
+        raise ValueError("stream_options: only with stream: true")
+    if chat:
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
         if len(limits) > 1 or ("top_logprobs" in body and not body.get("logprobs")):
             raise ValueError("one max_[completion_]tokens; top_logprobs only with logprobs: true")
-        most = limits[0] if limits else engine.context
+        given["max_tokens"] = limits[0] if limits else engine.context
         given["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
         given["stop_ids"] = chat_stops(engine.tokenizer)
-    return SamplingParams(max_tokens=most, stop=tuple(stop), seed=seed, **given)
-
-
-class News(NamedTuple):
-    """What a step added to a sample: copied in the engine's thread, read in the server's."""
-
-    index: int
-    text: str
-    reason: str
-    tokens: list[tuple[int, float | None, list[tuple[int, float]]]]
-    """If asked for: ids, their log-probabilities, the likeliest tokens and theirs."""
-    scores: list[float]
+    elif given.get("echo") and "logprobs" in given:
+        # so harnesses score a text, and cut off the max_tokens tokens that they count on
+        given["stop_ids"] = ()
+    return SamplingParams(**given | {"stop": tuple(stop)})
 
 
 class Choice:
     """One sample in OpenAI's words, whole or piece by piece."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
-        self.tokenizer, self.chat, self.held, self.offset = tokenizer, chat, "", 0
-        self.stream = TextStream(tokenizer, ())
+    def __init__(self, tokenizer: Tokenizer, chat: bool, index: int = 0) -> None:
+        self.tokenizer, self.chat, self.index = tokenizer, chat, index
+        self.characters = self.tokens = 0  # written so far
+        self.held, self.offset, self.stream = "", 0, TextStream(tokenizer, ())
         self.anchor = [int(i) for i in tokenizer.encode("a")[-1:]]
 
-    def write(self, news: News) -> dict[str, Any]:
-        text, choice = news.text, {"index": news.index, "finish_reason": news.reason or None}
+    def write(self, out: Completion, characters: int, tokens: int, reason: str) -> dict[str, Any]:
+        """What is new, up to so many characters and tokens: the engine may have gone on."""
+        text, new = out.text[self.characters : characters], slice(self.tokens, tokens)
+        self.characters, self.tokens = characters, tokens
+        noted = list(zip(out.ids[new], out.logprobs[new], out.tops[new], strict=True))
+        choice: dict[str, Any] = {"index": self.index, "finish_reason": reason or None}
         if not self.chat:
-            return choice | {"text": text, "logprobs": self.text_logprobs(news.tokens)}
-        if news.scores:
-            return choice | reward_answer(news.scores)
+            return choice | {"text": text, "logprobs": self.text_logprobs(noted)}
+        content = self.chat_logprobs(noted)
+        if out.scores:  # as NVIDIA's reward service: in the text, and as log-probabilities
+            pairs = attributes_of(out.scores).items()
+            text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
+            blank = {"bytes": None, "top_logprobs": []}
+            content = [{"token": name, "logprob": x} | blank for name, x in pairs]
         # the newline that the template has before <extra_id_1> is no part of the answer
         text, self.held = self.held + text, ""
-        if text.endswith("\n") and news.reason in ("", "stop"):
+        if text.endswith("\n") and reason in ("", "stop"):
             text, self.held = text[:-1], "\n"
-        message = {"role": "assistant", "content": text}
-        return choice | {"message": message, "logprobs": self.chat_logprobs(news.tokens)}
+        choice["logprobs"] = {"content": content, "refusal": None} if content else None
+        return choice | {"message": {"role": "assistant", "content": text}}
 
     def spell(self, token: int) -> str:
         """A token's text: behind another, as some tokenizers drop a space at the beginning."""
         behind = len(self.tokenizer.decode(self.anchor))
         return self.tokenizer.decode([*self.anchor, token])[behind:]
 
-    def chat_logprobs(self, tokens: list) -> dict[str, Any] | None:
+    def chat_logprobs(self, noted: list) -> list[dict[str, Any]]:
         def entry(token: int, log_prob: float) -> dict[str, Any]:
             text = self.spell(token)
             whole = None if "\ufffd" in text else list(text.encode())
             return {"token": text, "logprob": log_prob, "bytes": whole}
 
-        content = [
+        return [
             entry(token, log_prob) | {"top_logprobs": [entry(*pair) for pair in top]}
-            for token, log_prob, top in tokens
+            for token, log_prob, top in noted
         ]
-        return {"content": content, "refusal": None} if content else None
 
-    def text_logprobs(self, tokens: list) -> dict[str, Any] | None:
-        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        out: dict[str, list] = {name: [] for name in names}
-        for token, log_prob, top in tokens:
+    def text_logprobs(self, noted: list) -> dict[str, Any] | None:
+        rows = []
+        for token, log_prob, top in noted:
             named: dict[str, float] = {}
             for other, value in [*top, (token, log_prob)]:
                 named.setdefault(self.spell(other), value)  # the likeliest of those spelt alike
             text, start = self.spell(token), self.offset
             self.offset += len(self.stream.push(token))
             start = max(start, self.offset - len(text))  # behind what broken bytes held back
-            entry = (text, log_prob, None if log_prob is None else named, start)
-            for name, value in zip(names, entry, strict=True):
-                out[name].append(value)
-        return out if tokens else None
+            rows.append((text, log_prob, None if log_prob is None else named, start))
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return {name: [row[i] for row in rows] for i, name in enumerate(names)} if rows else None
 
 
-def reward_answer(scores: list[float]) -> dict[str, Any]:
-    """As NVIDIA's reward service answers: in the text, and as log-probabilities."""
+def attributes_of(scores: list[float]) -> dict[str, float]:
+    """A reward model's output by name; of NVIDIA's nine, the first four are untrained."""
     names = ATTRIBUTES if len(scores) in (5, 9) else [f"attribute_{i}" for i in range(len(scores))]
-    pairs = list(zip(names, scores[-len(names) :], strict=True))
-    content = [
-        {"token": name, "logprob": x, "bytes": None, "top_logprobs": []} for name, x in pairs
-    ]
-    text = ",".join(f"{name}:{x:.9g}" for name, x in pairs)
-    message = {"role": "assistant", "content": text}
-    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+    return dict(zip(names, scores[-len(names) :], strict=True))
 
 
 class Call:
     """A request under way: its samples come in from the engine's thread, its answer goes out."""
 
-    def __init__(self, desk: "Desk", body: Body, chat: bool, params: SamplingParams) -> None:
+    def __init__(
+        self, desk: "Desk", body: Body, chat: bool, params: SamplingParams, prompts: list[list[int]]
+    ) -> None:
         self.desk, self.body, self.chat, self.params = desk, body, chat, params
-        self.inbox: asyncio.Queue[News | Exception] = asyncio.Queue()
-        self.prompt_tokens = self.new_tokens = self.cached_tokens = self.left = 0
-        self.numbers: list[int] = []
-        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
+        kind = "chat.completion" if chat else "text_completion"
         kind += ".chunk" if chat and body.get("stream") else ""
-        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind}
+        self.head = {"id": f"{'chat' * chat}cmpl-{secrets.token_hex(12)}", "object": kind}
         self.head |= {"created": int(time.time()), "model": desk.name}
-
-    def submit(self, prompts: list[list[int]]) -> None:
-        n, loop = self.params.n, asyncio.get_running_loop()
-        told = [(0, 0)] * (n * len(prompts))  # characters and tokens
+        self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.done: list[Completion] = []
+        n, loop, tokenizer = params.n, asyncio.get_running_loop(), desk.engine.tokenizer
+        self.samples = self.left = n * len(prompts)
+        choices = [Choice(tokenizer, chat, i) for i in range(self.samples)]
 
         def tell(first: int, out: Completion, _: str) -> None:
-            if not (out.finish_reason or self.body.get("stream")):
-                return
-            index = first + out.index
-            (a, b), end = told[index], len(out.logprobs)
-            told[index] = len(out.text), end
-            tokens = list(zip(out.ids[b:end], out.logprobs[b:], out.tops[b:], strict=True))
-            news = News(index, out.text[a:], out.finish_reason, tokens, out.scores)
-            n_new = len(out.ids) - out.n_prompt * self.params.echo
-            with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
-                loop.call_soon_threadsafe(self.arrive, news, n_new, out.cached)
+            if out.finish_reason or body.get("stream"):
+                until = len(out.text), len(out.logprobs), out.finish_reason
+                with suppress(RuntimeError):  # the loop is closed: the server was made to hurry
+                    loop.call_soon_threadsafe(self.arrive, choices[first + out.index], out, *until)
 
-        self.left = len(told)
-        self.desk.open += self.left
-        for i, ids in enumerate(prompts):
-            listener = partial(tell, i * n)
-            self.numbers.append(self.desk.driver.submit(ids, self.params, listener))
-            self.prompt_tokens += len(ids)
+        desk.open += self.samples
+        self.prompt_tokens = sum(map(len, prompts))
+        self.numbers = [
+            desk.driver.submit(p, params, partial(tell, i * n)) for i, p in enumerate(prompts)
+        ]
 
-    def arrive(self, news: News, n_new: int, cached: int) -> None:
-        if news.reason:
+    def arrive(self, choice: Choice, out: Completion, *until: Any) -> None:
+        if reason := until[-1]:
+            self.done.append(out)
             self.left -= 1
             self.desk.open -= 1
-            self.desk.cancelled += news.reason == "cancelled"
-            self.new_tokens += 1 if news.scores else n_new
-            self.cached_tokens += 0 if news.index % self.params.n else cached
-        self.inbox.put_nowait(news)
+            self.desk.cancelled += reason == "cancelled"
+        self.inbox.put_nowait(choice.write(out, *until))
 
-    async def watch(self, receive: Callable) -> None:
-        """Tell the inbox if the client hangs up or the engine fails."""
-        while self.desk.alive:
+    async def pieces(self, request: Any) -> AsyncIterator[dict[str, Any]]:
+        """Until all samples are done, the engine fails or the client hangs up."""
+        while (self.left or not self.inbox.empty()) and not await request.is_disconnected():
+            self.desk.check()
             with suppress(TimeoutError):
-                await asyncio.wait_for(receive(), 1)  # a whole request is followed by its end alone
-                return self.inbox.put_nowait(HungUp())
-        self.inbox.put_nowait(Refused(503, "the engine has failed"))
-
-    async def news(self, receive: Callable) -> AsyncIterator[News]:
-        watcher = asyncio.create_task(self.watch(receive))
-        try:
-            while self.left or not self.inbox.empty():
-                item = await self.inbox.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            watcher.cancel()
+                yield await asyncio.wait_for(self.inbox.get(), timeout=1)
 
     def usage(self) -> dict[str, Any]:
-        total = self.prompt_tokens + self.new_tokens
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens}
-        cached = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
-        return counts | {"total_tokens": total} | cached
+        echoed = self.params.echo
+        new = sum(len(c.ids) - c.n_prompt * echoed + bool(c.scores) for c in self.done)
+        cached = sum(c.cached for c in self.done if c.index == 0)
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": new}
+        counts["total_tokens"] = self.prompt_tokens + new
+        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    async def whole(self, receive: Callable) -> dict[str, Any]:
-        news = sorted([item async for item in self.news(receive)])  # one of each sample
-        choices = [Choice(self.desk.engine.tokenizer, self.chat).write(item) for item in news]
+    async def whole(self, request: Any) -> dict[str, Any]:
+        choices = [choice async for choice in self.pieces(request)]  # one of each sample
+        choices.sort(key=lambda choice: choice["index"])
         return self.head | {"choices": choices, "usage": self.usage()}
 
-    async def stream(self, receive: Callable) -> AsyncIterator[str]:
+    async def stream(self, request: Any) -> AsyncIterator[str]:
         """Server-sent events: roles, pieces, reasons, perhaps the usage, [DONE]."""
         wants = self.body.get("stream_options", {}).get("include_usage")
-        blank = {"usage": None} if wants else {}
-        line = lambda **more: f"data: {json.dumps(self.head | blank | more)}\n\n"  # noqa: E731
-        choices = [Choice(self.desk.engine.tokenizer, self.chat) for _ in range(self.left)]
-        delta = {"role": "assistant", "content": ""}
-        for i in range(self.left if self.chat else 0):
-            first = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
-            yield line(choices=[first])
+        head = self.head | ({"usage": None} if wants else {})
+        line = lambda body: f"data: {json.dumps(body)}\n\n"  # noqa: E731
+        blank = {"logprobs": None, "finish_reason": None}
+        for i in range(self.samples if self.chat else 0):
+            first = {"index": i, "delta": {"role": "assistant", "content": ""}}
+            yield line(head | {"choices": [first | blank]})
         try:
-            async for news in self.news(receive):
-                for piece in pieces(choices[news.index].write(news)):
-                    yield line(choices=[piece])
+            async for piece in self.pieces(request):
+                if self.chat:
+                    piece["delta"] = {"content": piece.pop("message")["content"]}
+                yield line(head | {"choices": [piece]})
         except Refused as e:
-            yield f"data: {json.dumps(e.body)}\n\n"
+            yield line(e.body)
             return
         if wants:
-            yield line(choices=[], usage=self.usage())
+            yield line(head | {"choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
-
-
-def pieces(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A choice as a stream has it: in a chat, the reason to finish comes alone."""
-    message, reason = choice.pop("message", None), choice["finish_reason"]
-    if message is None:
-        yield choice
-        return
-    if message["content"] or choice["logprobs"]:
-        yield choice | {"delta": {"content": message["content"]}, "finish_reason": None}
-    if reason:
-        yield choice | {"delta": {}, "logprobs": None}
 
 
 class Desk:
@@ -1292,25 +1128,26 @@ class Desk:
         self.engine, self.driver, self.cfg = engine, driver, cfg
         self.name = cfg.model_name or cfg.model.resolve().name
         self.scores = bool(engine.cfg.n_attributes)
-        self.open = self.cancelled = self.requests = 0
+        self.most = cfg.slots + cfg.max_queue  # samples at a time
+        self.open = self.cancelled = 0
         self.answers: Counter[int] = Counter()  # by status
 
-    @property
-    def alive(self) -> bool:
-        return self.driver.failed is None and self.driver.thread.is_alive()
+    def check(self) -> None:
+        if self.driver.failed or not self.driver.thread.is_alive():
+            raise Refused(503, "the engine has failed, or has not begun")
 
     def read(self, raw: bytes, chat: bool) -> tuple[Body, SamplingParams, list[list[int]]]:
         """A request's bytes → what the engine is to do, Refused if it cannot."""
-        body = parse_body(raw, chat)
-        if (name := body.get("model")) != self.name:
-            have = f"the model {name!r:.200} does not exist, only {self.name!r}"
-            raise Refused(404, have, "model", "model_not_found")
         try:
+            body = parse_body(raw, chat)
+            if (name := body.get("model")) != self.name:
+                have = f"the model {name!r:.200} does not exist, only {self.name!r}"
+                raise Refused(404, have, param="model", code="model_not_found")
             params, prompts = sampling(body, chat, self.engine), self.prompts(body, chat)
             params = SamplingParams(max_tokens=0) if self.scores else params
-            if len(prompts) * params.n > (most := self.cfg.slots + self.cfg.max_queue):
+            if len(prompts) * params.n > self.most:
                 asked = f"{len(prompts)} prompts, {params.n} samples of each"
-                raise ValueError(f"{asked}: this server takes {most} samples at a time")
+                raise ValueError(f"{asked}: this server takes {self.most} samples at a time")
             return body, params, [self.engine.encode(prompt) for prompt in prompts]
         except ValueError as e:
             raise Refused(400, str(e)) from e
@@ -1319,40 +1156,40 @@ class Desk:
         """Texts or ids; ValueError where this model takes no such request."""
         if self.scores and (not chat or body.get("stream") or body.get("n", 1) != 1):
             raise ValueError("a reward model scores chats: /v1/chat/completions, n=1, no stream")
-        if not chat:
-            return prompts_of(body.get("prompt"))
-        messages = body.get("messages")
-        if isinstance(messages, list):
-            messages = [plain_message(message) for message in messages]
-        if self.scores:
-            return [render_reward(messages, self.engine.tokenizer)]
-        ids, _ = render_chat(messages, self.engine.tokenizer)
-        if messages[-1]["role"] != "user":
-            raise ValueError("messages: the last one, which is answered, must be the user's")
-        return [ids]
+        if chat:
+            messages = body.get("messages")
+            if isinstance(messages, list):
+                messages = [plain_message(message) for message in messages]
+            if self.scores:
+                return [render_reward(messages, self.engine.tokenizer)]
+            ids, _ = render_chat(messages, self.engine.tokenizer)
+            if messages[-1]["role"] != "user":
+                raise ValueError("messages: the last one, which is answered, must be the user's")
+            return [ids]
 
-    async def begin(self, request: Any, chat: bool) -> Call:
+        def is_one(p: Any) -> bool:
+            return isinstance(p, str) or (isinstance(p, list) and {type(i) for i in p} == {int})
+
+        prompts = body.get("prompt")
+        prompts = [prompts] if is_one(prompts) else prompts
+        if not isinstance(prompts, list) or not prompts or not all(map(is_one, prompts)):
+            raise ValueError("prompt: a text, a list of token ids, or a list of these, none empty")
+        return prompts
+
+    async def begin(self, request: Any) -> Call:
         """Read a request and submit it."""
-        raw, more = bytearray(), True
-        announced = int(request.headers.get("content-length", 0))
-        while more and max(announced, len(raw)) <= self.cfg.max_body:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise HungUp
-            raw += message.get("body", b"")
-            more = message.get("more_body")
-        if max(announced, len(raw)) > self.cfg.max_body:
-            raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
+        raw, chat = bytearray(), "chat" in request.url.path
+        async for part in request.stream():
+            raw += part
+            if len(raw) > self.cfg.max_body:
+                raise Refused(413, f"the request has more than {self.cfg.max_body} bytes")
         # in a thread: to tokenize a long text takes a while
         body, params, prompts = await asyncio.to_thread(self.read, bytes(raw), chat)
-        if not self.alive:
-            raise Refused(503, "the engine has failed, or has not begun")
-        if self.open + len(prompts) * params.n > self.cfg.slots + self.cfg.max_queue:
+        self.check()
+        if self.open + len(prompts) * params.n > self.most:
             raise Refused(429, f"{self.open} samples are under way or waiting: try again later")
-        call = request.scope["call"] = Call(self, body, chat, params)
-        call.submit(prompts)
-        self.requests += 1
-        return call
+        request.scope["call"] = Call(self, body, chat, params, prompts)
+        return request.scope["call"]
 
     def admit(self, scope: dict) -> None:
         """Refused without the key, if there is one."""
@@ -1365,6 +1202,8 @@ class Desk:
     def around(self, app: Callable) -> Callable:
         """ASGI middleware: asks for the key, counts answers, turns errors into OpenAI's, and when a
         request ends, however it does, ends its samples."""
+        from starlette.requests import ClientDisconnect
+        from starlette.responses import JSONResponse
 
         async def run(scope: dict, receive: Callable, send: Callable) -> None:
             if scope["type"] != "http":
@@ -1381,25 +1220,23 @@ class Desk:
             try:
                 self.admit(scope)
                 await app(scope, receive, count)
-            except (HungUp, asyncio.CancelledError):
+            except (ClientDisconnect, asyncio.CancelledError):
                 pass  # the client is gone, or the server stops
             except Exception as e:
                 if not isinstance(e, Refused):
                     log.exception("a request failed")
                     e = Refused(500, "a bug of the server: its log has more")
                 if not begun:
-                    await send_error(e, count)
+                    await JSONResponse(e.body, e.status, e.headers)(scope, receive, count)
             finally:
-                if (call := scope.get("call")) and call.left:
-                    for number in call.numbers:
-                        self.driver.cancel(number)
+                for number in scope["call"].numbers if "call" in scope else ():
+                    self.driver.cancel(number)
 
         return run
 
     def metrics(self) -> str:
         engine = self.engine
-        rows = {
-            "requests_total": self.requests,
+        values = {
             "prompt_tokens_total": engine.prompt_tokens + engine.cached_tokens,
             "cached_prompt_tokens_total": engine.cached_tokens,
             "new_tokens_total": engine.new_tokens,
@@ -1407,39 +1244,17 @@ class Desk:
             "running_samples": engine.active,
             "waiting_samples": max(0, self.open - engine.active),
         }
-        lines = ["# TYPE nemotron4_answers_total counter"]
-        for status, n in sorted(self.answers.items()):
-            lines.append(f'nemotron4_answers_total{{status="{status}"}} {n}')
-        for name, value in rows.items():
-            kind = "counter" if name.endswith("total") else "gauge"
-            lines += [f"# TYPE nemotron4_{name} {kind}", f"nemotron4_{name} {value}"]
-        return "\n".join([*lines, ""])
-
-
-async def send_error(e: Refused, send: Callable) -> None:
-    body = json.dumps(e.body).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | e.headers
-    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
-    await send({"type": "http.response.start", "status": e.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
-
-
-def need_serving() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as e:
-        raise ValueError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
+        values |= {f'answers_total{{status="{s}"}}': n for s, n in sorted(self.answers.items())}
+        return "".join(f"nemotron4_{name} {value}\n" for name, value in values.items())
 
 
 def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
     """A FastAPI application; it starts the driver's thread, and stops it in the end."""
-    need_serving()
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
-    desk = Desk(engine, driver, cfg)
+    desk, created = Desk(engine, driver, cfg), int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -1447,24 +1262,16 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
         yield
         await asyncio.to_thread(driver.stop)
 
-    quiet = dict(openapi_url=None, redirect_slashes=False)
-    app = FastAPI(title="nemotron4", lifespan=lifespan, **quiet)
+    app = FastAPI(title="nemotron4", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(desk.around)
-    created = int(time.time())
-
-    async def answer(request: Request, chat: bool) -> Response:
-        call = await desk.begin(request, chat)
-        if call.body.get("stream"):
-            return StreamingResponse(call.stream(request.receive), media_type="text/event-stream")
-        return JSONResponse(await call.whole(request.receive))
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await answer(request, chat=True)
-
     @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return await answer(request, chat=False)
+    async def answer(request: Request) -> Response:
+        call = await desk.begin(request)
+        if call.body.get("stream"):
+            return StreamingResponse(call.stream(request), media_type="text/event-stream")
+        return JSONResponse(await call.whole(request))
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -1477,8 +1284,7 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
 
     @app.get("/v1/health/ready")
     async def ready() -> dict:
-        if not desk.alive:
-            raise Refused(503, "the engine has failed, or has not begun")
+        desk.check()
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -1496,26 +1302,26 @@ def make_app(engine: Engine, driver: Driver, cfg: ServeConfig) -> Any:
 
 def serve(cfg: ServeConfig) -> None:
     """Answer until SIGINT or SIGTERM. The first process talks, the others follow it."""
-    need_serving()
-    import uvicorn
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as e:
+        raise ValueError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
 
-    engine = load_engine(cfg)
-    driver = Driver(engine)
+    driver = Driver(load_engine(cfg))
     # uvicorn raises what stopped it once more when it is done; those who follow are told to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    if driver.leads:
-        app, at = make_app(engine, driver, cfg), f"{cfg.host}:{cfg.port}"
-        log.info(f"http://{at}/v1 has the model {cfg.model_name or cfg.model.resolve().name}")
-        if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
-            log.warning(f"whoever reaches {at} may use it: set --api-key")
-        quiet = dict(log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.run(app, host=cfg.host, port=cfg.port, **quiet)
-        driver.stop()  # again, if uvicorn was made to hurry
-        if driver.failed:
-            raise RuntimeError("the engine failed") from driver.failed
-    else:
-        driver.follow()
+    if not driver.engine.leads:
+        return driver.follow()
+    log.info(f"http://{cfg.host}:{cfg.port}/v1 serves {cfg.model_name or cfg.model.resolve().name}")
+    if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning(f"whoever reaches {cfg.host} may use it: set --api-key")
+    app, quiet = make_app(driver.engine, driver, cfg), dict(log_level="warning")
+    uvicorn.run(app, host=cfg.host, port=cfg.port, timeout_graceful_shutdown=5, **quiet)
+    driver.stop()  # again, if uvicorn was made to hurry
+    if driver.failed:
+        raise RuntimeError("the engine failed") from driver.failed
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -1525,16 +1331,14 @@ def serve(cfg: ServeConfig) -> None:
 class SampleConfig(EngineConfig):
     """Prompts → samples, as JSON lines in the prompts' order."""
 
-    prompts: tuple[str, ...] = ()
-    """Texts; by default they come from --file."""
+    prompts: tuple[str, ...] = ()  # Texts; by default they come from --file
     file: str = "-"
     """JSON lines with a `prompt` (text or token ids) or `messages`, or a text a line; -: stdin."""
-    out: Path | None = None
-    """Where the lines go; default: stdout."""
+    out: Path | None = None  # Where the lines go; default: stdout
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
 
-def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], T]) -> list[tuple[dict, T]]:
+def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], Any]) -> list[tuple[dict, Any]]:
     """Each line's row, and what to_prompts makes of it; a bad line is named. A line that is no JSON
     object is a prompt."""
     rows = []
@@ -1550,12 +1354,10 @@ def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], T]) -> list[tupl
 
 
 @contextmanager
-def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], None]]:
+def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """A function that writes a line, to the file or stdout; on the first process alone."""
-    leads = engine.world == 1 or dist.get_rank() == 0
-    with ExitStack() as stack:
-        file = stack.enter_context(out.open("w", encoding="utf-8")) if out and leads else sys.stdout
-        dump = partial(json.dumps, ensure_ascii=False)
+    leads, dump = engine.leads, partial(json.dumps, ensure_ascii=False)
+    with out.open("w", encoding="utf-8") if out and leads else nullcontext(sys.stdout) as file:
         yield lambda row: leads and (file.write(dump(row) + "\n"), file.flush())
 
 
@@ -1574,36 +1376,24 @@ def sample_command(cfg: SampleConfig) -> None:
         ids, _ = render_chat(row["messages"], engine.tokenizer)
         return engine.submit(ids, replace(cfg.sampling, stop_ids=stops))
 
-    if cfg.prompts:
-        work = [({"prompt": text}, submit({"prompt": text})) for text in cfg.prompts]
-    else:
-        work = read_rows(cfg.file, submit)
-    begun = time.perf_counter()
-    bar = tqdm(
-        total=sum(len(rows) for _, rows in work), unit=" samples", disable=not log.isEnabledFor(20)
-    )
-    with json_lines(cfg.out, engine) as write, bar:
-        for row, samples in work:
+    given = [{"prompt": text} for text in cfg.prompts]
+    work = [(row, submit(row)) for row in given] or read_rows(cfg.file, submit)
+    quiet = not log.isEnabledFor(logging.INFO)
+    with json_lines(cfg.out, engine) as write:
+        for row, samples in tqdm(work, unit=" prompts", disable=quiet):
             for done in engine.finished(samples):
                 line = {"index": done.index, "text": done.text, "finish_reason": done.finish_reason}
                 if cfg.sampling.logprobs is not None:
                     line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
                 write(row | line)
-                rate = engine.new_tokens / (time.perf_counter() - begun)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update()
-    log.info(
-        f"{engine.prompt_tokens:,} prompt tokens computed, {engine.cached_tokens:,} shared; "
-        f"{engine.new_tokens:,} new ones, {rate:,.0f} a second"
-    )
+    log.info(f"{engine.prompt_tokens:,} prompt tokens, {engine.new_tokens:,} new ones")
 
 
 @dataclass(frozen=True)
 class ChatConfig(EngineConfig):
     """Talk to the model in the terminal. Ctrl-C ends an answer, an empty line the conversation."""
 
-    system: str = ""
-    """The system turn; the 340B was trained with an empty one."""
+    system: str = ""  # The system turn; the 340B was trained with an empty one
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(
         # NVIDIA's public examples (SPEC 5.1)
         default_factory=lambda: SamplingParams(max_tokens=1024, temperature=0.2, top_p=0.7)
@@ -1612,47 +1402,45 @@ class ChatConfig(EngineConfig):
 
 def chat(cfg: ChatConfig) -> None:
     engine = load_engine(cfg)
-    driver, params = Driver(engine), replace(cfg.sampling, n=1, echo=False)
-    params = replace(params, stop_ids=chat_stops(engine.tokenizer) + (params.stop_ids or ()))
-    if not driver.leads:
+    driver, stops = Driver(engine), chat_stops(engine.tokenizer) + (cfg.sampling.stop_ids or ())
+    params = replace(cfg.sampling, n=1, echo=False, stop_ids=stops)
+    if not engine.leads:
         return driver.follow()
     driver.thread.start()
     messages = [{"role": "system", "content": cfg.system}]
-    while question := read_line():
-        messages.append({"role": "user", "content": question})
-        while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
-            if len(messages) == 2:
-                log.warning(f"{len(ids)} tokens, but the context has {engine.context}: shorten it")
-                break
-            del messages[1:3]  # the earliest question and its answer
-        answer = talk(driver, ids.tolist(), params) if len(ids) < engine.context else ""
-        # an answer that is not there takes its question with it
-        messages[-1:] = [messages[-1], {"role": "assistant", "content": answer}] if answer else []
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("\n> "):
+            messages.append({"role": "user", "content": question})
+            while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
+                if len(messages) == 2:
+                    log.warning(f"{len(ids)} tokens, the context has {engine.context}: shorten it")
+                    break
+                del messages[1:3]  # the earliest question and its answer
+            if len(ids) < engine.context and (answer := talk(driver, ids.tolist(), params)):
+                messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()  # an answer that is not there takes its question with it
     return driver.stop()
-
-
-def read_line() -> str:
-    sys.stdout.write("\n> ")
-    sys.stdout.flush()
-    return sys.stdin.readline().rstrip("\n")
 
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
     """Write an answer as it comes; returns it without the line end that the template adds."""
-    pieces: queue.Queue = queue.Queue()
-    number = driver.submit(ids, params, lambda out, text: pieces.put((text, out.finish_reason)))
-    answer, reason = "", ""
-    while not reason and not driver.failed:
+    done, pieces = threading.Event(), []
+
+    def show(out: Completion, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        pieces.append(text)
+        if out.finish_reason:
+            done.set()
+
+    number = driver.submit(ids, params, show)
+    while not done.is_set() and not driver.failed:
         try:
-            text, reason = pieces.get(timeout=1)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            answer += text
-        except queue.Empty:
-            continue
+            done.wait(timeout=1)
         except KeyboardInterrupt:
             driver.cancel(number)
-    return answer.rstrip("\n")
+    return "".join(pieces).rstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -1661,10 +1449,8 @@ class ScoreConfig(EngineConfig):
     `continuations`; a reward model `messages`, or RewardBench's `prompt`, `chosen`, `rejected` and
     `subset`, of which the accuracies are printed."""
 
-    file: str = "-"
-    """JSON lines; -: stdin."""
-    out: Path | None = None
-    """Where the lines go; default: stdout."""
+    file: str = "-"  # JSON lines; -: stdin
+    out: Path | None = None  # Where the lines go; default: stdout
 
 
 def score(cfg: ScoreConfig) -> None:
@@ -1677,14 +1463,13 @@ def score(cfg: ScoreConfig) -> None:
                 row["logprobs"] = [sum(c.logprobs) for c in done]
                 row["n_tokens"] = [len(c.logprobs) for c in done]
                 row["greedy"] = [is_greedy(c) for c in done]
-            elif "chosen" in row:
-                row["chosen_scores"], row["rejected_scores"] = (
-                    named_scores(c.scores) for c in done
-                )
-                won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
-                wins.setdefault(row.get("subset", "all"), []).append(won)
-            else:
+            elif "messages" in row:
                 row["scores"] = named_scores(done[0].scores)
+            else:
+                chosen, rejected = (named_scores(c.scores) for c in done)
+                row |= {"chosen_scores": chosen, "rejected_scores": rejected}
+                won = chosen["reward"] > rejected["reward"]
+                wins.setdefault(row.get("subset", "all"), []).append(won)
             write(row)
     if wins:
         log.info(rewardbench(wins))
@@ -1692,16 +1477,12 @@ def score(cfg: ScoreConfig) -> None:
 
 def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Row]:
     """The rows of the batch that a row of the file needs."""
-    ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
     if not engine.cfg.n_attributes:
         if "continuation" not in row and "continuations" not in row:
             raise ValueError("a language model needs `prompt` and `continuation(s)`")
         context = engine.encode(row["prompt"])
-        rows = []
-        for text in row.get("continuations") or [row["continuation"]]:
-            ids = context + engine.encode(text)
-            rows += engine.submit(ids, ask, score_from=len(context))
-        return rows
+        texts = row.get("continuations") or [row["continuation"]]
+        return [engine.submit_pair(context, engine.encode(text)) for text in texts]
     if "messages" in row:
         conversations = [row["messages"]]
     else:
@@ -1710,7 +1491,7 @@ def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Row]:
         answers = [row["chosen"], row["rejected"]]
         conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
     inputs = [render_reward(messages, engine.tokenizer) for messages in conversations]
-    return [row for ids in inputs for row in engine.submit(ids, ask)]
+    return [row for ids in inputs for row in engine.submit(ids, SamplingParams(max_tokens=0))]
 
 
 def is_greedy(done: Completion) -> bool:
@@ -1720,8 +1501,7 @@ def is_greedy(done: Completion) -> bool:
 
 def named_scores(scores: list[float]) -> dict[str, float]:
     """A reward model's output by attribute, and the reward: their weighted sum."""
-    last = scores[-len(ATTRIBUTES) :]  # of NVIDIA's nine outputs, the first four are untrained
-    return dict(zip(ATTRIBUTES, last, strict=True)) | {"reward": float(aggregate(last))}
+    return attributes_of(scores) | {"reward": float(aggregate(scores))}
 
 
 # RewardBench's sections and the examples of each subset; math-prm counts 984 = 6 x 164, as much as
@@ -1751,24 +1531,23 @@ def rewardbench(wins: dict[str, list[bool]]) -> str:
     sections, as the report has it; the leaderboard's, with the other sets at half weight; and of
     all rows."""
     share = {subset: sum(won) / len(won) for subset, won in wins.items()}
-    lines = [f"{subset:28} {share[subset]:6.1%} of {len(wins[subset])}" for subset in wins]
-    sections = {}
+    table = {subset: f"{share[subset]:6.1%} of {len(wins[subset])}" for subset in wins}
+    sections, other = [], set(wins)
     for section, sizes in REWARDBENCH.items():
-        if have := {subset: n for subset, n in sizes.items() if subset in wins}:
-            total = sum(share[subset] * n for subset, n in have.items())
-            sections[section] = total / sum(have.values())
-            lines.append(f"{section:28} {sections[section]:6.1%}")
-    known = {subset for sizes in REWARDBENCH.values() for subset in sizes}
-    prior = [share[subset] for subset in wins if subset not in known]
+        other -= set(sizes)
+        if have := [subset for subset in sizes if subset in wins]:
+            total = sum(share[subset] * sizes[subset] for subset in have)
+            sections.append(total / sum(sizes[subset] for subset in have))
+            table[section] = f"{sections[-1]:6.1%}"
     if sections:
-        mean = sum(sections.values()) / len(sections)
-        lines.append(f"{f'mean of {len(sections)} sections':28} {mean:6.1%}")
-    if sections and prior:
-        half = (sum(sections.values()) + sum(prior) / len(prior) / 2) / (len(sections) + 0.5)
-        lines.append(f"{'with other sets at half':28} {half:6.1%}")
-    every = [won for rows in wins.values() for won in rows]
-    lines.append(f"{'all rows':28} {sum(every) / len(every):6.1%} of {len(every)}")
-    return "\n".join(lines)
+        total, n = sum(sections), len(sections)
+        table[f"mean of {n} sections"] = f"{total / n:6.1%}"
+        if other:
+            half = sum(share[subset] for subset in other) / len(other) / 2
+            table["with other sets at half"] = f"{(total + half) / (n + 0.5):6.1%}"
+    every = sum(wins.values(), [])
+    table["all rows"] = f"{sum(every) / len(every):6.1%} of {len(every)}"
+    return "\n".join(f"{name:28} {value}" for name, value in table.items())
 
 
 # the report's Table 3: lm-eval's task and the shots. BBH by chain of thought, which its level (85)
@@ -1790,20 +1569,17 @@ class EvaluateConfig(EngineConfig):
     """Rows of `question`, `choices` and `answer` (its number), or of `question` and `answer`."""
     shots: int | None = None
     """Examples before each question; default: the report's, else the task's own."""
-    limit: int | None = None
-    """Questions of each task."""
-    out: Path | None = None
-    """A JSON file for all results."""
+    limit: int | None = None  # Questions of each task
+    out: Path | None = None  # A JSON file for all results
 
 
 def local_task(path: Path) -> dict[str, Any]:
     """A file of questions as an lm-eval task: by choice where there are choices, else written."""
     row = json.loads(path.open(encoding="utf-8").readline())
-    files = {split: str(path) for split in ("train", "test")}
     task = {
-        "task": path.stem, "dataset_path": "json", "dataset_kwargs": {"data_files": files},
-        "test_split": "test", "fewshot_split": "train", "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
+        "task": path.stem, "dataset_path": "json", "test_split": "test", "fewshot_split": "train",
+        "dataset_kwargs": {"data_files": {"train": str(path), "test": str(path)}},
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
     }  # fmt: skip
     if "choices" in row:
         metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
@@ -1829,10 +1605,8 @@ def harness(engine: Engine) -> Any:
             return engine.tokenizer.encode(string).tolist()
 
         def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-            pairs = []
-            for _, context, continuation in requests:
-                room = engine.context - len(continuation)  # the context loses its beginning
-                pairs.append((context[-room:] if room < len(context) else context, continuation))
+            # a context that is too long loses its beginning
+            pairs = [(c[len(x) - engine.context :], x) for _, c, x in requests]
             return [(sum(done.logprobs), is_greedy(done)) for done in engine.score(pairs)]
 
         def loglikelihood_rolling(self, requests: list, **kwargs: Any) -> list[float]:
@@ -1864,24 +1638,17 @@ def harness(engine: Engine) -> Any:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     engine = load_engine(cfg)
-    lm = harness(engine)
+    lm, results = harness(engine), {}
     import lm_eval
 
-    runs: dict[int | None, list[Any]] = {}
-    for task in cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS)):
-        shots = cfg.shots if cfg.shots is not None else BASE_TASKS.get(task)
-        runs.setdefault(shots, []).append(task)
-    for path in cfg.jsonl:
-        runs.setdefault(cfg.shots or 0, []).append(local_task(path))
-    results: dict[str, Any] = {}
-    for shots, tasks in runs.items():
-        found = lm_eval.simple_evaluate(
-            lm, tasks=tasks, num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0
-        )
+    names = cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS))
+    tasks = [(name, BASE_TASKS.get(name)) for name in names]
+    for task, shots in tasks + [(local_task(path), 0) for path in cfg.jsonl]:
+        shots = shots if cfg.shots is None else cfg.shots
+        how = dict(num_fewshot=shots, limit=cfg.limit, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(lm, tasks=[task], **how)
+        log.info(lm_eval.utils.make_table(found))
         results |= found["results"]
-    for task, metrics in results.items():
-        numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
-        log.info(f"{task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
     if cfg.out:
         with json_lines(cfg.out, engine) as write:
             write(results)

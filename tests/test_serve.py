@@ -23,7 +23,7 @@ import uvicorn
 
 import data
 import generate
-from generate import Choice, Driver, Engine, News, SamplingParams, ServeConfig, make_app
+from generate import Choice, Completion, Driver, Engine, SamplingParams, ServeConfig, make_app
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
 
@@ -300,8 +300,9 @@ def test_tokens_are_spelt_with_their_spaces_by_every_tokenizer(tmp_path, corpus)
         ids = tokenizer.encode("the list of lists")
         spelt = "".join(Choice(tokenizer, False).spell(int(i)) for i in ids)
         assert spelt.lstrip() == "the list of lists"
-        tokens = [(int(i), -1.0, []) for i in ids]
-        got = Choice(tokenizer, False).write(News(0, "", "", tokens, []))["logprobs"]
+        n = len(ids)
+        out = Completion(0, 0, ids.tolist(), logprobs=[-1.0] * n, tops=[[]] * n)
+        got = Choice(tokenizer, False).write(out, 0, n, "")["logprobs"]
         for token, at in zip(got["tokens"][1:], got["text_offset"][1:], strict=True):
             assert "the list of lists"[at:].startswith(token)
 
