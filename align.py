@@ -19,7 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -40,11 +40,13 @@ from data import (
     Task,
     Tokenizer,
     aggregate,
+    best_and_worst,
     draw_task,
     draw_text,
+    json_object,
     load_tokenizer,
+    numbered_lines,
     pack,
-    pair_row,
     permute,
     preference_rows,
     prepare,
@@ -56,7 +58,16 @@ from data import (
     show_row,
     train_bpe,
 )
-from generate import Completion, Engine, EngineConfig, SamplingParams, chat_stops, load_engine
+from generate import (
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    SynthesizeConfig,
+    chat_stops,
+    identity,
+    load_engine,
+    synthesize,
+)
 from model import IGNORE, SHAPES, ModelConfig, count_params
 from parallel import Batch, MeshConfig, Runner, init_mesh, read_config, world_size
 from train import (
@@ -776,13 +787,17 @@ class DemoConfig:
             raise ValueError(f"scale={self.scale}: must be above 0 and at most 1")
 
 
-# every detail of the 340B's architecture, at a size that learns the tasks in two minutes
-DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=512, seq_len=192, init_std=0.09)
+# every detail of the 340B's architecture, at a size that learns the tasks in minutes
+DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=480, seq_len=192, init_std=0.09)
 FP32 = MeshConfig(dtype="fp32")
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> Path:
+    """A file of rows, whole or not there, once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in make()))
+        path.with_suffix(".tmp").rename(path)
     return path
 
 
@@ -799,16 +814,18 @@ def demo_base(cfg: DemoConfig) -> Path:
     """A tokenizer, and pretraining on calls and their results, which nobody asks for."""
     rng, tokens = random.Random(f"{cfg.seed}/base"), cfg.out / "tokens"
     if not tokens.exists():
-        texts = [draw_text(rng) for _ in range(max(3000, round(150_000 * cfg.scale)))]
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        texts = [draw_text(rng) for _ in range(max(3000, round(70_000 * cfg.scale)))]
         tasks = [draw_task(rng, call=False) for _ in range(3000)]
         asked = [text for t in tasks for text in (t.prompt, t.answer, t.flawed(rng))]
-        file = train_bpe([*texts[:2000], *asked, REWARD_SYSTEM * 50], 512).save(cfg.out)
-        rows = write_rows(cfg.out / "texts.jsonl", ({"text": text} for text in texts))
+        words = [*texts[:2000], *asked, REWARD_SYSTEM * 50]
+        file = train_bpe(words, DEMO.vocab_size).save(cfg.out)
+        rows = write_rows(cfg.out / "texts.jsonl", lambda: ({"text": text} for text in texts))
         how = dict(sources=(f"calls={rows}",), tokenizer=str(cfg.out / file), val_fraction=0.01)
         prepare(PrepareConfig(out=tokens, **how))
     pretrain("base", PretrainConfig(
         model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", batch=16, micro_batch=16,
-        steps=max(8, round(1200 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
+        steps=max(8, round(700 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
         eval_every=400, isolate=True,
     ))  # fmt: skip
     return cfg.out / "base"
@@ -817,89 +834,86 @@ def demo_base(cfg: DemoConfig) -> Path:
 def demo_sft(cfg: DemoConfig, name: str, init: Path, calls: float, n: int) -> Path:
     """SFT on answers of which a third have chatter before them, or miss their instruction: what
     preferences can mend."""
-    rng, rows = random.Random(f"{cfg.seed}/{name}/flaws"), []
-    for task in demo_tasks(cfg, name, n, calls):
-        flawed = rng.random() < 0.35
-        rows.append(
-            scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
-        )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        rng = random.Random(f"{cfg.seed}/{name}/flaws")
+        for task in demo_tasks(cfg, name, n, calls):
+            flawed = rng.random() < 0.35
+            yield scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
+
     return align(name, SftConfig(
-        data=write_rows(cfg.out / f"{name}.jsonl", rows), **demo_stage(cfg, name, init),
+        data=write_rows(cfg.out / f"{name}.jsonl", rows), **demo_stage(cfg.out / name, init),
         lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1,
     ))  # fmt: skip
 
 
-def demo_stage(cfg: DemoConfig, name: str, init: Path) -> dict[str, Any]:
+def demo_stage(out: Path, init: Path) -> dict[str, Any]:
     """What all stages have in common."""
     return dict(
-        init=str(init), out=cfg.out / name, seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16,
+        init=str(init), out=out, seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16,
         eval_every=1 << 30, save_every=1 << 30,
     )  # fmt: skip
 
 
-def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[Completion]]:
+def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[str]]:
     """n sampled answers of each task."""
     how = SamplingParams(max_tokens=40, n=n, seed=seed, stop_ids=chat_stops(engine.tokenizer))
     asked = [[{"role": "user", "content": task.prompt}] for task in tasks]
     done = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in asked], how)
-    return [done[i : i + n] for i in range(0, len(done), n)]
-
-
-def rewards(engine: Engine, tasks: list[Task], texts: list[list[str]]) -> list[list[float]]:
-    """The reward model's rewards of each task's answers."""
-    ids = [
-        render_reward(scored_row(task, text)["messages"], engine.tokenizer)
-        for task, some in zip(tasks, texts, strict=True)
-        for text in some
-    ]
-    scored = iter(engine.generate(ids, SamplingParams(max_tokens=0)))
-    return [[float(aggregate(next(scored).scores)) for _ in some] for some in texts]
+    return [[one.text.strip() for one in done[i : i + n]] for i in range(0, len(done), n)]
 
 
 def demo_reward(cfg: DemoConfig, init: Path) -> Path:
     """The reward model: sampled, right and flawed answers, marked by the program."""
-    rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
 
-    def texts_of(tasks: list[Task]) -> list[list[str]]:
-        sampled = answers(engine, tasks, 2, cfg.seed)
-        made = [[task.answer, task.flawed(rng)] for task in tasks]
-        both = zip(([done.text.strip() for done in some] for some in sampled), made, strict=True)
-        return [[text for text in dict.fromkeys([*a, *b]) if text] for a, b in both]
+    def texts_of(tasks: list[Task]) -> Iterator[tuple[Task, list[str]]]:
+        rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
+        for task, sampled in zip(tasks, answers(engine, tasks, 2, cfg.seed), strict=True):
+            made = dict.fromkeys([*sampled, task.answer, task.flawed(rng)])
+            yield task, [text for text in made if text]
 
-    def rows_of(tasks: list[Task]) -> Iterator[dict[str, Any]]:
-        for task, texts in zip(tasks, texts_of(tasks), strict=True):
+    def rows() -> Iterator[dict[str, Any]]:
+        for task, texts in texts_of(demo_tasks(cfg, "reward", 8000, 0.25)):
             yield from (scored_row(task, text) for text in texts)
 
-    def pairs_of(tasks: list[Task]) -> Iterator[dict[str, Any]]:
-        for task, texts in zip(tasks, texts_of(tasks), strict=True):
+    def pairs() -> Iterator[dict[str, Any]]:
+        for task, texts in texts_of(demo_tasks(cfg, "reward pairs", 400, 0.25, held_out=True)):
             true = [float(aggregate(task.labels(text))) for text in texts]
-            if pair := pair_row(task, texts, true, [True] * len(texts)):
-                yield pair
+            if found := best_and_worst(texts, true, [True] * len(texts)):
+                sides = dict(zip(("chosen", "rejected"), (texts[i] for i in found), strict=True))
+                yield {"messages": [{"role": "user", "content": task.prompt}], **sides}
 
-    data = write_rows(cfg.out / "reward.jsonl", rows_of(demo_tasks(cfg, "reward", 8000, 0.5)))
-    held_out = demo_tasks(cfg, "reward pairs", 200, 0.5, held_out=True)
     return align("reward", RewardConfig(
-        data=data, pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs_of(held_out)),
-        **demo_stage(cfg, "reward", init), lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64,
+        data=write_rows(cfg.out / "reward.jsonl", rows),
+        pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs),
+        **demo_stage(cfg.out / "reward", init), lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64,
     ))  # fmt: skip
+
+
+# a model's own answers to given prompts, which the reward model ranks
+OWN_ANSWERS = SynthesizeConfig(
+    recipe="prompts", counts=dict(samples=6, preference_share=1, turns=1), max_tokens=40, slots=64,
+    min_gap=0.3,
+)  # fmt: skip
+
+
+def demo_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
+    tasks = ({"prompt": task.prompt} for task in demo_tasks(cfg, name, n, 0.25))
+    return (write_rows(cfg.out / f"{name}_prompts.jsonl", lambda: tasks),)
 
 
 def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
     """The policy's own answers, the best and the worst by the reward model, then DPO or RPO."""
-    tasks = demo_tasks(cfg, name, 1000, 0.5)
-    sampled = answers(demo_engine(init), tasks, 6, cfg.seed)
-    texts = [[done.text.strip() for done in some] for some in sampled]
-    ended = [
-        [done.finish_reason == "stop" and bool(done.text.strip()) for done in some]
-        for some in sampled
-    ]
-    scores = rewards(demo_engine(judge), tasks, [[text or "-" for text in some] for some in texts])
-    made = (pair_row(*each, min_gap=0.3) for each in zip(tasks, texts, scores, ended, strict=True))
+    prompts = demo_prompts(cfg, name, 1000)
+    how = dict(prompts=prompts, out=cfg.out / f"{name}_data", seed=cfg.seed)
+    made = synthesize(replace(OWN_ANSWERS, model=init, reward=str(judge), **how))
+    stage = demo_stage(cfg.out / name, init)
+    return align(name, replace(demo_loss(name), data=made / "rpo.jsonl", **stage))
+
+
+def demo_loss(name: str) -> PreferenceConfig:
     how = dict(loss="dpo", beta=0.1) if name == "dpo" else dict(loss="rpo_bwd", beta=0.1, eta=1.0)
-    return align(name, PreferenceConfig(
-        data=write_rows(cfg.out / f"{name}.jsonl", filter(None, made)), sft_weight=1e-3,
-        **demo_stage(cfg, name, init), lr=1e-4, warmup=16 * 4, batch=32, **how,
-    ))  # fmt: skip
+    return PreferenceConfig(sft_weight=1e-3, lr=1e-4, warmup=16 * 4, batch=32, **how)
 
 
 def demo_engine(run: Path) -> Engine:
@@ -907,16 +921,21 @@ def demo_engine(run: Path) -> Engine:
 
 
 def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
-    """What a run's model does with the held-out tasks, sampled once each at temperature 1."""
+    """What a run's model does with the held-out tasks, sampled once each at temperature 1, by the
+    program, which no training has seen, and by the reward model, which made the preferences."""
     tasks = demo_tasks(cfg, "marks", 400, 0.5, held_out=True)
-    engine = demo_engine(run)
-    texts = [some[0].text.strip() for some in answers(engine, tasks, 1, cfg.seed)]
+    engine, referee = demo_engine(run), demo_engine(judge)
+    texts = [some[0] for some in answers(engine, tasks, 1, cfg.seed)]
     pairs = []
     for task in tasks:
         ids, trained = render_chat(scored_row(task, task.answer)["messages"], engine.tokenizer)
         n = int(trained.argmax())
         pairs.append((ids[:n].tolist(), ids[n:].tolist()))
-    judged = rewards(demo_engine(judge), tasks, [[text or "-"] for text in texts])
+    said = zip(tasks, texts, strict=True)
+    chats = [render_reward(scored_row(t, x or "-")["messages"], engine.tokenizer) for t, x in said]
+    judged = [
+        aggregate(one.scores) for one in referee.generate(chats, SamplingParams(max_tokens=0))
+    ]
     met = [ok for task, text in zip(tasks, texts, strict=True) for ok in task.met(text)]
     right = [task.right(text) for task, text in zip(tasks, texts, strict=True)]
     calls = [ok for task, ok in zip(tasks, right, strict=True) if task.call]
@@ -924,7 +943,7 @@ def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
     true = [float(aggregate(task.labels(text))) for task, text in zip(tasks, texts, strict=True)]
     return {
         "calls right": mean(calls), "words right": mean(words), "instructions met": mean(met),
-        "true reward": mean(true), "model's reward": mean(some[0] for some in judged),
+        "true reward": mean(true), "model's reward": mean(map(float, judged)),
         "log p(ideal)": mean(sum(done.logprobs) for done in engine.score(pairs)),
     }  # fmt: skip
 
@@ -933,55 +952,186 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def whole(run: Path) -> Path:
+    """A run that has come to its end: SIGTERM ends a stage, and what would follow with it."""
+    last = last_metrics(run)["step"]
+    if last < (steps := json.loads((run / "config.json").read_text())["steps"]):
+        raise ValueError(f"{run} was stopped at step {last} of {steps}: start the same again")
+    return run
+
+
+def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| {' | '.join([first, *names])} |", "|---" * (len(names) + 1) + "|"]
+    for key, row in rows.items():
+        cells = (f"{row[name]:.3g}" if name in row else "" for name in names)
+        lines.append(f"| {' | '.join([key, *cells])} |")
+    return "\n".join(lines)
+
+
+def demo_start(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
+    """The stages before preferences, each of which makes what it needs."""
+    at = {name: cfg.out / name for name in ("base", "code_sft", "general_sft", "reward")}
+    return {
+        "base": lambda: demo_base(cfg),
+        "code_sft": lambda: demo_sft(cfg, "code_sft", at["base"], 1.0, 6_000),
+        "general_sft": lambda: demo_sft(cfg, "general_sft", at["code_sft"], 0.15, 16_000),
+        "reward": lambda: demo_reward(cfg, at["general_sft"]),
+    }
+
+
 def demo(cfg: DemoConfig) -> None:
     """All stages, and the table."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    begun, stages = time.monotonic(), {}
-
-    def stage(name: str, make: Callable[..., Path], *args: Any) -> Path:
-        start = time.monotonic()
-        at = make(cfg, *args)
-        last, steps = (
-            last_metrics(at)["step"],
-            json.loads((at / "config.json").read_text())["steps"],
-        )
-        if last < steps:  # SIGTERM ends a stage, and the demo with it
-            raise ValueError(f"{name} was stopped at step {last} of {steps}: start the demo again")
-        stages[name] = (at, time.monotonic() - start)
-        return at
-
-    base = stage("base", demo_base)
-    code = stage("code_sft", partial(demo_sft, name="code_sft", init=base, calls=1.0, n=12_000))
-    general = stage(
-        "general_sft", partial(demo_sft, name="general_sft", init=code, calls=0.15, n=20_000)
+    begun, stages, policy, judge = (
+        time.monotonic(),
+        demo_start(cfg),
+        "general_sft",
+        cfg.out / "reward",
     )
-    judge = stage("reward", demo_reward, general)
-    policy = general
     for name in ("dpo", "rpo_1", "rpo_2", "rpo_3"):
-        policy = stage(name, partial(demo_preference, name=name, init=policy, judge=judge))
-    rows = {name: mark(cfg, at, judge) for name, (at, _) in stages.items() if name != "reward"}
-    for name, (at, seconds) in stages.items():
-        last = last_metrics(at)
-        if name in rows:
-            rows[name] |= {"chosen drift": last.get("drift_chosen", math.nan), "seconds": seconds}
-        else:
-            accuracy = f"{last['pairs_accuracy']:.3f} of held-out pairs, {seconds:.0f} s"
-    head = ["stage", *rows["base"]]
-    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, values in rows.items():
-        cells = ("" if math.isnan(v) else f"{v:.3g}" for v in values.values())
-        table.append(f"| {name} | " + " | ".join(cells) + " |")
-    total = f"{(time.monotonic() - begun) / 60:.1f} minutes in all"
-    text = "\n".join([*table, "", f"Reward model: {accuracy}; {total}; seed {cfg.seed}.", ""])
+        stages[name] = partial(demo_preference, cfg, name, cfg.out / policy, judge)
+        policy = name
+    seconds = {}
+    for name, make in stages.items():
+        start = time.monotonic()
+        whole(make())
+        seconds[name] = time.monotonic() - start
+    rows = {name: mark(cfg, cfg.out / name, judge) for name in stages if name != "reward"}
+    for name, row in rows.items():
+        if (drift := last_metrics(cfg.out / name).get("drift_chosen")) is not None:
+            row["chosen drift"] = drift
+        row["seconds"] = seconds[name]
+    accuracy = last_metrics(judge)["pairs_accuracy"]
+    about = (
+        f"Reward model: {accuracy:.3f} of held-out pairs, {seconds['reward']:.0f} s; "
+        f"{(time.monotonic() - begun) / 60:.1f} minutes in all; seed {cfg.seed}."
+    )
+    text = f"{markdown(rows, 'stage')}\n\n{about}\n"
     (cfg.out / "table.md").write_text(text)
     log.info(text)
 
 
+# ---- from weak to strong -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IterateConfig:
+    """The generator of round k makes data, with which SFT, DPO and RPO align the base; the better
+    model generates round k + 1 (SPEC 5.5)."""
+
+    rounds: int = 2
+    out: Path = Path("runs/iterate")
+    """Each round's data and runs, lineage.json, table.md; it goes on where it was stopped."""
+    bases: tuple[str, ...] = ()
+    """What is aligned in each round; the last one in those that follow as well."""
+    data: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    """How each round makes its data; its model is the first generator."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rpo: PreferenceConfig = field(default_factory=PreferenceConfig)
+    held_out: Path | None = None
+    """Prompts (JSON lines) that no round sees, on which the referee marks every model."""
+    referee: str = ""
+    """A reward model's folder; default: data.reward, which has chosen the data as well."""
+    demo: DemoConfig | None = None
+    """The demo's tasks instead of data's prompts, its base, its general_sft as the first generator
+    and its reward model; what is not there is made first. The program marks each round."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}: at least 1")
+        if not self.demo and not self.bases:
+            raise ValueError("bases: name the model that is aligned in each round")
+
+
+def weak_to_strong() -> IterateConfig:
+    """the demo's tasks and models, on a laptop"""
+    stage = demo_stage(Path(), Path())
+    sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
+    both = (replace(demo_loss(name), **stage) for name in ("dpo", "rpo"))
+    data = replace(OWN_ANSWERS, counts=OWN_ANSWERS.counts | {"preference_share": 0.2})
+    both = dict(zip(("dpo", "rpo"), both, strict=True))
+    return IterateConfig(data=data, sft=sft, **both, demo=DemoConfig())
+
+
+def report_loop() -> IterateConfig:
+    """the report's stages with models of yours: set --bases, --data.model and --data.reward"""
+    data = SynthesizeConfig(recipe="report")
+    return IterateConfig(bases=("base",), data=data, sft=general_sft(), dpo=dpo(), rpo=rpo_1())
+
+
+LOOPS = {"demo": weak_to_strong, "report": report_loop}
+
+
+def iterate(cfg: IterateConfig) -> None:
+    """Every step is skipped that is done; lineage.json says what came from what."""
+    if world_size() > 1:
+        raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
+    bases, judge = cfg.bases, cfg.data.reward
+    generator = cfg.data.model
+    if cfg.demo:
+        for make in demo_start(cfg.demo).values():
+            whole(make())
+        bases, judge = bases or (str(cfg.demo.out / "base"),), str(cfg.demo.out / "reward")
+        generator = cfg.demo.out / "general_sft"
+    lineage, rows = [], {"the first generator": score_of(cfg, generator, judge)}
+    for k in range(1, cfg.rounds + 1):
+        folder, base = cfg.out / f"round_{k}", Path(bases[min(k, len(bases)) - 1])
+        data = replace(cfg.data, model=generator, reward=judge, out=folder / "data")
+        if cfg.demo:
+            tasks = replace(cfg.demo, out=folder, seed=cfg.demo.seed + k)
+            data = replace(data, prompts=demo_prompts(tasks, "own", 6000))
+        made = synthesize(replace(data, seed=data.seed + k))
+        run = base
+        for name, stage, file in (
+            ("sft", cfg.sft, "sft"), ("dpo", cfg.dpo, "preference"), ("rpo", cfg.rpo, "rpo"),
+        ):  # fmt: skip
+            stage = replace(stage, init=str(run), data=made / f"{file}.jsonl", out=folder / name)
+            run = whole(align(name, stage))
+            came = dict(init=stage.init, generator=str(generator), data=str(stage.data))
+            lineage.append(dict(round=k, stage=name, **came, run=str(run), model=identity(run)))
+            rows[f"round {k}, {name}"] = score_of(cfg, run, judge)
+        generator = run
+        (cfg.out / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+    text = markdown(rows, "model") + "\n"
+    (cfg.out / "table.md").write_text(text)
+    log.info(text)
+
+
+def score_of(cfg: IterateConfig, run: Path, judge: str) -> dict[str, float]:
+    """The program's marks, or the referee's mean reward of answers to the held-out prompts."""
+    if cfg.demo:
+        return mark(cfg.demo, run, Path(judge))
+    if not cfg.held_out:
+        return {}
+    lines = (json_object(line) for _, line in numbered_lines(cfg.held_out))
+    chats = [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in lines]
+    engine = load_engine(replace(cfg.data, model=run))
+    referee = load_engine(replace(cfg.data, model=Path(cfg.referee or judge)))
+    how = SamplingParams(
+        max_tokens=cfg.data.max_tokens, temperature=0, stop_ids=chat_stops(engine.tokenizer)
+    )
+    said = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in chats], how)
+    ids = [
+        render_reward(
+            [*chat, {"role": "assistant", "content": one.text.strip()}], referee.tokenizer
+        )
+        for chat, one in zip(chats, said, strict=True)
+    ]
+    scored = referee.generate(ids, SamplingParams(max_tokens=0))
+    return {"reward": mean(float(aggregate(one.scores)) for one in scored)}
+
+
 def main() -> None:
     set_up_logging()
-    if sys.argv[1:2] == ["demo"]:
-        return run(lambda: demo(tyro.cli(DemoConfig, args=sys.argv[2:], prog="align.py demo")))
-    about = "Align a model: a preset, changed by options. `align.py demo` runs all stages in small."
+    command, args = sys.argv[1:2], sys.argv[2:]
+    if command == ["demo"]:
+        return run(lambda: demo(tyro.cli(DemoConfig, args=args, prog="align.py demo")))
+    if command == ["iterate"]:
+        args = args if args[:1] and args[0] in LOOPS else ["demo", *args]
+        return run(lambda: iterate(choose_config(args, LOOPS, IterateConfig.__doc__)[1]))
+    about = "Align a model: a preset, changed by options. Also `demo` (all stages in small) and "
+    about += "`iterate` (rounds of data and alignment)."
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))
 
 

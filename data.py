@@ -2137,9 +2137,8 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 DIGIT = {text: str(i % 10) for i, text in enumerate([*"0123456789", *NUMBERS])}
 # what is done to the digits, and how it is asked for in words
 OPERATIONS: dict[str, tuple[Callable[[str], str], str]] = {
-    "reverse": (lambda x: x[::-1], "Write {} backwards."),
     "sort": (lambda x: "".join(sorted(x)), "Sort {} upwards."),
-    "rest": (lambda x: x[1:], "Drop the first digit of {}."),
+    "first": (lambda x: x[0], "Give the first digit of {}."),
     "last": (lambda x: x[-1], "Give the last digit of {}."),
     "largest": (max, "Give the largest digit of {}."),
     "smallest": (min, "Give the smallest digit of {}."),
@@ -2256,8 +2255,13 @@ def draw_task(rng: random.Random, call: bool, held_out: bool = False) -> Task:
 
 
 def draw_text(rng: random.Random) -> str:
-    """A document to pretrain on: a call and its result, perhaps with a verdict, or a number in
-    words. Nobody asks or answers."""
+    """A document to pretrain on: calls and their results, perhaps with a verdict, and numbers in
+    words. Nobody asks or answers. Several in one document: what is learnt must not depend on where
+    a document begins."""
+    return "\n".join(draw_line(rng) for _ in range(rng.randint(1, 5)))
+
+
+def draw_line(rng: random.Random) -> str:
     task, kind = draw_task(rng, call=True), rng.random()
     if kind < 0.2:
         return f"{task.digits}\n{write_answer(task.digits, ['words'])}"
@@ -2271,22 +2275,6 @@ def scored_row(task: Task, text: str) -> dict[str, Any]:
     """A row for sft_rows and, with its label, for reward_rows."""
     messages = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": text}]
     return {"messages": messages, "label": task.labels(text)}
-
-
-def pair_row(
-    task: Task,
-    texts: Sequence[str],
-    rewards: Sequence[float],
-    finished: Sequence[bool],
-    **gap: float,
-) -> dict[str, Any] | None:
-    """The best and the worst of a task's sampled answers as a row for preference_rows, if any."""
-    if (found := best_and_worst(texts, rewards, finished, **gap)) is None:
-        return None
-    row: dict[str, Any] = {"messages": [{"role": "user", "content": task.prompt}]}
-    for name, i in zip(("chosen", "rejected"), found, strict=True):
-        row |= {name: texts[i], f"{name}_reward": float(rewards[i])}
-    return row
 
 
 # ---- command line --------------------------------------------------------------------------------

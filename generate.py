@@ -18,6 +18,8 @@ import json
 import logging
 import os
 import queue
+import random
+import re
 import secrets
 import signal
 import sys
@@ -25,11 +27,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +45,35 @@ from tqdm import tqdm
 
 from data import (
     ATTRIBUTES,
+    IGNORE,
+    MARKER,
+    ROLES,
+    TO_ANSWER,
+    Decontaminator,
+    Instruction,
+    Messages,
     Tokenizer,
     aggregate,
+    best_and_worst,
+    check_messages,
+    compiles,
+    draw_instructions,
     embedded_english,
+    extract_code,
+    json_object,
     load_tokenizer,
+    near_duplicates,
+    need,
+    normalise,
+    numbered_lines,
+    parse_list,
+    plain,
+    read_documents,
+    read_evaluations,
     render_chat,
     render_reward,
+    run_python,
+    same_number,
 )
 from model import ModelConfig, Nemotron, RewardHead
 from parallel import (
@@ -60,6 +86,7 @@ from parallel import (
     read_config,
     shut_down,
     split_layers,
+    step_folders,
     tp_cuts,
     world_size,
 )
@@ -1324,6 +1351,1243 @@ def serve(cfg: ServeConfig) -> None:
         raise RuntimeError("the engine failed") from driver.failed
 
 
+# ---- the synthetic data pipeline: what is asked --------------------------------------------------
+
+# The report's 23 prompts and those that it does not print, in our own words. {n} items are asked
+# for as a list; data.parse_list reads whatever comes.
+AS_LIST = (
+    " Make them as different from each other as you can. Answer with a numbered list, one a line."
+)
+TEMPLATES = {
+    # -- topics, open questions, writing, closed questions
+    "macro_topics": "Name {n} broad subjects that people all over the world talk about: everyday "
+    "life, nature, science, work, culture and so on." + AS_LIST,
+    "subtopics": "Name {n} narrower subjects that belong to the subject '{topic}'." + AS_LIST,
+    "questions": "Write {n} things that somebody interested in '{topic}' would ask an assistant, "
+    "questions or requests." + AS_LIST,
+    "refine_question": "Here is what somebody asks an assistant:\n{text}\nRewrite it in {n} ways, "
+    "each longer and more exact, in two to four sentences: tell why it is asked, add a situation, "
+    "narrow it down, or ask for another form of answer." + AS_LIST,
+    "writing": "Write {n} requests to compose a text of the kind '{material}' about '{topic}', "
+    "each in one or two sentences." + AS_LIST,
+    "refine_writing": "Here is a request to compose a text:\n{text}\nRewrite it in {n} ways, each "
+    "with more demands, in two to four sentences: what must be in it, for whom it is, how long it "
+    "is, how it is built, which facts support it." + AS_LIST,
+    "closed": "TEXT:\n{document}\nEND OF TEXT\nWrite {n} questions or tasks that can be done with "
+    "this text alone: ask for something it says, have it summed up, explained or put in other "
+    "words, or have a similar one written. Do not repeat the text." + AS_LIST,
+    # -- mathematics and Python
+    "math_topics": "Name {n} fields of mathematics at the level: {level}." + AS_LIST,
+    "math_subtopics": "Name {n} notions or methods within the field '{topic}' of mathematics."
+    + AS_LIST,
+    "math_entity": "Is '{entity}' a notion of mathematics: a thing that is defined, proved or "
+    "computed, and on which exercises can be set? Answer with Yes or No, then one reason.",
+    "math_problems": "Write {n} mathematics problems about '{topic}', each complete in itself and "
+    "with a definite answer." + AS_LIST,
+    "math_problems_easy": "Write {n} mathematics problems about '{topic}' for beginners: small "
+    "numbers, one step, a definite answer." + AS_LIST,
+    "python_topics": "Name {n} fields in which Python is used or that its programmers learn."
+    + AS_LIST,
+    "python_subtopics": "Name {n} notions or tools within the field '{topic}' of Python."
+    + AS_LIST,
+    "python_entity": "Is '{entity}' something a Python programmer would use or study: a part "
+    "of the language, a library, an algorithm, a way of working? Answer with Yes or No, then one "
+    "reason.",
+    "python_easy": "Write {n} Python exercises about '{topic}' for a beginner: one short function "
+    "each." + AS_LIST,
+    "python_medium": "Write {n} Python exercises about '{topic}' for a working programmer: several "
+    "functions, or a class." + AS_LIST,
+    "python_hard": "Write {n} hard Python exercises about '{topic}': an algorithm that has to be "
+    "found, with limits on time or memory." + AS_LIST,
+    # -- conversations
+    "user_plain": "You play the user of an assistant. So far:\n{history}\nWrite the user's next "
+    "message, and nothing else.",
+    "user_probing": "You play the user of an assistant, a curious one who asks for reasons, "
+    "comparisons and less obvious cases. So far:\n{history}\nWrite the user's next message, and "
+    "nothing else.",
+    "user_terse": "You play the user of an assistant, a busy and critical one who writes a few "
+    "words, as people do. So far:\n{history}\nWrite the user's next message, and nothing else.",
+    "rules": "Write {n} instructions to an assistant that shall talk with customers about "
+    "'{topic}': what it helps with, and that it keeps to that." + AS_LIST,
+    "distractor": "An assistant has these instructions:\n{rules}\nThis was said:\n{history}\nWrite "
+    "a next message of the user that leads away from the subject in a friendly way, and nothing "
+    "else.",
+    "incapable": "Write {n} requests about '{topic}' that an assistant which only writes text "
+    "cannot carry out: they need the present day's news, a body, an account, a file it has not "
+    "seen, or an act in the world." + AS_LIST,
+    # -- code by evolution (SPEC 5.7)
+    "crossover": "These are programming tasks:\n{tasks}\nWrite {n} new ones in their spirit, on "
+    "other things." + AS_LIST,
+    "evolve": "Here is a programming task:\n{task}\nWrite one new task, made from it, that {how}. "
+    "Answer with the task alone.",
+    "solve": "{task}\nAnswer with one block of Python code that is complete and runs.",
+    "fitness": "TASK:\n{task}\nSOLUTION:\n{code}\nDoes the solution do exactly what the task asks, "
+    "without an error? Answer with Yes or No, then one reason.",
+    # -- judging, and mending a list
+    "judge": "A user and an assistant said:\n{history}\nTwo answers to the last message:\n"
+    "<<ANSWER A>>\n{a}\n<<ANSWER B>>\n{b}\n<<END>>\nWhich one helps the user more, and is right? "
+    "Neither length nor order counts. End with [[A]], [[B]], or [[C]] if they are as good.",
+    "verdict": "A user and an assistant said:\n{history}\nTwo answers to the last message:\n"
+    "<<ANSWER A>>\n{a}\n<<ANSWER B>>\n{b}\n<<END>>\nWhich one helps the user more, and is right? "
+    "Answer with the letter A or B.",
+    "rate": "A user and an assistant said:\n{history}\nRate the last answer, each from 0 (lowest) "
+    "to 4:\nhelpfulness: does it do what was asked\ncorrectness: is all of it true, and nothing "
+    "missing\ncoherence: is it clear and consistent\ncomplexity: how much knowledge it takes to "
+    "write\nverbosity: how long it is for what was asked\nAnswer with five lines, name: number.",
+    "list": "Copy the items of this list word for word into a numbered list, one a line, and write "
+    "nothing else:\n{text}",
+}  # fmt: skip
+MATERIALS = ("essay", "letter", "poem", "news item", "blog post", "short story", "dialogue",
+             "product page", "speech", "summary")  # fmt: skip
+LEVELS = ("elementary school", "middle school", "high school", "university")
+USERS = ("user_plain", "user_probing", "user_terse")
+# by hand: how a document and what is asked about it become one prompt
+JOINS = ("{document}\n\n{text}", "{text}\n\nText: {document}",
+         "Read this first.\n---\n{document}\n---\n{text}")  # fmt: skip
+EVOLUTIONS = (
+    "has one more condition or rule to keep", "needs a rarer idea in place of a usual one",
+    "takes more steps of reasoning", "must also find and mend a mistake in given code",
+    "sets a limit on time or memory",
+)  # fmt: skip
+# what ground truth can judge before you bring GSM8K's or MATH's training prompts (--prompts)
+TRUTHS: tuple[dict[str, Any], ...] = (
+    {"prompt": "A crate holds 12 jars. How many jars are in 7 crates?", "answer": "84"},
+    {"prompt": "Ana reads 15 pages a day. In how many days has she read 180?", "answer": "12"},
+    {"prompt": "Write a Python function double(x) that returns twice x.",
+     "tests": "assert double(3) == 6\nassert double(-1) == -2"},
+    {"prompt": "Write a Python function vowels(s) that counts the letters a, e, i, o, u in s.",
+     "tests": "assert vowels('education') == 5\nassert vowels('') == 0"},
+)  # fmt: skip
+CODE_SEEDS = (
+    "Write a function that returns the words of a text in reverse order.",
+    "Write a function that tells whether two words are made of the same letters.",
+    "Write a function that merges two sorted lists into one.",
+    "Write a class for a queue of fixed size that drops its oldest item.",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much of everything."""
+
+    macro_topics: int
+    subtopics: int
+    """Of each macro-topic."""
+    questions: int
+    """Open ones, of each topic."""
+    refinements: int
+    """Of each question and each writing task."""
+    materials: int
+    """Kinds of text, of each topic."""
+    documents: int
+    closed: int
+    """Questions on each document."""
+    fields: int
+    """Of mathematics at each of four levels, and of Python."""
+    notions: int
+    """Of each field."""
+    entities: int
+    """Words of the documents that are classified as notions."""
+    problems: int
+    """Of each notion."""
+    instructed: int
+    """Prompts with verifiable instructions, in turns of three forms."""
+    two_turn: int
+    distracted: int
+    incapable: int
+    colonies: int
+    generations: int
+    offspring: int
+    """Of each colony in a generation."""
+    turns: int = 3
+    """Of a dialogue (SPEC 5.3)."""
+    samples: int = 2
+    """Answers to a preference prompt, of each model that answers."""
+    preference_share: float = 0.5
+    """Of the prompts; the others become dialogues. No prompt becomes both."""
+
+
+# topics, keywords, turns and colonies are the report's (SPEC 5.1, 5.3, 5.7), example counts are
+# those of NVIDIA's published examples; what neither states is ours
+RECIPES = {
+    "demo": Recipe(
+        macro_topics=2, subtopics=2, questions=2, refinements=1, materials=1, documents=2, closed=2,
+        fields=1, notions=2, entities=4, problems=1, instructed=6, two_turn=3, distracted=2,
+        incapable=2, colonies=2, generations=2, offspring=2,
+    ),
+    "prompts": Recipe(*[0] * 18),
+    "report": Recipe(
+        macro_topics=120, subtopics=24, questions=10, refinements=5, materials=5, documents=20_000,
+        closed=3, fields=80, notions=50, entities=20_000, problems=3, instructed=40_000,
+        two_turn=40_000, distracted=5_000, incapable=5_000, colonies=20, generations=20,
+        offspring=2_500, samples=4,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig(EngineConfig):
+    """Prompts, dialogues, code and preferences from models: rows for align.py, a report.
+
+    A model is a folder (a run's, or a Hugging Face one), which runs in this process, or a name that
+    an OpenAI-compatible --endpoint serves. The same command goes on where it was stopped."""
+
+    model: Path = Path()
+    """Writes the prompts, plays both sides of dialogues, judges."""
+    endpoint: str = ""
+    """URL of an OpenAI-compatible server: vLLM, NIM, `generate.py serve`. Key: OPENAI_API_KEY."""
+    answerers: tuple[str, ...] = ()
+    """More models that answer preference prompts: other checkpoints."""
+    reward: str = ""
+    """A reward model, for ranking, filters and labels; without one, the model rates."""
+    judge: Literal["reward", "text", "logits"] = "reward"
+    """Who ranks answers that nothing can verify: the rewards, or the model in both orders, by what
+    it writes or by its probabilities of A and B."""
+    out: Path = Path("runs/synthesize")
+    recipe: Literal["demo", "prompts", "report"] = "demo"
+    """prompts: none but those of --prompts."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """The recipe, changed: --counts questions 5 turns 1."""
+    documents: tuple[Path, ...] = ()
+    """Text files for closed questions and keywords; default: Python's documentation."""
+    prompts: tuple[Path, ...] = ()
+    """Your own: JSON lines with `prompt` or `messages`, perhaps an `answer` (a number) or `tests`
+    (Python) by which ground truth judges."""
+    evaluations: tuple[Path, ...] = ()
+    """JSON lines of benchmarks: prompts that share 13 words with one are dropped."""
+    temperature: float = 0.2
+    """Of everything but dialogues (greedy), answers and code (1)."""
+    top_p: float = 0.7
+    max_tokens: int = 1024
+    longest: int = 4000
+    """Characters of an answer; longer ones are dropped."""
+    min_helpfulness: float = 3.0
+    """Of a dialogue's answers on average; NVIDIA's examples' threshold."""
+    min_chosen: float = 0.0
+    """Reward of a chosen answer that no ground truth judged."""
+    min_gap: float = 0.0
+    """Between the rewards of chosen and rejected."""
+    near: float = 0.7
+    """Similarity (Jaccard) from which a prompt repeats another."""
+    concurrency: int = 16
+    """Requests under way at the endpoint."""
+    retries: int = 6
+    """Of a request that the endpoint could not answer, each after a longer pause."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("concurrency", 1, 4096), ("retries", 0, 100), ("temperature", 0, 10), ("near", 0.1, 1),
+            ("top_p", 1e-6, 1), ("max_tokens", 1, 1 << 20), ("longest", 1, 1 << 30),
+        ):  # fmt: skip
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name}={value}: must be in {low:g}..{high:g}")
+        known = {f.name for f in fields(Recipe)}
+        if wrong := sorted(set(self.counts) - known):
+            raise ValueError(f"counts {wrong[0]!r}: not one of {', '.join(sorted(known))}")
+        if min(self.counts.values(), default=0) < 0:
+            raise ValueError(f"counts {self.counts}: none below 0")
+
+    def amounts(self) -> Recipe:
+        whole = {k: v if k == "preference_share" else int(v) for k, v in self.counts.items()}
+        return replace(RECIPES[self.recipe], **whole)
+
+
+# ---- the synthetic data pipeline: who answers, and what is kept ----------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    messages: Messages
+    template: str = ""
+    parents: tuple[str, ...] = ()
+    sample: int = 0
+    """Its number among equal requests."""
+
+
+class Reply(NamedTuple):
+    text: str
+    finish_reason: str = "stop"
+    tokens: tuple[int, int] = (0, 0)  # of the prompt, of the answer
+    scores: dict[str, float] = {}  # a reward model's attributes, or log-probabilities of A and B
+
+
+Want = Literal["text", "verdict", "rewards"]
+
+
+class Local:
+    """A model in this process."""
+
+    def __init__(self, cfg: EngineConfig) -> None:
+        self.engine, self.name = load_engine(cfg), identity(cfg.model)
+
+    def answers(
+        self, requests: list[Request], sampling: dict[str, Any], seeds: list[int], want: Want
+    ) -> Iterator[Reply]:
+        """In the order of the requests."""
+        tokenizer, scored = self.engine.tokenizer, bool(self.engine.cfg.n_attributes)
+        if scored != (want == "rewards"):
+            kind = "a reward model" if scored else "a language model"
+            raise ValueError(f"{self.name} is {kind}, which gives no {want}")
+        window = 16 * len(self.engine.slots)
+        for i in range(0, len(requests), window):
+            chunk = [request.messages for request in requests[i : i + window]]
+            if want == "rewards":
+                ids = [render_reward(chat, tokenizer) for chat in chunk]
+                for done in self.engine.generate(ids, SamplingParams(max_tokens=0)):
+                    last = done.scores[-len(ATTRIBUTES) :]
+                    scores = dict(zip(ATTRIBUTES, last, strict=True))
+                    yield Reply("", tokens=(done.n_prompt, 0), scores=scores)
+            elif want == "verdict":
+                asked = [render_chat(chat, tokenizer)[0].tolist() for chat in chunk]
+                letters = [list(tokenizer.encode(letter)) for letter in "AB"]
+                done = self.engine.score([(ids, letter) for ids in asked for letter in letters])
+                for j, ids in enumerate(asked):
+                    a, b = (sum(one.logprobs) for one in done[2 * j : 2 * j + 2])
+                    yield Reply("", tokens=(len(ids), 0), scores={"A": a, "B": b})
+            else:
+                yield from self.written(chunk, sampling, seeds[i : i + window])
+
+    def written(
+        self, chats: list[Messages], sampling: dict[str, Any], seeds: list[int]
+    ) -> Iterator[Reply]:
+        stops, rows = chat_stops(self.engine.tokenizer), []
+        for chat, seed in zip(chats, seeds, strict=True):
+            ids = render_chat(chat, self.engine.tokenizer)[0]
+            fits = len(ids) < self.engine.context
+            params = SamplingParams(seed=seed, stop_ids=stops, **sampling)
+            rows.append(self.engine.submit(ids, params)[0] if fits else None)
+        for row in rows:
+            if row is None:
+                yield Reply("", "too long")
+                continue
+            done = next(self.engine.finished([row]))
+            tokens = (done.n_prompt, len(done.ids))
+            yield Reply(done.text.rstrip("\n"), done.finish_reason, tokens)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server. The openai package repeats what failed (429, 5xx,
+    a lost connection) after growing pauses, or after the one that the server asks for."""
+
+    def __init__(self, cfg: SynthesizeConfig, name: str) -> None:
+        try:
+            from openai import OpenAI
+        except ImportError as e:
+            raise ValueError("--endpoint needs `pip install -e '.[endpoint]'`") from e
+        self.name, self.url, self.concurrency = name, cfg.endpoint, cfg.concurrency
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        how = dict(max_retries=cfg.retries, timeout=3600)
+        self.client = OpenAI(base_url=cfg.endpoint, api_key=key, **how)
+
+    def answers(
+        self, requests: list[Request], sampling: dict[str, Any], seeds: list[int], want: Want
+    ) -> Iterator[Reply]:
+        """In the order of the requests, at most `concurrency` under way and as many waiting behind
+        a slow one: so much a kill can lose."""
+        under_way: deque = deque()
+        work = iter(zip(requests, seeds, strict=True))
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            while True:
+                for request, seed in itertools.islice(work, 2 * self.concurrency - len(under_way)):
+                    under_way.append(pool.submit(self.ask, request, sampling, seed, want))
+                if not under_way:
+                    return
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def ask(self, request: Request, sampling: dict[str, Any], seed: int, want: Want) -> Reply:
+        import openai
+
+        how: dict[str, Any] = dict(sampling, seed=seed)
+        if want == "verdict":
+            how |= dict(max_tokens=1, logprobs=True, top_logprobs=20)
+        try:
+            done = self.client.chat.completions.create(
+                model=self.name, messages=request.messages, **how
+            )
+        except openai.BadRequestError as e:  # this request's own fault, now and ever
+            return Reply(str(e), "refused")
+        except openai.OpenAIError as e:
+            what = f"{self.url}: {self.name}: {e}"
+            raise ValueError(f"{what}: the same command goes on from here") from e
+        choice, used = done.choices[0], done.usage
+        tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
+        listed = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+        scores = {}
+        if want == "rewards":
+            scores = {one.token: one.logprob for one in listed if one.token in ATTRIBUTES}
+        elif want == "verdict" and listed:
+            tops = [(top.token.strip(), top.logprob) for top in listed[0].top_logprobs]
+            least = min(lp for _, lp in tops)  # what is not among the 20 likeliest is below them
+            for letter in "AB":
+                scores[letter] = max((lp for t, lp in tops if t == letter), default=least)
+        text = (choice.message.content or "").strip()
+        return Reply(text, choice.finish_reason or "stop", tokens, scores)
+
+
+def identity(folder: Path) -> str:
+    """A model's name in the records: other weights have another one. A run's checksums are those of
+    its newest checkpoint; of a Hugging Face folder, each file's size and beginning count."""
+    digest, steps = hashlib.sha256(), step_folders(folder / "checkpoints")
+    for file in [steps[-1] / "state.json"] if steps else sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as f:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(1 << 20))
+    return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+
+
+def fresh(*parts: Any) -> str:
+    """The hash of what a record depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+Record = dict[str, Any]
+
+
+class Pipeline:
+    """The models, and the records of what they were asked: one file a stage, appended to in the
+    order of the requests, so that a killed run, started again, leaves the same bytes."""
+
+    def __init__(self, cfg: SynthesizeConfig) -> None:
+        self.cfg, self.counts = cfg, Counter()
+        self.backends: dict[str, Local | Endpoint] = {}
+        self.model = self.backend(str(cfg.model))
+        self.answerers = [self.model, *map(self.backend, cfg.answerers)]
+        self.reward = self.backend(cfg.reward) if cfg.reward else None
+        self.leads = int(os.environ.get("RANK", 0)) == 0
+        self.folder, self.dropped = cfg.out / "records", []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seconds: Counter[str] = Counter()
+        self.known = {file.stem: self.read(file) for file in sorted(self.folder.glob("*.jsonl"))}
+        self.used: dict[str, Record] = {}
+        self.benchmarks = Decontaminator(read_evaluations(cfg.evaluations))
+        if world_size() > 1:
+            dist.barrier()  # everyone has read before anyone writes
+
+    def backend(self, name: str) -> "Local | Endpoint":
+        if name not in self.backends:
+            if Path(name).is_dir() and name != ".":
+                made = Local(replace(self.cfg, model=Path(name)))
+            elif self.cfg.endpoint and name != ".":
+                if world_size() > 1:
+                    raise ValueError("an endpoint is asked by one process: start it with python")
+                made = Endpoint(self.cfg, name)
+            else:
+                rule = "a model is a folder, or a name that --endpoint serves"
+                raise ValueError(f"model {name!r}, endpoint {self.cfg.endpoint!r}: {rule}")
+            self.backends[name] = made
+        return self.backends[name]
+
+    def read(self, file: Path) -> dict[str, Record]:
+        """A stage's records; a last line that a kill cut short is taken away."""
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content) and self.leads:
+            with file.open("r+b") as f:
+                f.truncate(whole)
+        records = {}
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records[record["id"]] = record
+            except (ValueError, KeyError) as e:
+                raise ValueError(f"{file}:{number}: no record ({e}): take the line out") from e
+        return records
+
+    def ask(
+        self,
+        stage: str,
+        requests: list[Request],
+        backend: "Local | Endpoint | None" = None,
+        want: Want = "text",
+        **sampling: Any,
+    ) -> list[Record]:
+        """Each request's record: known, or made now."""
+        begun, backend = time.monotonic(), backend or self.model
+        base = {name: getattr(self.cfg, name) for name in ("temperature", "top_p", "max_tokens")}
+        sampling = base | sampling if want == "text" else {}
+        known, todo, ids = self.known.setdefault(stage, {}), {}, []
+        for request in requests:
+            asked = (stage, request.messages, request.sample, want)
+            template = fresh(TEMPLATES.get(request.template, ""))
+            ids.append(fresh(*asked, template, backend.name, sampling, self.cfg.seed))
+            if ids[-1] not in known:
+                todo.setdefault(ids[-1], request)
+        if todo:
+            seeds = [int(key[:7], 16) for key in todo]
+            replies = backend.answers([*todo.values()], sampling, seeds, want)
+            bar = tqdm(total=len(todo), desc=stage, disable=not log.isEnabledFor(20), leave=False)
+            path = self.folder / f"{stage}.jsonl" if self.leads else Path(os.devnull)
+            with path.open("ab") as f, bar:
+                for (key, request), reply in zip(todo.items(), replies, strict=True):
+                    known[key] = dict(
+                        id=key, stage=stage, template=request.template, model=backend.name,
+                        sampling=sampling, seed=self.cfg.seed, sample=request.sample,
+                        parents=request.parents, messages=request.messages, **reply._asdict(),
+                    )  # fmt: skip
+                    f.write(json.dumps(known[key], ensure_ascii=False).encode() + b"\n")
+                    f.flush()
+                    bar.update()
+                if self.leads:
+                    os.fsync(f.fileno())
+        self.seconds[stage] += time.monotonic() - begun
+        records = [known[key] for key in ids]
+        self.used |= {record["id"]: record for record in records}
+        return records
+
+    def fill(self, template: str, parents: tuple[str, ...] = (), **inputs: Any) -> Request:
+        text = TEMPLATES[template].format(**inputs)
+        return Request([{"role": "user", "content": text}], template, parents)
+
+    def lists(self, stage: str, n: int, inputs: list[dict[str, Any]]) -> list["list[Item]"]:
+        """Of each input n items: the answer is read as a list, rewritten by the model if it is
+        none, and asked for again, twice at most, for what is missing."""
+        found: list[dict[str, Item]] = [{} for _ in inputs]
+        for attempt in range(3 if n else 0):
+            short = [i for i, items in enumerate(found) if len(items) < n]
+            requests = [self.list_request(stage, n, inputs[i], found[i], attempt) for i in short]
+            for i, record in zip(short, self.ask(stage, requests), strict=True):
+                items = parse_list(record["text"])
+                if not items and record["text"]:
+                    mend = self.fill("list", (record["id"],), text=record["text"])
+                    record = self.ask("list", [mend], temperature=0.0)[0]
+                    items = parse_list(record["text"])
+                for text in items:
+                    found[i].setdefault(normalise(text), Item(text, (record["id"],)))
+        self.counts[f"{stage}: lists too short"] += sum(len(items) < n for items in found)
+        return [[*items.values()][:n] for items in found]
+
+    def list_request(
+        self, stage: str, n: int, inputs: dict[str, Any], have: "dict[str, Item]", attempt: int
+    ) -> Request:
+        inputs = dict(inputs)
+        parents = inputs.pop("parents", ())
+        request = self.fill(inputs.pop("template", stage), parents, n=n - len(have), **inputs)
+        if have:
+            others = "".join(f"\n- {item.text}" for item in have.values())
+            request.messages[0]["content"] += f"\nNone of these again:{others}"
+        return replace(request, sample=attempt)
+
+    def answers(
+        self,
+        stage: str,
+        asked: list[tuple[Any, Request]],
+        backend: "Local | Endpoint | None" = None,
+        **sampling: Any,
+    ) -> list[tuple[Any, Record]]:
+        """What each request belongs to, with its answer; dropped are those that did not end by
+        themselves, say nothing or are over-long."""
+        kept = []
+        records = self.ask(stage, [request for _, request in asked], backend, **sampling)
+        for (what, _), a in zip(asked, records, strict=True):
+            text, reason = a["text"], ""
+            if a["finish_reason"] != "stop":
+                reason = "refused" if a["finish_reason"] == "refused" else "unfinished"
+            elif not text.strip() or len(text) > self.cfg.longest:
+                reason = "over-long" if text.strip() else "empty"
+            elif MARKER.search(text):
+                reason = "has a marker"
+            if reason:
+                evidence = f"{a['finish_reason']}, {len(text)} characters"
+                self.drop(reason, stage, text, evidence, (a["id"],))
+            else:
+                kept.append((what, a))
+        return kept
+
+    def drop(self, reason: str, stage: str, text: Any, evidence: Any, parents: Any = ()) -> None:
+        self.counts[f"{stage}: {reason}"] += 1
+        self.dropped.append(
+            dict(reason=reason, stage=stage, evidence=evidence, text=text, parents=parents)
+        )
+
+
+class Item(NamedTuple):
+    text: str
+    parents: tuple[str, ...]
+    topic: str = ""
+
+
+# ---- the synthetic data pipeline: prompts --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt: what is said up to a user's turn."""
+
+    kind: str
+    messages: tuple[dict[str, str], ...]
+    parents: tuple[str, ...] = ()
+    topic: str = ""
+    truth: dict[str, Any] = field(default_factory=dict)
+    """By what a program judges: `answer`, `tests`, or `instructions` and their `scope`."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(m["content"] for m in self.messages if m["role"] != "assistant")
+
+    def grown(self, message: dict[str, str], *parents: str) -> "Question":
+        return replace(self, messages=(*self.messages, message), parents=(*self.parents, *parents))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def history(messages: Iterable[dict[str, str]]) -> str:
+    return "\n".join(f"<<{m['role'].upper()}>>\n{m['content']}" for m in messages)
+
+
+def single(kind: str, items: Iterable[Item]) -> list[Question]:
+    return [Question(kind, (user(i.text),), i.parents, i.topic) for i in items]
+
+
+def derived(p: Pipeline, stage: str, n: int, items: list[Item], **more: Any) -> list[Item]:
+    """n new items from each item."""
+    inputs = [{"topic": i.text, "text": i.text, "parents": i.parents, **more} for i in items]
+    lists = p.lists(stage, n, inputs)
+    pairs = zip(items, lists, strict=True)
+    return [new._replace(topic=i.topic or i.text) for i, news in pairs for new in news]
+
+
+def once(items: Iterable[Item]) -> list[Item]:
+    """The first of each text."""
+    return [*{normalise(item.text): item for item in reversed([*items])}.values()][::-1]
+
+
+def topics(p: Pipeline, r: Recipe) -> list[Item]:
+    """Macro-topics and what is below them (SPEC 5.1)."""
+    macro = p.lists("macro_topics", r.macro_topics, [{}])[0]
+    macro = [i._replace(topic=i.text) for i in macro]
+    return once([*macro, *derived(p, "subtopics", r.subtopics, macro)])
+
+
+def plain_questions(p: Pipeline, r: Recipe, about: list[Item]) -> dict[str, list[Question]]:
+    """Open questions and writing tasks, as they are and refined."""
+    asked = {"open question": derived(p, "questions", r.questions, about), "writing": []}
+    for material in MATERIALS[: r.materials]:
+        asked["writing"] += derived(p, "writing", 1, about, material=material)
+    refine = {"open question": "refine_question", "writing": "refine_writing"}
+    return {
+        kind: single(kind, [*items, *derived(p, refine[kind], r.refinements, items)])
+        for kind, items in asked.items()
+    }
+
+
+def documents_of(cfg: SynthesizeConfig, n: int) -> list[str]:
+    """The beginnings of documents, 2,000 characters at most, cut at a line's end."""
+    given = read_documents([*cfg.documents], "text") if cfg.documents else embedded_english()
+    texts = []
+    for text in itertools.islice((d for d in given if isinstance(d, ValueError) or d.strip()), n):
+        if isinstance(text, ValueError):
+            raise text
+        texts.append(text[: text.rfind("\n", 200, 2000)].strip() if len(text) > 2000 else text)
+    return texts
+
+
+def closed_questions(p: Pipeline, r: Recipe, documents: list[str]) -> list[Question]:
+    """About a document, which is joined in by hand-made forms."""
+    rng, questions = random.Random(f"{p.cfg.seed}/joins"), []
+    lists = p.lists("closed", r.closed, [{"document": text} for text in documents])
+    for document, items in zip(documents, lists, strict=True):
+        for item in items:
+            text = rng.choice(JOINS).format(document=document, text=item.text)
+            questions.append(Question("closed question", (user(text),), item.parents))
+    return questions
+
+
+def notions(p: Pipeline, r: Recipe, documents: list[str], about: str) -> list[Item]:
+    """Keywords of mathematics or Python: fields, what is within them, and the documents' words that
+    the model takes for one."""
+    inputs = [{"level": level} for level in LEVELS] if about == "math" else [{}]
+    fields_ = [i for items in p.lists(f"{about}_topics", r.fields, inputs) for i in items]
+    # what may be a notion: long words that return
+    words = Counter(w.lower() for text in documents for w in re.findall(r"[^\W\d_]{6,}", text))
+    names = sorted(words, key=lambda w: (-words[w], w))[: r.entities]
+    asked = [(name, p.fill(f"{about}_entity", entity=name)) for name in names]
+    answers = p.answers(f"{about}_entity", asked, temperature=0.0, max_tokens=64)
+    found = [Item(name, (a["id"],)) for name, a in answers if says_yes(a["text"])]
+    return once([*fields_, *derived(p, f"{about}_subtopics", r.notions, fields_), *found])
+
+
+def says_yes(text: str) -> bool:
+    return re.match(r"\W*yes\b", text, re.IGNORECASE) is not None
+
+
+def problems(p: Pipeline, r: Recipe, documents: list[str]) -> list[Question]:
+    """Mathematics in two grades, Python in three, keywords in turns."""
+    questions = []
+    for about, grades in (
+        ("math", ("math_problems", "math_problems_easy")),
+        ("python", ("python_easy", "python_medium", "python_hard")),
+    ):
+        words = notions(p, r, documents, about)
+        for k, grade in enumerate(grades):
+            questions += single(about, derived(p, grade, r.problems, words[k :: len(grades)]))
+    return questions
+
+
+def instructed(p: Pipeline, n: int, source: list[Question]) -> list[Question]:
+    """Verifiable instructions in three forms: for one answer, for every answer of a conversation,
+    and for a second answer that revises the first (SPEC 5.2)."""
+    rng, out, revised = random.Random(f"{p.cfg.seed}/instructions"), [], []
+    for i in range(n if source else 0):
+        q, scope = rng.choice(source), ("single", "conversation", "revision")[i % 3]
+        drawn = draw_instructions(rng, rng.choice((1, 1, 2)), q.text)
+        text = " ".join(one.text for one in drawn)
+        truth = {"instructions": [one.to_json() for one in drawn], "scope": scope}
+        new = replace(q, kind=f"instructions, {scope}", truth=truth)
+        if scope == "revision":
+            revised.append(((new, text), Request([*q.messages], parents=q.parents)))
+        else:
+            text = f"In each of your answers: {text}" if scope == "conversation" else text
+            out.append(replace(new, messages=(user(f"{q.text}\n{text}"),)))
+    for (q, text), a in p.answers("first_answers", revised):
+        again = user(f"Write your answer again. {text}")
+        out.append(q.grown(assistant(a["text"]), a["id"]).grown(again))
+    return out
+
+
+def distracted(p: Pipeline, n: int, about: list[Item]) -> list[Question]:
+    """Instructions to keep to a subject, a conversation, and a message that leads away from it."""
+    asked = []
+    for i in derived(p, "rules", 1, about[:n]):
+        first = user(f"I have a question about {i.topic}. Where do I begin?")
+        system = {"role": "system", "content": i.text}
+        q = Question("distracted", (system, first), i.parents, i.topic)
+        asked.append((q, Request([*q.messages], parents=i.parents)))
+    answered = [q.grown(assistant(a["text"]), a["id"]) for q, a in p.answers("on_topic", asked)]
+    return users_turn(p, "distractor", answered, lambda i: "distractor", 1.0)
+
+
+def users_turn(
+    p: Pipeline,
+    stage: str,
+    chats: list[Question],
+    template: Callable[[int], str],
+    temperature: float = 0.0,
+) -> list[Question]:
+    """Each chat with one more message of the user, whom the model plays."""
+    asked = []
+    for i, q in enumerate(chats):
+        system, turns = q.messages[0]["content"], q.messages[q.messages[0]["role"] == "system" :]
+        how = dict(history=history(turns), rules=system)
+        asked.append((q, p.fill(template(i), q.parents[-1:], **how)))
+    said = p.answers(stage, asked, temperature=temperature)
+    return [q.grown(user(clean(a["text"])), a["id"]) for q, a in said if clean(a["text"])]
+
+
+PLEASANTRIES = re.compile(
+    r"^\W*(thanks?( you)?( (so|very) much)?( for [^.!?\n]*)?|hi( there)?|hello( there)?|hey|sure|"
+    r"great|of course|certainly|absolutely|i('d| would) be (happy|glad) to[^.!?\n]*|"
+    r"that('s| is) (great|helpful|very helpful|interesting)[^.!?\n]*)\s*([.!,:?-]+\s*|$)",
+    re.IGNORECASE,
+)
+
+
+def clean(text: str) -> str:
+    """A played user's message without its role, quotes, greetings and thanks."""
+    text = re.sub(r"^\W*user\W*[:>]+\s*", "", text.strip(), flags=re.IGNORECASE)
+    text = text.strip("\"'“” \n")
+    while (shorter := PLEASANTRIES.sub("", text, count=1)) != text:
+        text = shorter
+    return text[:1].upper() + text[1:]
+
+
+def converse(p: Pipeline, stage: str, chats: list[Question], turns: int) -> list[Question]:
+    """`turns` answers to each chat, greedily, and between them a user in one of three styles, both
+    played by the model (SPEC 5.3)."""
+    for turn in range(turns):
+        if turn:
+            chats = users_turn(p, f"{stage}_user", chats, lambda i, t=turn: USERS[(i + t) % 3])
+        asked = [(q, Request([*q.messages], parents=q.parents[-1:])) for q in chats]
+        said = p.answers(f"{stage}_assistant", asked, temperature=0.0)
+        chats = [q.grown(assistant(a["text"]), a["id"]) for q, a in said]
+    return chats
+
+
+def own_prompts(p: Pipeline) -> list[Question]:
+    """Those of --prompts, and a few that ground truth can judge."""
+    given = [] if p.cfg.recipe == "prompts" else [("built in", row) for row in TRUTHS]
+    for path in p.cfg.prompts:
+        given += [(where, json_object(line)) for where, line in numbered_lines(path)]
+    questions = []
+    for where, row in given:
+        try:
+            chat = plain(row["messages"]) if "messages" in row else [user(need(row, "prompt", str))]
+            check_messages(chat)
+            if chat[-1]["role"] != "user":
+                raise ValueError("the last message is not the user's")
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from e
+        truth = {k: str(row[k]) for k in ("answer", "tests") if row.get(k) is not None}
+        questions.append(Question("given", (*chat,), truth=truth))
+    return questions
+
+
+def all_prompts(p: Pipeline, r: Recipe) -> list[Question]:
+    about, documents = topics(p, r), documents_of(p.cfg, r.documents)
+    asked = plain_questions(p, r, about)
+    both, two_turn = [*asked["open question"], *asked["writing"]], asked["open question"][::-1]
+    two_turn = converse(
+        p, "two_turn", [replace(q, kind="two turns") for q in two_turn[: r.two_turn]], 1
+    )
+    return [
+        *own_prompts(p), *both, *closed_questions(p, r, documents), *problems(p, r, documents),
+        *instructed(p, r.instructed, both), *distracted(p, r.distracted, about),
+        *users_turn(p, "two_turn_user", two_turn, lambda i: USERS[i % 3]),
+        *single("incapable", derived(p, "incapable", 1, about[::-1][: r.incapable])),
+    ]  # fmt: skip
+
+
+def hygiene(p: Pipeline, stage: str, texts: list[Item], new_from: int = 0) -> list[bool]:
+    """Which texts repeat none before them and are in no benchmark, from the given one on; texts of
+    different topics are compared alike."""
+    kept = []
+    twins = near_duplicates([i.text for i in texts], p.cfg.near)
+    for item, twin in [*zip(texts, twins, strict=True)][new_from:]:
+        reason = evidence = ""
+        if twin is not None:
+            reason = "duplicate" if twin[1] == 1 else "near-duplicate"
+            evidence = f"{twin[1]:.3f}: {texts[twin[0]].text}"
+        elif marker := MARKER.search(item.text):
+            reason, evidence = "has a marker", marker[0]
+        elif evidence := p.benchmarks.evidence(item.text) or "":
+            reason = "contaminated"
+        kept.append(not reason)
+        if reason:
+            p.drop(reason, stage, item.text, evidence, item.parents)
+    return kept
+
+
+def clean_prompts(p: Pipeline, questions: list[Question]) -> list[Question]:
+    """Kind by kind: a prompt may return in another one, say with an instruction."""
+    out = []
+    for kind in dict.fromkeys(q.kind for q in questions):
+        group = [q for q in questions if q.kind == kind]
+        good = hygiene(p, "prompts", [Item(q.text, q.parents) for q in group])
+        out += [q for q, ok in zip(group, good, strict=True) if ok]
+    return out
+
+
+# ---- the synthetic data pipeline: dialogues, judges, preferences, code ---------------------------
+
+Rating = list[float] | None  # ATTRIBUTES
+
+
+def rate(p: Pipeline, stage: str, chats: list[Question]) -> list[Rating]:
+    """The attributes of each chat's last answer: the reward model's, or what the model writes."""
+    if p.reward:
+        asked = [Request([*q.messages], parents=q.parents[-1:]) for q in chats]
+        found = [a["scores"] for a in p.ask(stage, asked, p.reward, "rewards")]
+    else:
+        asked = [p.fill("rate", q.parents[-1:], history=history(q.messages)) for q in chats]
+        said = [a["text"] for a in p.ask(stage, asked, temperature=0.0, max_tokens=64)]
+        found = [
+            {name.lower(): float(x) for name, x in re.findall(r"(\w+)\W*?([0-4])\b", text)}
+            for text in said
+        ]
+    whole = [{*ATTRIBUTES} <= {*scores} for scores in found]
+    return [
+        [x[name] for name in ATTRIBUTES] if ok else None for x, ok in zip(found, whole, strict=True)
+    ]
+
+
+def holds(q: Question, n: int) -> bool | None:
+    """Ground truth about the answer after n messages, or about every answer from there on; None:
+    nothing is known."""
+    truth, answers = q.truth, [m["content"] for m in q.messages[n::2]]
+    if "answer" in truth:
+        return same_number(answers[0], truth["answer"])
+    if "tests" in truth:
+        code = extract_code(answers[0])
+        return code is not None and run_python(f"{code}\n{truth['tests']}\n").ok
+    if "instructions" in truth:
+        asked = [Instruction.from_json(one) for one in truth["instructions"]]
+        answers = answers if truth["scope"] == "conversation" else answers[:1]
+        return all(one.met(text, q.messages[n - 1]["content"]) for one in asked for text in answers)
+    return None
+
+
+def dialogues(p: Pipeline, questions: list[Question], turns: int) -> list[Record]:
+    """Conversations of some turns; kept are those that obey their truth and are rated helpful."""
+    chats = converse(p, "dialogue", questions, turns)
+    kept = []
+    for q, rating in zip(chats, rate(p, "dialogue_ratings", chats), strict=True):
+        if holds(q, len(q.messages) + 1 - 2 * turns) is False:
+            p.drop("false", "dialogue", q.messages, q.truth, q.parents)
+        elif rating is None:
+            p.drop("not rated", "dialogue", q.messages, None, q.parents)
+        elif rating[0] < p.cfg.min_helpfulness:
+            p.drop("not helpful", "dialogue", q.messages, rating, q.parents)
+        else:
+            kept.append(row_of(q, scores=rating))
+    return kept
+
+
+def row_of(q: Question, **more: Any) -> Record:
+    """As align.py reads it, then what it comes from."""
+    return {
+        "messages": [*q.messages],
+        **more,
+        "kind": q.kind,
+        "topic": q.topic,
+        "parents": q.parents,
+    }
+
+
+def verdict_of(text: str) -> float | None:
+    """1: A is better, -1: B, 0: as good; None: no verdict, or several."""
+    found = {*re.findall(r"\[\[([ABC])\]\]", text)}
+    return {"A": 1.0, "B": -1.0, "C": 0.0}[found.pop()] if len(found) == 1 else None
+
+
+def compare(p: Pipeline, pairs: list[tuple[Question, str, str]]) -> list[float]:
+    """How much better the first answer is, by the model that sees them in both orders: what it says
+    counts if both orders agree, its log-odds of A are averaged. So swapping the answers negates
+    the result, bit by bit."""
+    logits, c = p.cfg.judge == "logits", p.counts
+    asked = [
+        p.fill("verdict" if logits else "judge", history=history(q.messages), a=x, b=y)
+        for q, a, b in pairs
+        for x, y in ((a, b), (b, a))
+    ]
+    if logits:
+        scores = [r["scores"] for r in p.ask("judge", asked, want="verdict")]
+        said = [x.get("A", 0.0) - x.get("B", 0.0) for x in scores]
+    else:
+        said = [verdict_of(r["text"]) for r in p.ask("judge", asked, temperature=0.0)]
+    out = []
+    for ab, ba in zip(said[::2], said[1::2], strict=True):
+        c["judge: pairs"] += 1
+        if ab is None or ba is None:
+            c["judge: no verdict"] += 1
+            out.append(0.0)
+            continue
+        agree = np.sign(ab) == -np.sign(ba)
+        c["judge: both orders agree"] += int(agree)
+        c["judge: first wins"] += (ab > 0) + (ba > 0)
+        c["judge: decided"] += (ab != 0) + (ba != 0)
+        out.append((ab - ba) / 2 if logits else ab if agree else 0.0)
+    return out
+
+
+class Answers(NamedTuple):
+    """A prompt's, with the judge's scores and the ratings."""
+
+    question: Question
+    texts: list[str]
+    parents: list[str]
+    scores: list[float]
+    ratings: list[Rating]
+
+
+def responses(
+    p: Pipeline, questions: list[Question], samples: int
+) -> list[tuple[Question, dict[str, str]]]:
+    """Several answers to each prompt, from every model that answers → text: record."""
+    found: list[dict[str, str]] = [{} for _ in questions]
+    numbered = [(i, k) for i in range(len(questions)) for k in range(samples)]
+    for backend in dict.fromkeys(p.answerers):
+        asked = [
+            (i, Request([*questions[i].messages], parents=questions[i].parents[-1:], sample=k))
+            for i, k in numbered
+        ]
+        for i, a in p.answers("responses", asked, backend, temperature=1.0, top_p=1.0):
+            if (twin := found[i].setdefault(a["text"], a["id"])) != a["id"]:
+                p.drop("repeated", "responses", a["text"], twin, (a["id"],))
+    return [*zip(questions, found, strict=True)]
+
+
+def judged(p: Pipeline, sets: list[tuple[Question, dict[str, str]]]) -> list[Answers]:
+    """Scores by the judge, ground truth aside, and ratings for rewards and labels."""
+    chats = [q.grown(assistant(t), s) for q, texts in sets for t, s in texts.items()]
+    ratings = iter(rate(p, "response_ratings", chats))
+    pairs = [(q, a, b) for q, texts in sets for a, b in itertools.combinations(texts, 2)]
+    margins = iter(compare(p, pairs) if p.cfg.judge != "reward" else [])
+    out = []
+    for q, texts in sets:
+        rated = [next(ratings) for _ in texts]
+        if p.cfg.judge == "reward":  # what was not rated is not chosen
+            scores = [float(aggregate(x)) if x else -1e9 for x in rated]
+        else:  # the mean margin over the other answers
+            scores = [0.0] * len(texts)
+            for i, j in itertools.combinations(range(len(texts)), 2):
+                margin = next(margins) / (len(texts) - 1)
+                scores[i], scores[j] = scores[i] + margin, scores[j] - margin
+        out.append(Answers(q, [*texts], [*texts.values()], scores, rated))
+    return out
+
+
+def choose(p: Pipeline, a: Answers) -> tuple[int, int, bool] | str:
+    """The numbers of chosen and rejected and whether it is ground truth that says so, or the reason
+    why there are none."""
+    if len(a.texts) < 2:
+        return "fewer than two answers"
+    n = len(a.question.messages)
+    truth = [holds(a.question.grown(assistant(text)), n) for text in a.texts]
+    if truth[0] is None:
+        found = best_and_worst(a.texts, a.scores, [True] * len(a.texts), p.cfg.min_gap)
+        if found and (rating := a.ratings[found[0]]) and aggregate(rating) < p.cfg.min_chosen:
+            return "chosen is not good enough"
+        return (*found, False) if found else "tie"
+    # of the right ones the best by the judge, of the wrong ones the worst
+    right, wrong = (
+        [(x, i) for i, x in enumerate(a.scores) if truth[i] == v] for v in (True, False)
+    )
+    for (x, _), (y, _) in itertools.product(right, wrong):
+        p.counts["judge: pairs with a truth"] += 1
+        p.counts["judge: agrees with the truth"] += x > y
+    if not right or not wrong:
+        return "all right" if right else "all wrong"
+    return max(right)[1], min(wrong)[1], True
+
+
+def preference_row(p: Pipeline, a: Answers) -> Record | None:
+    """With rewards where they say the same as the choice."""
+    if isinstance(found := choose(p, a), str):
+        p.drop(found, "preference", a.texts, a.scores, (*a.question.parents, *a.parents))
+        return None
+    best, worst, truth = found
+    rewards = a.scores
+    if truth and p.cfg.judge != "reward":
+        rewards = [float(aggregate(x)) if x else 0.0 for x in a.ratings]
+    row = dict(
+        chosen=a.texts[best], rejected=a.texts[worst], judge="truth" if truth else p.cfg.judge
+    )
+    if rewards[best] > rewards[worst] > -1e9:
+        row |= dict(chosen_reward=rewards[best], rejected_reward=rewards[worst])
+    else:
+        p.counts["preference: rewards contradict the truth"] += 1
+    return row_of(replace(a.question, parents=(*a.question.parents, *a.parents)), **row)
+
+
+def genetic(p: Pipeline, r: Recipe) -> list[Record]:
+    """Genetic-Instruct (SPEC 5.7): colonies of programming tasks, new ones by crossover (few-shot)
+    or by one of five evolutions; who has a solution that compiles and passes the judge lives on.
+    The colonies are merged after every generation."""
+    population, rows = [Item(text, ()) for text in CODE_SEEDS], []
+    for generation in range(r.generations):
+        crossed, evolved = [], []
+        for colony in range(r.colonies):
+            rng = random.Random(f"{p.cfg.seed}/colony {colony}/{generation}")
+            for _ in range(r.offspring):
+                if rng.random() < 0.5:
+                    some = rng.sample(population, min(3, len(population)))
+                    parents = tuple(s for i in some for s in i.parents)
+                    crossed.append(
+                        {"tasks": "\n".join(f"- {i.text}" for i in some), "parents": parents}
+                    )
+                else:
+                    i, how = rng.choice(population), rng.choice(EVOLUTIONS)
+                    evolved.append((i, p.fill("evolve", i.parents, task=i.text, how=how)))
+        born = [i for items in p.lists("crossover", 1, crossed) for i in items]
+        born += [
+            Item(a["text"], (a["id"],)) for _, a in p.answers("evolve", evolved, temperature=1.0)
+        ]
+        good = hygiene(p, "code", [*population, *born], len(population))
+        born = [i for i, ok in zip(born, good, strict=True) if ok]
+        for i, a in solved(p, born):
+            population.append(i)
+            chat = (user(i.text), assistant(a["text"]))
+            rows.append(row_of(Question("code", chat, (*i.parents, a["id"]), "Python")))
+    return rows
+
+
+def solved(p: Pipeline, tasks: list[Item]) -> list[tuple[Item, Record]]:
+    """The tasks with a solution that compiles and is judged right."""
+    asked = [(i, p.fill("solve", i.parents, task=i.text)) for i in tasks]
+    to_judge = []
+    for i, a in p.answers("solve", asked):
+        code = extract_code(a["text"])
+        if code is None or not compiles(code):
+            p.drop("does not compile", "code", a["text"], i.text, (a["id"],))
+        else:
+            to_judge.append(((i, a), p.fill("fitness", (a["id"],), task=i.text, code=code)))
+    fit = []
+    for (i, a), verdict in p.answers("fitness", to_judge, temperature=0.0, max_tokens=128):
+        if says_yes(verdict["text"]):
+            fit.append((i, a))
+        else:
+            p.drop("not fit", "code", a["text"], verdict["text"], (a["id"], verdict["id"]))
+    return fit
+
+
+# ---- the synthetic data pipeline: files ----------------------------------------------------------
+
+
+def nemo_chat(row: Record) -> Record:
+    system = row["messages"][0]["content"] if row["messages"][0]["role"] == "system" else ""
+    turns = [m for m in row["messages"] if m["role"] != "system"]
+    said = [{"from": ROLES[m["role"]], "value": m["content"], "label": None} for m in turns]
+    return {"system": system, "mask": "User", "conversations": said, "type": None}
+
+
+def nemo_text(messages: Messages, end: str) -> str:
+    """In the template as text, as NeMo's files have it."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    turns = [m for m in messages if m["role"] != "system"]
+    said = (f"<extra_id_1>{ROLES[m['role']]}\n{m['content']}\n" for m in turns)
+    return f"<extra_id_0>System\n{system}\n{''.join(said)}{end}"
+
+
+def nemo_pair(row: Record) -> Record:
+    out = {"prompt": nemo_text(row["messages"], TO_ANSWER)}
+    out |= {f"{side}_response": f"{row[side]}\n<extra_id_1>" for side in ("chosen", "rejected")}
+    return out | {key: row[key] for key in ("chosen_reward", "rejected_reward") if key in row}
+
+
+def nemo_scored(row: Record) -> Record:
+    label = [float(min(4, max(0, round(x)))) for x in row["label"]]
+    return {
+        "text": nemo_text(row["messages"], "<extra_id_2>"),
+        "label": [float(IGNORE)] * 4 + label,
+    }
+
+
+def put(path: Path, text: str | Iterable[Record]) -> None:
+    """A file, whole or not there."""
+    if not isinstance(text, str):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in text)
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+
+
+def synthesize(cfg: SynthesizeConfig) -> Path:
+    """All stages; the folder with the rows, the manifest and the report."""
+    begun = time.monotonic()
+    p, r = Pipeline(cfg), cfg.amounts()
+    questions = clean_prompts(p, all_prompts(p, r))
+    random.Random(f"{cfg.seed}/split").shuffle(questions)
+    n = round(len(questions) * r.preference_share)
+    sets = judged(p, responses(p, questions[:n], r.samples))
+    rated = [
+        row_of(a.question.grown(assistant(text), parent), label=rating)
+        for a in sets
+        for text, parent, rating in zip(a.texts, a.parents, a.ratings, strict=True)
+        if rating
+    ]
+    pairs = [row for a in sets if (row := preference_row(p, a))]
+    files = {
+        "sft": dialogues(p, questions[n:], r.turns), "code_sft": genetic(p, r), "preference": pairs,
+        "rpo": [row for row in pairs if "chosen_reward" in row], "reward": rated,
+    }  # fmt: skip
+    shapes = dict(sft=nemo_chat, code_sft=nemo_chat, preference=nemo_pair, rpo=nemo_pair)
+    shapes["reward"] = nemo_scored
+    files |= {f"nemo_{name}": [*map(shapes[name], files[name])] for name in shapes}
+    files["dropped"] = p.dropped
+    if p.leads:
+        for name, rows in files.items():
+            put(cfg.out / f"{name}.jsonl", rows)
+        write_manifest(p, files)
+        write_report(p, questions, files, time.monotonic() - begun)
+    return cfg.out
+
+
+def tokens_of(p: Pipeline) -> dict[str, dict[str, int]]:
+    """Of each stage what this run used, made now or before."""
+    stages: dict[str, dict[str, int]] = {}
+    for record in p.used.values():
+        stage = stages.setdefault(record["stage"], dict(records=0, prompt_tokens=0, new_tokens=0))
+        for key, n in zip(stage, (1, *record["tokens"]), strict=True):
+            stage[key] += n
+    return stages
+
+
+def write_manifest(p: Pipeline, files: dict[str, list[Record]]) -> None:
+    """Nothing in it depends on when, where or how fast it was made."""
+    elsewhere = {"out", "endpoint", "concurrency", "retries", "slots", "chunk", "compile", "mesh"}
+    manifest = {
+        "config": {k: v for k, v in asdict(p.cfg).items() if k not in elsewhere},
+        "recipe": asdict(p.cfg.amounts()),
+        "models": sorted({record["model"] for record in p.used.values()}),
+        "stages": tokens_of(p),
+        "counts": dict(sorted(p.counts.items())),
+        "files": {
+            name: dict(rows=len(rows), sha256=digest_of(p.cfg.out / f"{name}.jsonl"))
+            for name, rows in files.items()
+        },
+    }
+    put(p.cfg.out / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+def digest_of(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
+
+
+def write_report(
+    p: Pipeline, questions: list[Question], files: dict[str, list[Record]], seconds: float
+) -> None:
+    stages, c = tokens_of(p), p.counts
+    kinds = Counter(q.kind for q in questions)
+    reasons = Counter((row["stage"], row["reason"]) for row in p.dropped)
+    calls = sum(stage["records"] for stage in stages.values())
+    mended = stages.get("list", {}).get("records", 0)
+    table = lambda head, rows: [  # noqa: E731
+        "", f"| {' | '.join(head)} |", "|---" * len(head) + "|",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]  # fmt: skip
+    spent = [(s, *n.values(), f"{p.seconds[s]:.1f}") for s, n in stages.items()]
+    agree = share(c["judge: both orders agree"], c["judge: pairs"])
+    first = share(c["judge: first wins"], c["judge: decided"])
+    right = share(c["judge: agrees with the truth"], c["judge: pairs with a truth"])
+    lines = [
+        f"# {calls} answers, {seconds:.0f} s", "",
+        f"Spent on lists that had to be rewritten: {share(mended, calls)}.",
+        *table(("file", "rows"), [(f"{name}.jsonl", len(rows)) for name, rows in files.items()]),
+        *table(("prompts", "kept"), sorted(kinds.items())),
+        *table(("dropped at", "why", "rows"), [(*key, n) for key, n in sorted(reasons.items())]),
+        *table(("stage", "answers", "prompt tokens", "new tokens", "seconds"), spent), "",
+        f"Judge: {p.cfg.judge}. Both orders agree: {agree}; the first answer wins: {first}; no "
+        f"verdict: {c['judge: no verdict']}; agrees with ground truth: {right}.",
+        "",
+    ]  # fmt: skip
+    if draw_histograms(p.cfg.out / "histograms.png", files, questions):
+        lines += ["![lengths and topics](histograms.png)", ""]
+    put(p.cfg.out / "report.md", "\n".join(lines))
+    log.info("\n".join(lines))
+
+
+def draw_histograms(path: Path, files: dict[str, list[Record]], questions: list[Question]) -> bool:
+    """Lengths of what was written, and the prompts of each topic; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("no histograms: pip install -e '.[report]'")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    said = [m for row in files["sft"] for m in row["messages"]]
+    lengths = {
+        "prompts": [len(q.text) for q in questions],
+        "answers": [len(m["content"]) for m in said if m["role"] == "assistant"],
+        "chosen": [len(row["chosen"]) for row in files["preference"]],
+        "rejected": [len(row["rejected"]) for row in files["preference"]],
+    }  # fmt: skip
+    drawn = {name: x for name, x in lengths.items() if x}
+    left.hist([*drawn.values()], bins=20, label=[*drawn])
+    left.set(xlabel="characters", ylabel="texts")
+    left.legend(frameon=False)
+    topics_ = Counter(q.topic or q.kind for q in questions).most_common(20)[::-1]
+    right.barh([name[:30] for name, _ in topics_], [n for _, n in topics_])
+    right.set(xlabel="prompts of a topic")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -1660,6 +2924,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "score": (ScoreConfig, score),
     "serve": (ServeConfig, serve),
     "evaluate": (EvaluateConfig, evaluate),
+    "synthesize": (SynthesizeConfig, synthesize),
 }
 
 

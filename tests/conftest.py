@@ -16,7 +16,14 @@ import data
 torch.set_num_threads(1)  # small models: a second thread waits more than it works
 SERVER = mp.get_context("forkserver")  # one import of torch for all ranks of all tests
 SERVER.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "parallel", "train"]
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "parallel",
+        "train",
+        "generate",
+    ]
 )
 
 

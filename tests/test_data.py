@@ -1100,15 +1100,12 @@ def true_reward(task, text):
 
 
 def test_a_tasks_answer_is_right_by_hand():
-    results = {"reverse": "3047", "sort": "0347", "rest": "403", "last": "3", "largest": "7"}
-    results |= {"smallest": "0"}
+    results = {"sort": "0347", "first": "7", "last": "3", "largest": "7", "smallest": "0"}
     assert {name: data.Task(name, "7403").result for name in data.OPERATIONS} == results
-    task = data.Task("reverse", "209", ("mark", "words", "sure", "brackets"))
-    assert task.answer == "Sure: (nine zero two)!"
-    assert task.prompt == (
-        "Write 209 backwards. End with ! In words. Begin with Sure: In brackets."
-    )
-    assert data.Task("reverse", "209", call=True).prompt == "reverse(209)"
+    task = data.Task("sort", "209", ("mark", "words", "sure", "brackets"))
+    assert task.answer == "Sure: (zero two nine)!"
+    assert task.prompt == "Sort 209 upwards. End with ! In words. Begin with Sure: In brackets."
+    assert data.Task("sort", "209", call=True).prompt == "sort(209)"
 
 
 def test_the_best_answer_is_the_ideal_one_and_every_fault_costs():
@@ -1145,23 +1142,18 @@ def test_no_held_out_task_is_trained_on():
     asked = [{(t.operation, t.digits) for t in tasks(3000, held_out=h)} for h in (False, True)]
     assert not asked[0] & asked[1] and len(asked[1]) > 1000
     rng = random.Random(0)
-    for line in (data.draw_text(rng) for _ in range(2000)):
-        if found := re.match(r"(\w+)\((\d+)\)", line):
-            assert not data.Task(*found.groups()).held_out
+    for text in (data.draw_text(rng) for _ in range(1000)):
+        calls = re.findall(r"(\w+)\((\d+)\)", text)
+        assert not any(data.Task(*call).held_out for call in calls)
 
 
 def test_the_demos_rows_are_what_the_stages_read(tmp_path, tokenizer):
-    rng, scored, pairs = random.Random(2), [], []
+    rng, scored = random.Random(2), []
     for task in tasks(20):
         texts = [task.answer, task.flawed(rng), task.flawed(rng)]
-        rewards = [true_reward(task, text) for text in texts]
         scored += [data.scored_row(task, text) for text in texts]
-        pairs.append(data.pair_row(task, texts, rewards, [True] * 3, min_gap=0.1))
-        assert pairs[-1]["chosen"] == task.answer
-        assert pairs[-1]["chosen_reward"] - pairs[-1]["rejected_reward"] >= 0.1
-        assert data.pair_row(task, texts, rewards, [True, False, False]) is None
-    for kind, objects in (("sft", scored), ("reward", scored), ("preference", pairs)):
-        assert len(rows_of(kind, tmp_path, tokenizer, *objects)) == len(objects)
+    for kind in ("sft", "reward"):
+        assert len(rows_of(kind, tmp_path, tokenizer, *scored)) == len(scored)
 
 
 def test_the_demos_data_is_a_function_of_its_seed():

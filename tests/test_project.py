@@ -64,6 +64,9 @@ CONFIGS += (
     generate.ScoreConfig,
     generate.EvaluateConfig,
     generate.ServeConfig,
+    generate.Recipe,
+    generate.SynthesizeConfig,
+    align.IterateConfig,
 )
 
 
@@ -71,7 +74,7 @@ def test_every_option_is_read_somewhere():
     text = "\n".join(sources().values())
     for config in CONFIGS:
         for field in dataclasses.fields(config):
-            read = rf"\b(cfg|self|c|p|how|phase|mesh|params|sampling|layout)\.{field.name}\b"
+            read = rf"\b(cfg|self|c|p|r|how|phase|mesh|params|sampling|layout)\.{field.name}\b"
             read += rf'|column\("{field.name}"\)'
             assert re.search(read, text), f"{config.__name__}.{field.name}"
 
@@ -110,7 +113,11 @@ def test_the_readmes_files_exist_and_its_commands_parse():
     for command, *args in readme_commands("generate.py"):
         tyro.cli(generate.COMMANDS[command][0], args=args)
     for args in readme_commands("align.py"):
-        if args[0] != "demo" and "--help" not in args:
+        if args[0] == "iterate":
+            align.choose_config(
+                args[1:] if args[1] in align.LOOPS else ["demo", *args[1:]], align.LOOPS, ""
+            )
+        elif args[0] != "demo" and "--help" not in args:
             align.choose_config(args, align.PRESETS, "")
     for command, *args in readme_commands("parallel.py"):
         tyro.cli(parallel.COMMANDS[command], args=args)

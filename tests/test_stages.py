@@ -397,3 +397,27 @@ def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
         assert cfg["init"].endswith(f"demo/{init}")
     with pytest.raises(ValueError, match="scale"):
         align.DemoConfig(scale=0)
+
+
+@pytest.mark.slow
+def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
+    demo = align.DemoConfig(tmp_path / "demo", scale=0.04)
+    loop = align.weak_to_strong()
+    anything = dataclasses.replace(loop.data, min_helpfulness=-99.0, min_gap=0.0)
+    loop = dataclasses.replace(loop, out=tmp_path / "loop", demo=demo, data=anything)
+    align.iterate(dataclasses.replace(loop, rounds=1))
+    first = (tmp_path / "loop" / "lineage.json").read_text()
+    before = (tmp_path / "loop/round_1/sft/metrics.jsonl").stat().st_mtime
+    align.iterate(loop)
+    assert (tmp_path / "loop/round_1/sft/metrics.jsonl").stat().st_mtime == before
+    lineage = json.loads((tmp_path / "loop" / "lineage.json").read_text())
+    assert lineage[:3] == json.loads(first) and len(lineage) == 6
+    assert [Path(row["generator"]).name for row in lineage] == ["general_sft"] * 3 + ["rpo"] * 3
+    assert lineage[3]["generator"] == lineage[2]["run"]
+    assert [Path(row["init"]).name for row in lineage] == ["base", "sft", "dpo"] * 2
+    table = (tmp_path / "loop" / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 1 + 6 and "true reward" in table[0]
+    with pytest.raises(ValueError, match="bases"):
+        align.IterateConfig()
+    with pytest.raises(ValueError, match="rounds=0"):
+        dataclasses.replace(loop, rounds=0)

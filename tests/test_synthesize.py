@@ -1,0 +1,450 @@
+"""The pipeline that makes alignment data, before a scripted teacher behind OpenAI's interface."""
+
+import hashlib
+import json
+import random
+import re
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import SERVER
+
+import data
+import generate
+from generate import TEMPLATES, Pipeline, Question, Request, SynthesizeConfig, synthesize
+from model import SHAPES, Nemotron, init_weights
+from parallel import save_hf
+
+WORDS = [w for w in re.findall(r"[a-z]{4,9}", data.REWARD_SYSTEM + next(data.embedded_english()))]
+WORDS = sorted({*WORDS})
+
+
+def form_of(template):
+    """A pattern that finds what was filled into a template."""
+
+    def group(found):
+        name = found[0].strip("\\{}")
+        return rf"(?P<{name}>\d+)" if name == "n" else f"(?P<{name}>.*?)"
+
+    pattern = re.sub(r"\\\{\w+\\\}", group, re.escape(template))
+    return re.compile(pattern + r"(\nNone of these again:.*)?$", re.DOTALL)
+
+
+FORMS = {name: form_of(text) for name, text in TEMPLATES.items()}
+LISTS = [name for name, text in TEMPLATES.items() if text.endswith(generate.AS_LIST)]
+
+
+class Teacher(ThreadingHTTPServer):
+    """Answers each of the pipeline's prompts, a function of the request alone, with what models
+    do wrong: lists in many shapes, too short or none, endless answers, wrong ones, biased verdicts,
+    busy signals."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, delay=0.0, busy=0.05):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.delay, self.busy, self.calls, self.refused = delay, busy, Counter(), set()
+        self.lock, self.under_way, self.most = threading.Lock(), 0, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def reply(self, body):
+        text = body["messages"][-1]["content"]
+        rng = random.Random(json.dumps(body, sort_keys=True))
+        for name, form in FORMS.items():
+            if found := form.match(text):
+                with self.lock:
+                    self.calls[name] += 1
+                return self.write(name, found, rng)
+        with self.lock:
+            self.calls["chat"] += 1
+        if "answer again" in text:
+            return "no commas here, said again", "stop"
+        if "7 crates" in text:
+            return rng.choice(("7 crates hold 84 jars.", "I think it is 74.")), "stop"
+        if "double(x)" in text:
+            op = rng.choice(("x * 2", "x ** 2"))
+            return f"```python\ndef double(x):\n    return {op}\n```", "stop"
+        return some_words(rng, 12), "length" if rng.random() < 0.1 else "stop"
+
+    def write(self, name, found, rng):
+        if name in LISTS:
+            n = int(found["n"]) - (rng.random() < 0.2)
+            items = [some_words(rng, 9) + "?" for _ in range(n)]
+            shape = rng.randrange(4)
+            if shape == 0:
+                return "Sure! Here they are:\n\n" + "\n".join(
+                    f"{i}. {x}" for i, x in enumerate(items, 1)
+                ), "stop"
+            if shape == 1:
+                return "\n".join(f"- **{x}**" for x in items), "stop"
+            if shape == 2:
+                return "```json\n" + json.dumps(items) + "\n```", "stop"
+            return "\n\n".join(f"{i}) {x}" for i, x in enumerate(items, 1)), "stop"
+        if name == "list":
+            return found["text"], "stop"
+        if name.startswith("user"):
+            return f"User: Thank you for that! {some_words(rng, 7)}?", "stop"
+        if name.endswith(("entity", "fitness")):
+            return ("Yes, it is." if rng.random() < 0.7 else "No."), "stop"
+        if name == "solve":
+            return rng.choice(("```python\nprint(1)\n```", "```python\nprint(1\n```")), "stop"
+        if name == "rate":
+            low = len(found["history"]) % 4 == 0
+            return "\n".join(
+                f"{a}: {1 if low else 4 - i % 2}" for i, a in enumerate(data.ATTRIBUTES)
+            ), "stop"
+        if name == "judge":  # prefers the longer one, or, now and then, the first
+            if (len(found["a"]) + len(found["b"])) % 5 == 0:
+                return "[[A]]", "stop"
+            return ("[[A]]" if len(found["a"]) > len(found["b"]) else "[[B]]"), "stop"
+        return some_words(rng, 12), "stop"
+
+
+def some_words(rng, n):
+    return " ".join(rng.choice(WORDS) for _ in range(n)).capitalize()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        teacher, key = self.server, hashlib.sha256(raw).hexdigest()
+        with teacher.lock:
+            teacher.under_way += 1
+            teacher.most = max(teacher.most, teacher.under_way)
+            busy = int(key, 16) % 1000 < 1000 * teacher.busy and key not in teacher.refused
+            teacher.refused.add(key)
+        time.sleep(teacher.delay * (int(key, 16) % 7))
+        try:
+            body = json.loads(raw)
+            if "PLEASE REFUSE" in raw.decode():
+                return self.answer(400, {"error": {"message": "refused"}})
+            if busy:
+                return self.answer(429 if int(key, 16) % 2 else 503, {"error": {"message": "busy"}})
+            text, reason = teacher.reply(body)
+            choice = {
+                "index": 0,
+                "finish_reason": reason,
+                "message": {"role": "assistant", "content": text},
+            }
+            used = {"prompt_tokens": len(raw), "completion_tokens": len(text), "total_tokens": 0}
+            self.answer(
+                200,
+                {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [choice],
+                    "usage": used,
+                },
+            )
+        finally:
+            with teacher.lock:
+                teacher.under_way -= 1
+
+    def answer(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if status == 429:
+            self.send_header("Retry-After", "0.05")
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    server = Teacher()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory, corpus):
+    """A language model of nano's shape and a reward model, untrained, as folders."""
+    folders, tokenizer = [], data.TokenData(corpus).tokenizer()
+    for n, name in ((0, "nano"), (5, "judge")):
+        folders.append(tmp_path_factory.mktemp(name))
+        cfg = replace(SHAPES["nano"], vocab_size=512, seq_len=2048, n_attributes=n)
+        model = Nemotron(cfg)
+        init_weights(model, n)
+        save_hf(model, folders[-1])
+        tokenizer.save(folders[-1])
+    return folders
+
+
+def config(teacher, out, **more):
+    more.setdefault("min_helpfulness", 2.0)
+    return SynthesizeConfig(model=Path("teacher"), endpoint=teacher.url, out=out, **more)
+
+
+def contents(folder):
+    files = [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("records/*.jsonl"))]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in [*files, folder / "manifest.json"]}
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(teacher, tmp_path_factory):
+    """The demo recipe, uninterrupted."""
+    return synthesize(config(teacher, tmp_path_factory.mktemp("made")))
+
+
+def test_every_stage_runs_and_every_file_loads_in_align(made, corpus):
+    stages = {f.stem for f in made.glob("records/*.jsonl")}
+    assert stages >= {
+        "macro_topics", "subtopics", "questions", "refine_question", "writing", "refine_writing",
+        "closed", "math_topics", "math_subtopics", "math_entity", "math_problems",
+        "python_topics", "python_subtopics", "python_entity", "python_easy", "first_answers",
+        "two_turn_assistant", "two_turn_user", "rules", "on_topic", "distractor", "incapable",
+        "dialogue_assistant", "dialogue_user", "responses", "response_ratings", "dialogue_ratings",
+        "solve", "fitness",
+    }  # fmt: skip
+    tokenizer = data.TokenData(corpus).tokenizer()
+    manifest = json.loads((made / "manifest.json").read_text())
+    for name, info in manifest["files"].items():
+        content = (made / f"{name}.jsonl").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == info["sha256"]
+        if name == "dropped":
+            continue
+        assert info["rows"], name
+        path, n = made / f"{name}.jsonl", 1 << 16
+        if "sft" in name:
+            read, _ = data.sft_rows(path, tokenizer, n)
+        elif "reward" in name:
+            read, _ = data.reward_rows(path, tokenizer, n)
+        else:
+            read, _ = data.preference_rows(path, tokenizer, n, rewards="rpo" in name)
+        assert len(read) == info["rows"]
+    report = (made / "report.md").read_text()
+    assert "unfinished" in report and (made / "histograms.png").stat().st_size > 1000
+
+
+def test_both_shapes_of_a_file_become_the_same_tokens(made, corpus):
+    tokenizer, n = data.TokenData(corpus).tokenizer(), 1 << 16
+    readers = dict(
+        sft=data.sft_rows, code_sft=data.sft_rows, preference=data.preference_rows,
+        rpo=data.preference_rows, reward=data.reward_rows,
+    )  # fmt: skip
+    for name, read in readers.items():
+        one, _ = read(made / f"{name}.jsonl", tokenizer, n)
+        other, _ = read(made / f"nemo_{name}.jsonl", tokenizer, n)
+        assert [row.key for row in one] == [row.key for row in other], name
+
+
+def test_a_rerun_asks_nothing_and_changes_nothing(made, teacher):
+    before, calls = contents(made), sum(teacher.calls.values())
+    synthesize(config(teacher, made))
+    assert contents(made) == before and sum(teacher.calls.values()) == calls
+
+
+@pytest.mark.parametrize("concurrency", [1, 32])
+def test_the_output_does_not_depend_on_concurrency(made, teacher, tmp_path, concurrency):
+    out = synthesize(config(teacher, tmp_path / "other", concurrency=concurrency))
+    assert contents(out) == contents(made)
+
+
+def run_killed(cfg):
+    synthesize(cfg)
+
+
+def test_twenty_kills_leave_the_same_bytes(made, tmp_path):
+    slow, rng = Teacher(delay=0.004), random.Random(0)
+    cfg, kills, grown = config(slow, tmp_path / "killed"), 0, set()
+    while kills < 20:
+        child = SERVER.Process(target=run_killed, args=(cfg,))
+        child.start()
+        size = sum(f.stat().st_size for f in cfg.out.glob("records/*.jsonl"))
+        while child.is_alive() and sum(
+            f.stat().st_size for f in cfg.out.glob("records/*.jsonl")
+        ) < size + rng.randrange(1, 9000):
+            time.sleep(0.001)
+        child.kill()
+        child.join()
+        kills += 1
+        grown.add(sum(f.stat().st_size for f in cfg.out.glob("records/*.jsonl")))
+        if kills % 3 == 0:  # a line that a kill cut in two
+            file = rng.choice([*cfg.out.glob("records/*.jsonl")])
+            file.write_bytes(file.read_bytes()[: -rng.randrange(1, 40)])
+    assert len(grown) > 10
+    synthesize(cfg)
+    assert contents(cfg.out) == contents(made)
+    slow.shutdown()
+    slow.server_close()
+
+
+def test_no_prompt_comes_twice_and_few_calls_mend_lists(made):
+    """The peers' topic list doubled itself, and half of their calls reformatted lists."""
+    records = [json.loads(line) for f in made.glob("records/*.jsonl") for line in f.open()]
+    assert len({r["id"] for r in records}) == len(records)
+    assert sum(r["stage"] == "list" for r in records) < 0.02 * len(records)
+    given = [r["messages"] for f in ("sft", "preference") for r in rows(made, f)]
+    firsts = [next(m["content"] for m in chat if m["role"] == "user") for chat in given]
+    assert len({*firsts}) >= len(firsts) - 6  # instructions may return to a question
+    words = [r for r in records if r["stage"] in ("python_easy", "python_medium", "python_hard")]
+    topics = [re.search("about '(.*?)'", r["messages"][0]["content"])[1] for r in words]
+    asked = {(r["template"], t) for r, t in zip(words, topics, strict=True)}
+    assert len({t for _, t in asked}) == len(asked)  # each notion in one grade
+
+
+def test_chosen_and_rejected_are_never_a_tie(made):
+    for row in rows(made, "rpo"):
+        assert row["chosen"] != row["rejected"]
+        assert row["chosen_reward"] > row["rejected_reward"]
+    assert any(row["reason"] == "tie" for row in rows(made, "dropped"))
+
+
+def test_ground_truth_decides_where_there_is_one(made, teacher, tmp_path):
+    """A number, and unit tests that are run."""
+    prompts = tmp_path / "own.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in generate.TRUTHS * 1))
+    how = dict(recipe="prompts", prompts=(prompts,), counts=dict(samples=8, preference_share=1))
+    out = synthesize(config(teacher, tmp_path / "out", **how))
+    found = {row["messages"][0]["content"]: row for row in rows(out, "preference")}
+    jars = found["A crate holds 12 jars. How many jars are in 7 crates?"]
+    assert "84" in jars["chosen"] and "74" in jars["rejected"] and jars["judge"] == "truth"
+    double = next(row for text, row in found.items() if "double" in text)
+    assert "x * 2" in double["chosen"] and "x ** 2" in double["rejected"]
+
+
+def test_every_dropped_row_says_why_and_by_what_evidence(teacher, tmp_path):
+    shared = "the quick brown fox jumps over the lazy dog and then runs away home"
+    own = [f"Explain why {shared}.", f"Explain why {shared}!", "Say <extra_id_1> twice.",
+           "PLEASE REFUSE this one.", "What is the capital of France today?"]  # fmt: skip
+    bench = f"Once {shared} for good."
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in own))
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": bench}) + "\n")
+    cfg = config(
+        teacher, tmp_path / "out", recipe="prompts", prompts=(tmp_path / "own.jsonl",),
+        evaluations=(tmp_path / "bench.jsonl",), counts=dict(preference_share=1),
+    )  # fmt: skip
+    synthesize(cfg)
+    found = {row["reason"]: row for row in rows(cfg.out, "dropped")}
+    assert "bench.jsonl:1" in found["contaminated"]["evidence"]
+    assert own[0] in found["duplicate"]["evidence"]
+    assert found["has a marker"]["evidence"] == "<extra_id_1>"
+    assert found["refused"]["evidence"].startswith("refused")
+
+
+def test_a_busy_endpoint_is_asked_again_and_never_by_more_than_allowed(tmp_path):
+    busy = Teacher(delay=0.001, busy=0.5)
+    synthesize(config(busy, tmp_path / "out", concurrency=3))
+    assert busy.most <= 3 and len(busy.refused) > 100
+    busy.shutdown()
+    busy.server_close()
+
+
+def test_a_dead_endpoint_keeps_what_was_there(made, teacher, tmp_path):
+    dying = Teacher()
+    cfg = config(dying, tmp_path / "out", retries=0)
+    threading.Timer(0.7, dying.shutdown).start()
+    dying.busy = 0
+    threading.Timer(0.7, dying.server_close).start()
+    dying.delay = 0.003
+    with pytest.raises(ValueError, match="the same command goes on from here"):
+        synthesize(cfg)
+    assert any(cfg.out.glob("records/*.jsonl"))
+    assert contents(synthesize(replace(cfg, endpoint=teacher.url, retries=6))) == contents(made)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (dict(counts={"question": 3}), "counts 'question'"),
+        (dict(counts={"questions": -1}), "none below 0"),
+        (dict(concurrency=0), "concurrency=0"),
+        (dict(model=Path("nowhere"), endpoint=""), "a model is a folder"),
+        (dict(prompts=(Path("missing.jsonl"),)), "missing.jsonl"),
+        (dict(documents=(Path("missing.txt"),)), "missing.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_said(teacher, tmp_path, change, what):
+    with pytest.raises((ValueError, OSError), match=what):
+        synthesize(replace(config(teacher, tmp_path), **change))
+
+
+def test_a_bad_prompt_is_named_by_file_and_line(teacher, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Hello"}\n{"promt": "Hello"}\n')
+    with pytest.raises(ValueError, match=r"own\.jsonl:2: no text in field 'prompt'"):
+        synthesize(config(teacher, tmp_path / "out", prompts=(tmp_path / "own.jsonl",)))
+
+
+def local(nano, out, **more):
+    how = dict(recipe="prompts", counts=dict(turns=1, samples=2), max_tokens=8, min_helpfulness=-9)
+    prompts = out.with_suffix(".jsonl")
+    prompts.write_text("".join(json.dumps({"prompt": f"{w}, then?"}) + "\n" for w in WORDS[:12]))
+    return SynthesizeConfig(
+        model=nano[0], reward=str(nano[1]), out=out, prompts=(prompts,), **how | more
+    )
+
+
+def test_a_model_in_this_process_gives_the_same_whatever_its_batch(nano, tmp_path):
+    one, many = (synthesize(local(nano, tmp_path / f"{n}", slots=n)) for n in (1, 32))
+    assert len(rows(one, "reward")) + len(rows(one, "dropped")) > 12
+    for name in ("sft", "preference", "rpo", "dropped"):
+        texts = [[{k: v for k, v in r.items() if k not in ("scores", "evidence", "label")}
+                  for r in rows(out, name)] for out in (one, many)]  # fmt: skip
+        for a, b in zip(*texts, strict=True):
+            for side in ("chosen_reward", "rejected_reward"):
+                assert a.pop(side, 0) == pytest.approx(b.pop(side, 0), abs=1e-4)
+            assert a == b
+
+
+def test_the_judge_by_logits_is_antisymmetric_bit_by_bit(nano, tmp_path):
+    p = Pipeline(local(nano, tmp_path / "out", judge="logits"))
+    q = Question("given", ({"role": "user", "content": "Which one?"},))
+    pairs = [(q, WORDS[i], WORDS[-i]) for i in range(1, 9)]
+    margins = generate.compare(p, pairs)
+    swapped = generate.compare(Pipeline(p.cfg), [(q, b, a) for q, a, b in pairs])
+    assert margins == [-x for x in swapped] and len({*margins}) == len(margins)
+
+
+def test_verdicts_count_when_both_orders_agree(teacher, tmp_path):
+    p = Pipeline(config(teacher, tmp_path, judge="text"))
+    q = Question("given", ({"role": "user", "content": "Which one?"},))
+    # the teacher prefers the longer, and the first where the lengths sum to a multiple of five
+    assert generate.compare(p, [(q, "longer text", "text"), (q, "text", "longer text")]) == [0, 0]
+    assert generate.compare(p, [(q, "longer", "text!"), (q, "text!", "longer")]) == [1, -1]
+    assert p.counts["judge: both orders agree"] == 2 and p.counts["judge: pairs"] == 4
+    assert generate.verdict_of("[[A]] or [[B]]") is generate.verdict_of("A") is None
+
+
+def test_pleasantries_are_taken_out_of_what_a_played_user_says():
+    for said, left in {
+        "Thank you for the explanation! What about cats?": "What about cats?",
+        "User: Sure, I'd be happy to. Great! why?": "Why?",
+        "Hello there, thanks so much! ": "",
+        "Great Britain is where?": "Great Britain is where?",
+        "Surely not.": "Surely not.",
+        '"And then?"': "And then?",
+    }.items():
+        assert generate.clean(said) == left
+
+
+def test_a_record_is_another_one_for_another_model_seed_or_sampling(teacher, tmp_path):
+    request = Request([{"role": "user", "content": "Hello"}])
+    seen = set()
+    for change in ({}, {"seed": 1}, {"temperature": 0.5}, {"model": Path("other")}):
+        p = Pipeline(config(teacher, tmp_path / str(len(seen)), **change) if "model" not in change
+                     else replace(config(teacher, tmp_path / "m"), **change))  # fmt: skip
+        seen.add(p.ask("stage", [request])[0]["id"])
+    assert len(seen) == 4
