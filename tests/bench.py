@@ -504,7 +504,7 @@ def slices(shape: str, o: argparse.Namespace) -> list[Result]:
 
 
 def head_and_loss(shape: str, o: argparse.Namespace, peak: float, rate: float) -> Result:
-    """Forward and backward of the log-probabilities; the 340B's vocabulary is an eighth's (tp 8)."""
+    """Forward and backward of log-probabilities; the 340B's has an eighth of the words (tp 8)."""
     cfg, tp = SHAPES[shape], 8 if shape == "340b" else 1
     like = dict(dtype=torch.bfloat16, device=o.device)
     h = torch.randn(cfg.seq_len, cfg.dim, **like).requires_grad_()
