@@ -263,6 +263,9 @@ def table_of(
         row = {"what": what, "contender": label, "tokens_per_s": tokens / middle, "gib": gib}
         row |= {"min": tokens / max(seconds), "max": tokens / min(seconds), "gib_before": before}
         row["share_of_products"] = tokens * flops / middle / rates[label.split()[1]]
+        row["mfu"] = (
+            tokens * flops / middle / peak_of("cuda" if torch.cuda.is_available() else "cpu")
+        )
         rows.append(row)
         print(
             f"  {label:18} {row['tokens_per_s']:9.0f} tokens/s ({row['min']:.0f} to "
@@ -802,7 +805,8 @@ def main() -> None:
                 raise
             print(f"  {job} failed: {type(e).__name__}: {e}")
             rows.append({"what": job, "failed": str(e)})
-    print(json.dumps({"machine": about, "rows": rows}))
+    # no known peak, no MFU
+    print(json.dumps({"machine": about, "rows": rows}).replace("NaN", "null"))
 
 
 if __name__ == "__main__":
