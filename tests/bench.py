@@ -471,6 +471,7 @@ def draw(rows: list[Result], out: Path) -> None:
         panel.set(xlabel=name.removeprefix("growth "), ylim=(0, None), xscale="log")
         panel.set_xticks(xs, [str(x) for x in xs], minor=False)
         panel.set_ylabel("us of CPU time a token")
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
     fig.savefig(out, dpi=110)
