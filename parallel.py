@@ -202,6 +202,8 @@ GPUS = {
     "H200": Gpu(989e12, 141e9, 4.8e12, 450e9),
     "H100 NVL": Gpu(835e12, 94e9, 3.9e12, 300e9),
     "H100 PCIe": Gpu(756e12, 80e9, 2.0e12, 300e9),
+    # torchtitan's: HBM2e at 500 W, its peak somewhere between the NVL's, taken here, and the SXM's
+    "H100 HBM2e": Gpu(835e12, 96e9, 2.4e12, 450e9),
     "H100": Gpu(989e12, 80e9, 3.35e12, 450e9),
     "A100": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9),
 }
@@ -253,8 +255,9 @@ def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time; backward redoes the chunks. The
-    (N, V) logits never exist. Under tensor parallelism W is this rank's rows of the vocabulary."""
+    """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time. The (N, V) logits never exist:
+    backward begins with the last chunk, of which forward leaves the exponentials, and redoes the
+    others. Under tensor parallelism W is this rank's rows of the vocabulary."""
 
     CHUNK = 1 << 25  # logits alive at once
 
@@ -268,38 +271,46 @@ class TokenLogProbs(torch.autograd.Function):
         here = (mine >= 0) & (mine < len(weight))
         mine = mine.clamp(0, len(weight) - 1)
         ctx.chunk = max(1, TokenLogProbs.CHUNK // len(weight))
-        norms, picked = [], []
+        tops, sums, picked = [], [], []
         for hc, mc in zip(h.split(ctx.chunk), mine.split(ctx.chunk), strict=True):
             logits = fp32_logits(hc, weight)
-            norms.append(logits.logsumexp(-1))
             picked.append(logits.gather(-1, mc[:, None])[:, 0])
-        norm, logit = torch.cat(norms), torch.cat(picked) * here
+            tops.append(logits.amax(-1))
+            ctx.last = logits.sub_(tops[-1][:, None]).exp_()
+            sums.append(ctx.last.sum(-1))
+        top, total, logit = torch.cat(tops), torch.cat(sums), torch.cat(picked) * here
+        norm = top + total.log()
         if tp is not None:  # log of the ranks' summed exponentials, shifted by their maximum
-            top, group = norm.clone(), tp.get_group()
-            dist.all_reduce(top, dist.ReduceOp.MAX, group)
-            sums = torch.stack([(norm - top).exp(), logit])
-            dist.all_reduce(sums, group=group)
-            norm, logit = top + sums[0].log(), sums[1]
+            highest, group = norm.clone(), tp.get_group()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+            both = torch.stack([(norm - highest).exp(), logit])
+            dist.all_reduce(both, group=group)
+            norm, logit = highest + both[0].log(), both[1]
         ignored = targets == IGNORE
-        ctx.save_for_backward(h, weight, mine, here, ignored, norm)
+        ctx.save_for_backward(h, weight, mine, here, ignored, norm, top)
         # a clone, as a pipeline stage may not return a view
         return (logit - norm).masked_fill(ignored, 0.0).view(shape).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Under tensor parallelism the gradient of h is this rank's part of a sum."""
-        h, weight, mine, here, ignored, norm = ctx.saved_tensors
+        h, weight, mine, here, ignored, norm, top = ctx.saved_tensors
         shape = (*grad.shape, h.shape[-1])
-        grad = grad.flatten().masked_fill(ignored, 0.0)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype)
-        for at in range(0, len(h), ctx.chunk):
+        grad = -grad.flatten().masked_fill(ignored, 0.0)[:, None]
+        dh, dw = torch.empty_like(h), None
+        for at in reversed(range(0, len(h), ctx.chunk)):
             part = slice(at, at + ctx.chunk)
-            # d log p_target / d logits = onehot - softmax
-            d = fp32_logits(h[part], weight).sub_(norm[part, None]).exp_().neg_()
-            d.scatter_add_(1, mine[part, None], here[part, None].to(d.dtype))
-            d = (d * grad[part, None]).to(h.dtype)
-            dh[part] = d @ weight
-            dw += d.t() @ h[part]
+            if ctx.last is not None:
+                d, ctx.last = ctx.last.mul_((top[part] - norm[part]).exp_()[:, None]), None
+            else:
+                d = fp32_logits(h[part], weight).sub_(norm[part, None]).exp_()
+            # -d log p_target / d logits = softmax - onehot; each token's own factor comes after the
+            # product, where there is less to multiply
+            d.scatter_add_(1, mine[part, None], -here[part, None].to(d.dtype))
+            d = d.to(h.dtype)
+            dh[part] = grad[part] * (d @ weight)
+            product = d.t() @ (grad[part] * h[part]).to(h.dtype)
+            dw = product if dw is None else dw.to(norm.dtype).add_(product)
         return dh.view(shape), dw.to(weight.dtype), None, None
 
 
@@ -419,9 +430,10 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
         cast_forward_inputs=False,  # it would round the rotary angles
     )
     dp = mesh["dp_replicate", "dp_shard"]
+    reshard = cfg.reshards and mesh["dp_shard"].size() > 1  # alone, it would only cast again
     for module in (*stage.model.blocks.values(), stage):
-        fully_shard(module, mesh=dp, mp_policy=policy, reshard_after_forward=cfg.reshards)
-    for module in fsdp_units(stage):
+        fully_shard(module, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
+    for module in fsdp_units(stage) if dp.size() > 1 else ():  # alone, it would divide by one
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
@@ -1062,6 +1074,23 @@ REACHED = {"flops": 0.70, "hbm": 0.80, "nvlink": 0.75, "network": 0.70}
 REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
 
 
+# Llama 3.1 for the dry run: SwiGLU's three matrices as two of 1.5 times the width, which have its
+# parameters and FLOPs; rotary share and norms do not matter here
+LLAMA = {
+    "llama3.1-8b": ModelConfig(4096, 32, 32, 8, 128, 21504, vocab_size=128256, seq_len=8192),
+    "llama3.1-70b": ModelConfig(8192, 80, 64, 8, 128, 43008, vocab_size=128256, seq_len=8192),
+}
+PLANNED = SHAPES | LLAMA
+
+# torchtitan's benchmarks/llama3_h100_202412_torchtitan.md and issue 8: GPUs, local batch, tp,
+# recompute, tokens/s of a GPU, compiled or not; bf16. The 70B's local batch is that of its table 4.
+TITAN_ROWS = (
+    ("llama3.1-8b", 128, 2, 1, "selective", "eager", 5605),
+    ("llama3.1-8b", 128, 2, 1, "selective", "compiled", 6514),
+    ("llama3.1-70b", 256, 16, 8, "full", "compiled", 597),
+)
+
+
 @dataclass(frozen=True)
 class PlanConfig:
     """What a layout needs of each GPU, and how long a step should take. Nothing is trained: the
@@ -1069,7 +1098,7 @@ class PlanConfig:
     there."""
 
     shape: tyro.conf.Positional[str] = "nemotron4-340b"
-    """A name of model.SHAPES."""
+    """A name of model.SHAPES, or of LLAMA."""
     gpus: int = 6144
     gpu: str = "H100"
     """A kind of GPU: B200, H200, H100, A100 ..."""
@@ -1091,7 +1120,7 @@ class PlanConfig:
             raise ValueError(f"{sizes}: each must be at least 1")
         if self.report and self.shape != "nemotron4-340b":
             raise ValueError(f"--report is about nemotron4-340b, not {self.shape}")
-        for what, name, table in (("shape", self.shape, SHAPES), ("gpu", self.gpu, GPUS)):
+        for what, name, table in (("shape", self.shape, PLANNED), ("gpu", self.gpu, GPUS)):
             if name not in table:
                 close = difflib.get_close_matches(name, table, n=1, cutoff=0.3) or list(table)
                 raise ValueError(f"no {what} {name!r}: did you mean {', '.join(close)}?")
@@ -1183,7 +1212,7 @@ def in_flight(how: MeshConfig, rank: int, n_micro: int) -> int:
 
 def memory_of(c: PlanConfig, rank: int) -> dict[str, float]:
     """Bytes on a GPU of a pipeline rank, by what they hold."""
-    cfg, how, B = SHAPES[c.shape], c.mesh, c.micro_batch
+    cfg, how, B = PLANNED[c.shape], c.mesh, c.micro_batch
     width, reduced = DTYPES[how.dtype].itemsize, DTYPES[how.reduce_dtype].itemsize
     params, unit = rank_params(cfg, how, rank)
     mine = -(-params // c.shards)
@@ -1210,7 +1239,7 @@ def memory_of(c: PlanConfig, rank: int) -> dict[str, float]:
 
 def wire_of(c: PlanConfig) -> dict[str, float]:
     """Bytes that a GPU of the busiest pipeline rank sends in a step, by axis."""
-    cfg, how, n_micro, shards = SHAPES[c.shape], c.mesh, c.n_micro, c.shards
+    cfg, how, n_micro, shards = PLANNED[c.shape], c.mesh, c.n_micro, c.shards
     hidden = c.micro_batch * cfg.seq_len * cfg.dim * 2  # bf16
     gathers = {"none": 8, "selective": 10, "full": 12}[how.recompute]  # a layer
     per_layer = gathers * hidden * (how.tp - 1) / how.tp
@@ -1228,7 +1257,7 @@ def wire_of(c: PlanConfig) -> dict[str, float]:
 def step_of(c: PlanConfig) -> dict[str, float]:
     """A step's seconds and MFU in percent, then the seconds by what they go to. A roofline without
     overlap; the slowest pipeline rank sets the pace."""
-    cfg, how, gpu, n_micro = SHAPES[c.shape], c.mesh, GPUS[c.gpu], c.n_micro
+    cfg, how, gpu, n_micro = PLANNED[c.shape], c.mesh, GPUS[c.gpu], c.n_micro
     rate = {name: getattr(gpu, name) * share for name, share in REACHED.items()}
     tokens, layers = c.micro_batch * cfg.seq_len, [sum(n) for n in layers_of(cfg, how)]
     head = 6 * cfg.vocab_size * cfg.dim
@@ -1248,7 +1277,8 @@ def step_of(c: PlanConfig) -> dict[str, float]:
     unfilled = 1 if how.schedule == "1f1b" else 1 / 3
     seconds["bubble"] = sum(seconds.values()) * (how.pp - 1) / (how.vp * n_micro) * unfilled
     seconds["pp traffic"] = wire["pp"] / rate["network"]
-    seconds["dp traffic"] = wire["dp"] / rate["network"]
+    # a ring enters a node once: its GPUs of one dp group share their network cards
+    seconds["dp traffic"] = wire["dp"] / min(rate["nvlink"], rate["network"] * max(1, 8 // how.tp))
     seconds["optimizer"] = 28 * params / c.shards / rate["hbm"]  # reads p, g, m, v; writes p, m, v
     total = sum(seconds.values())
     mfu = 100 * c.batch * cfg.seq_len * flops_per_token(cfg) / (total * c.gpus * gpu.flops)
@@ -1258,7 +1288,7 @@ def step_of(c: PlanConfig) -> dict[str, float]:
 def built_params(c: PlanConfig, rank: int) -> tuple[int, int, int]:
     """Parameters of a pipeline rank as the training code lays them out. (elements on its first GPU,
     elements before tensor and data parallelism, tensors)"""
-    cfg, how = SHAPES[c.shape], c.mesh
+    cfg, how = PLANNED[c.shape], c.mesh
     with imagined_mesh(how, c.gpus, rank * (c.gpus // how.pp)) as mesh:
         layers, last = split_layers(cfg, how.n_stages), how.n_stages - 1
         stages = [build_stage(cfg, s, layers[s], last, mesh, how, []) for s in how.stages_of(rank)]
@@ -1270,7 +1300,7 @@ def built_params(c: PlanConfig, rank: int) -> tuple[int, int, int]:
 def print_plan(c: PlanConfig) -> None:
     """The layout's table: first, middle and last pipeline rank, the wire, the prediction."""
     how, gpu = c.mesh, GPUS[c.gpu]
-    how.check(SHAPES[c.shape], c.gpus, c.batch, c.micro_batch)
+    how.check(PLANNED[c.shape], c.gpus, c.batch, c.micro_batch)
     axes = ", ".join(f"{axis} {n}" for axis, n in how.shape(c.gpus).items())
     log.info(f"{c.shape} on {c.gpus:,} x {c.gpu}: {axes}")
     built = [built_params(c, rank) for rank in range(how.pp)]
@@ -1302,15 +1332,23 @@ def print_plan(c: PlanConfig) -> None:
 def print_report(c: PlanConfig) -> None:
     log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
     for gpus, batch, seconds, mfu in REPORT_ROWS:
-        c.mesh.check(SHAPES[c.shape], gpus, batch, c.micro_batch)
+        c.mesh.check(PLANNED[c.shape], gpus, batch, c.micro_batch)
         step = step_of(replace(c, gpus=gpus, batch=batch))
         ours = f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f}"
         log.info(f"{ours} {step['mfu']:15.1f} {mfu:14.1f}")
+    log.info(f"{'torchtitan, tokens/s of a GPU':57}predicted  published   error")
+    for name, gpus, batch, tp, recompute, how, published in TITAN_ROWS:
+        mesh = MeshConfig(tp=tp, recompute=recompute)
+        size = dict(gpus=gpus, batch=batch * gpus // tp, micro_batch=batch, gpu="H100 HBM2e")
+        plan = PlanConfig(name, mesh=mesh, **size)
+        rate = plan.batch * PLANNED[name].seq_len / gpus / step_of(plan)["seconds"]
+        what = f"{name} on {gpus}, tp {tp}, {recompute} recompute, {how}"
+        log.info(f"{what:57}{rate:9,.0f}{published:11,}{100 * (rate / published - 1):+6.0f} %")
 
 
 def search(c: PlanConfig) -> list[tuple[float, float, PlanConfig]]:
     """(seconds, bytes, plan) of the meshes of powers and divisors that fit, fastest first."""
-    cfg, found = SHAPES[c.shape], []
+    cfg, found = PLANNED[c.shape], []
     stages = [n for n in range(1, cfg.n_layers + 1) if cfg.n_layers % n == 0]
     virtual = [(pp, n // pp) for n in stages for pp in stages if n % pp == 0 and (pp > 1 or n == 1)]
     options = product((1, 2, 4, 8), virtual, (1, 2, 4), ("none", "selective", "full"))
@@ -1339,7 +1377,7 @@ def print_search(c: PlanConfig) -> None:
 
 def print_serving(c: PlanConfig) -> None:
     """A decoding step reads every weight but the input embedding, and each sequence's cache."""
-    cfg, gpu = SHAPES[c.shape], GPUS[c.gpu]
+    cfg, gpu = PLANNED[c.shape], GPUS[c.gpu]
     embedding, rest = count_params(cfg)
     kv = cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * 2
     log.info(f"{c.shape} on {c.gpus} x {c.gpu}; KV cache {kv:,} bytes a token (bf16)")

@@ -1,78 +1,648 @@
 """Measurements, run by hand: each figure beside what a user would use instead, interleaved.
 
-python tests/bench.py tokenize
-python tests/bench.py generate [125M | 40M]
+python tests/bench.py all                          what this machine can measure
+python tests/bench.py tokenize                     MB/s against `tokenizers`
+python tests/bench.py generate 40M                 prefill and decode against transformers
+python tests/bench.py train 40M                    a training step against transformers' Nemotron
+python tests/bench.py dpo 40M                      a DPO step against TRL's trainer
+python tests/bench.py growth --out growth.png      cost of a token against length, batch, ...
+python tests/bench.py slice 340b --device cuda     true blocks: MFU; head and loss by themselves
+python tests/bench.py attention --device cuda      kernels against each other and float64
+
+A table, and a last line of JSON. Training contenders are processes of their own (so that peak
+memory is their own) that take steps in turns; ratios are of steps next to each other.
 """
 
+import argparse
 import json
 import logging
+import multiprocessing
+import os
+import platform
+import random
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import align
 import data
 import generate
 import model
 import parallel
+import train
 
-
-def tokenize(vocab_size: int = 16_384, rounds: int = 5) -> None:
-    """MB/s of `prepare`'s encoder and of tokenizers.encode_batch: one pattern, text, all cores."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    texts = [*data.embedded_code(), *data.embedded_english()]
-    docs = [(text, len(text.encode())) for text in texts]
-    megabytes = sum(n for _, n in docs) / 1e6
-    ours = data.train_bpe(texts, vocab_size)
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = data.hf_pre_tokenizer()
-    start = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    specials = list(data.SPECIALS)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, **start)
-    theirs.train_from_iterator(texts, trainer)
-    workers, rates = data.PrepareConfig.workers, ([], [])
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        n_ours = sum(len(ids) for _, ids in data.encode_all(docs, ours.encode, workers))
-        middle = time.perf_counter()
-        n_theirs = sum(len(e.ids) for e in theirs.encode_batch(texts, add_special_tokens=False))
-        rates[0].append(megabytes / (middle - begun))
-        rates[1].append(megabytes / (time.perf_counter() - middle))
-    ratios = [a / b for a, b in zip(*rates, strict=True)]
-    for name, r in (("ours", rates[0]), ("tokenizers", rates[1]), ("ratio", ratios)):
-        print(f"{name:12} median {statistics.median(r):6.1f}  min {min(r):6.1f}  max {max(r):6.1f}")
-    print(f"{megabytes:.1f} MB, {workers} threads, {n_ours:,} and {n_theirs:,} tokens")
-
-
-# the shapes of the decode and prefill figures
-DECODE_SHAPES = {
+SHAPES = {
+    "nano": replace(model.SHAPES["nano"], seq_len=128),  # tries the harness out, measures nothing
     "40M": model.ModelConfig(512, 8, 8, 8, 64, 2048, vocab_size=16_384, seq_len=1024),
     "125M": model.SHAPES["small"],
+    "1B": model.ModelConfig(2048, 16, 16, 8, 128, 8192, vocab_size=32_768, seq_len=4096),
+    "15b": model.SHAPES["nemotron4-15b"],
+    "340b": model.SHAPES["nemotron4-340b"],
+}
+Result = dict[str, Any]
+
+
+# ---- what this machine can do --------------------------------------------------------------------
+
+
+def sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], Any], device: str, rounds: int = 5) -> list[float]:
+    """Of some calls, after a first that warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        work()
+        sync(device)
+        times.append(time.perf_counter() - begun)
+    return times[1:]
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large square matrix product, the best of some."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(seconds_of(lambda: a @ a, device))
+
+
+def read_rate(dtype: torch.dtype, device: str) -> float:
+    """Bytes/s of summing a tensor, the best of some."""
+    x = torch.randn(1 << 28, device=device).to(dtype)
+    return x.numel() * x.element_size() / min(seconds_of(lambda: x.sum(), device))
+
+
+def machine(device: str) -> Result:
+    """Hardware and versions, for the table's foot."""
+    import transformers
+
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((s.split(": ")[1] for s in lines if s.startswith("model name")), cpu)
+    out = {"device": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    out |= {
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "transformers": transformers.__version__,
+    }
+    return out | ({"device": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+# ---- contenders: processes that take steps in turns ----------------------------------------------
+
+Turn = Callable[[], None]  # a contender calls it before each of its steps
+
+
+def peak_gib(device: str) -> float:
+    """Peak memory of this process: the device's, or the resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(s.split()[1]) for s in lines if s.startswith("VmHWM")) / 2**20
+
+
+def contender(pipe: Any, name: str, how: Result, rank: int, world: int, store: str) -> None:
+    """A process: one of CONTENDERS, which never returns, told when to take a step."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(how.pop("threads"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    begun, before = None, peak_gib(device)
+
+    def turn() -> None:
+        nonlocal begun
+        sync(device)
+        if begun is not None:
+            seconds, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
+            pipe.send({"seconds": seconds, "cpu": cpu, "gib": peak_gib(device), "before": before})
+        pipe.recv()
+        begun = time.perf_counter(), time.process_time()
+
+    try:
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
+            sys.stdout = nothing
+            CONTENDERS[name](turn, Path(folder), **how)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent has what it wants
+    except BaseException as e:
+        pipe.send(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        os._exit(1)
+
+
+def in_turns(runs: dict[str, tuple[str, Result, int]], rounds: int) -> dict[str, list[Result]]:
+    """Label → (contender, its arguments, processes), to label → steps, everyone's n-th beside the
+    others' n-th; two steps warm up. Who fails is named and left out."""
+    spawn, pipes, folder = multiprocessing.get_context("spawn"), {}, tempfile.TemporaryDirectory()
+    for i, (label, (name, how, world)) in enumerate(runs.items()):
+        pipes[label] = []
+        for rank in range(world):
+            ours, theirs = spawn.Pipe()
+            how_run = {"threads": torch.get_num_threads()} | how
+            args = (theirs, name, how_run, rank, world, f"{folder.name}/{i}")
+            spawn.Process(target=contender, args=args, daemon=True).start()
+            theirs.close()
+            pipes[label].append(ours)
+    steps: dict[str, list[Result]] = {label: [] for label in runs}
+    for _, label in product(range(rounds + 2), runs):
+        try:
+            for pipe in pipes.get(label, []):
+                pipe.send("go")
+            told = [pipe.recv() for pipe in pipes.get(label, [])]
+        except (EOFError, OSError):
+            told = ["its process died"]
+        if wrong := [t for t in told if isinstance(t, str)]:
+            print(f"  {label} did not run: {wrong[0]}", flush=True)
+            del pipes[label], steps[label]
+        elif told:
+            step = {key: sum(t[key] for t in told) for key in ("cpu", "gib", "before")}
+            steps[label].append(step | {"seconds": max(t["seconds"] for t in told)})
+    for pipe in (p for some in pipes.values() for p in some):
+        pipe.close()
+    return {label: some[2:] for label, some in steps.items()}
+
+
+NEVER = dict(steps=1 << 30, save_every=1 << 30, eval_every=1 << 30)
+
+
+def ours_train(
+    turn: Turn, folder: Path, cfg: model.ModelConfig, mesh: parallel.MeshConfig, batch: int
+) -> None:
+    """train.fit itself, on random tokens: it asks for a batch where a step begins."""
+    share = batch // mesh.dp(parallel.world_size())
+    run = train.PretrainConfig(
+        model=cfg, mesh=mesh, batch=batch, micro_batch=share, out=folder, **NEVER
+    )
+    runner = parallel.Runner(cfg, mesh, parallel.init_mesh(mesh), share, 0)
+    ids = torch.randint(7, cfg.vocab_size, (share, cfg.seq_len + 1))
+    rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "count": share * cfg.seq_len}
+
+    def batches(step: int) -> list[parallel.Batch]:
+        turn()
+        return [rows]
+
+    train.fit(run, runner, batches, train.lm_loss, lambda step: {}, str)
+
+
+def forward_backward(
+    turn: Turn, folder: Path, cfg: model.ModelConfig, mesh: parallel.MeshConfig, batch: int
+) -> None:
+    """Runner.step alone: for a slice whose optimizer does not fit."""
+    runner = parallel.Runner(cfg, mesh, parallel.init_mesh(mesh), batch, 0)
+    ids = torch.randint(7, cfg.vocab_size, (batch, cfg.seq_len + 1))
+    rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "count": batch * cfg.seq_len}
+    while True:
+        turn()
+        runner.step([rows], train.lm_loss)
+        for p in runner.params().values():
+            p.grad = None
+
+
+def their_model(cfg: model.ModelConfig) -> Any:
+    from transformers import NemotronConfig, NemotronForCausalLM
+
+    how = dict(attn_implementation="sdpa")
+    return NemotronForCausalLM._from_config(NemotronConfig(**model.hf_config(cfg)), **how)
+
+
+def their_train(
+    turn: Turn, folder: Path, cfg: model.ModelConfig, mesh: parallel.MeshConfig, batch: int
+) -> None:
+    """transformers' Nemotron, torch's AdamW and clipping: the loop that its users write."""
+    device, run = "cuda" if torch.cuda.is_available() else "cpu", train.PretrainConfig(model=cfg)
+    peer = their_model(cfg).to(device).train()
+    stepped = torch.compile(peer) if mesh.compile else peer
+    how = dict(lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay)
+    optimizer = torch.optim.AdamW(peer.parameters(), **how)
+    ids = torch.randint(7, cfg.vocab_size, (batch, cfg.seq_len))
+    while True:
+        turn()
+        rows = ids.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=mesh.dtype == "bf16"):
+            loss = stepped(rows, labels=rows).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), run.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss), float(norm)  # both are logged
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def ratio(a: list[Result], b: list[Result]) -> Result:
+    """How many times faster a is than b, pair by pair."""
+    pairs = [y["seconds"] / x["seconds"] for x, y in zip(a, b, strict=True)]
+    return {"ratio": statistics.median(pairs), "ratio_min": min(pairs), "ratio_max": max(pairs)}
+
+
+def table_of(
+    steps: dict[str, list[Result]], tokens: float, flops: float, rates: dict[str, float], what: str
+) -> list[Result]:
+    """Print each contender, then ours against each of theirs. Labels: "ours bf16", "PEER bf16"."""
+    rows = []
+    for label, some in steps.items():
+        seconds = [s["seconds"] for s in some]
+        middle, gib, before = statistics.median(seconds), some[-1]["gib"], some[-1]["before"]
+        row = {"what": what, "contender": label, "tokens_per_s": tokens / middle, "gib": gib}
+        row |= {"min": tokens / max(seconds), "max": tokens / min(seconds), "gib_before": before}
+        row["share_of_products"] = tokens * flops / middle / rates[label.split()[1]]
+        row["mfu"] = (
+            tokens * flops / middle / peak_of("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        rows.append(row)
+        print(
+            f"  {label:18} {row['tokens_per_s']:9.0f} tokens/s ({row['min']:.0f} to "
+            f"{row['max']:.0f}), {row['share_of_products']:4.0%} of the products' rate, peak "
+            f"{gib:.2f} GiB ({before:.2f} before the model)"
+        )
+    for mine in (s for s in steps if s.startswith("ours")):
+        for peer in (s for s in steps if not s.startswith("ours")):
+            row = {"what": what, "contender": mine, "against": peer}
+            row |= ratio(steps[mine], steps[peer])
+            row["memory"] = steps[mine][-1]["gib"] / steps[peer][-1]["gib"]
+            rows.append(row)
+            spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+            print(f"  {mine} / {peer}: {row['ratio']:.2f} {spread}, memory {row['memory']:.2f}")
+    return rows
+
+
+def rates_of(device: str) -> dict[str, float]:
+    rates = {name: product_rate(dtype, device) for name, dtype in parallel.DTYPES.items()}
+    text = ", ".join(f"{name} {rate / 1e12:.3f}" for name, rate in rates.items())
+    print(f"large square matrix products: {text} TFLOP/s", flush=True)
+    return rates
+
+
+def training(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Tokens/s of a whole step: forward, backward, clipping, AdamW, logging."""
+    cuda = o.device == "cuda"
+    cfg = replace(SHAPES[shape], seq_len=min(SHAPES[shape].seq_len, 4096 if cuda else 512))
+    batch, runs = max(1, (1 << 15 if cuda else 2048) // cfg.seq_len), {}
+    how = {"cfg": cfg, "batch": batch}
+    for dtype, compiled in (("bf16", ""), ("bf16", " compiled") if cuda else ("fp32", "")):
+        mesh = {"mesh": parallel.MeshConfig(dtype=dtype, compile=bool(compiled))}
+        runs[f"ours {dtype}{compiled}"] = ("ours_train", how | mesh, 1)
+        runs[f"transformers {dtype}{compiled}"] = ("their_train", how | mesh, 1)
+    print(f"train {shape}: {batch} x {cfg.seq_len} tokens a step, {o.rounds} rounds", flush=True)
+    rates, flops = rates_of(o.device), model.flops_per_token(cfg)
+    steps = in_turns(runs, o.rounds)
+    return table_of(steps, batch * cfg.seq_len, flops, rates, f"train {shape}")
+
+
+def peak_of(device: str) -> float:
+    """FLOP/s of the data sheet; nan where there is none."""
+    return parallel.peak_flops(torch.device(device)) or float("nan")
+
+
+# ---- preference optimisation ---------------------------------------------------------------------
+
+PAIRS, WINDOW = 8, 512
+
+
+def write_pairs(folder: Path) -> tuple[Path, Path]:
+    """(rows, tokenizer): pairs of answers cut from Python's documentation, always the same."""
+    texts = [text for _, text in zip(range(60), data.embedded_english(), strict=False)]
+    text, rng = "\n".join(texts), random.Random(0)
+
+    def words(most: int) -> str:
+        at = rng.randrange(len(text) - most)
+        return text[at : at + rng.randint(80, most)]
+
+    rows = []
+    for _ in range(PAIRS):
+        asked = {"role": "user", "content": words(200)}
+        answers = [[asked, {"role": "assistant", "content": words(400)}] for _ in range(2)]
+        rows.append(dict(zip(("chosen", "rejected"), answers, strict=True)))
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file, folder / data.train_bpe(texts, 1000).save(folder)
+
+
+def ours_dpo(turn: Turn, folder: Path, cfg: model.ModelConfig, mesh: parallel.MeshConfig) -> None:
+    """align.align itself, told when to begin a step."""
+    file, tokenizer = write_pairs(folder)
+    how = dict(tokenizer=str(tokenizer), seq_len=WINDOW, batch=PAIRS, epochs=1 << 30, beta=0.1)
+    never = {k: v for k, v in NEVER.items() if k != "steps"}
+    run = align.PreferenceConfig(
+        model=cfg, mesh=mesh, data=file, out=folder / "run", lr=1e-6, **how, **never
+    )
+
+    def fit(cfg: Any, runner: Any, batches: Any, *rest: Any) -> None:
+        train.fit(cfg, runner, lambda step: (turn(), batches(step))[1], *rest)
+
+    with patch("align.fit", fit):
+        align.align("dpo", run)
+
+
+def their_dpo(turn: Turn, folder: Path, cfg: model.ModelConfig, mesh: parallel.MeshConfig) -> None:
+    """TRL's DPOTrainer on the same token ids, reference log-probabilities computed beforehand."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    file, tokenizer = write_pairs(folder)
+    found, _ = data.preference_rows(file, data.load_tokenizer(tokenizer), WINDOW)
+    rows = []
+    for row in found:
+        starts = [int(trained.argmax()) for trained in row.trained]
+        ids = [part[at:].tolist() for part, at in zip(row.ids, starts, strict=True)]
+        prompt = row.ids[0][: starts[0]].tolist()
+        rows.append({"prompt_ids": prompt, "chosen_ids": ids[0], "rejected_ids": ids[1]})
+
+    class Ready(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset  # it is token ids already
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            turn()
+
+    how = dict(beta=0.1, learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0)
+    how |= dict(per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True, max_length=None)
+    how |= dict(bf16=mesh.dtype == "bf16", gradient_checkpointing=False, report_to="none")
+    how |= dict(save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1 << 30)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    trainer = Ready(
+        their_model(cfg).train(),
+        args=trl.DPOConfig(str(folder), use_cpu=not torch.cuda.is_available(), **how),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
+        ),
+        callbacks=[Turns()],
+    )
+    trainer.train()
+
+
+def preference(shape: str, o: argparse.Namespace) -> list[Result]:
+    """A DPO step of the same pairs, both from files to the updated weights."""
+    cfg, runs = replace(SHAPES[shape], seq_len=WINDOW), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file, tokenizer = write_pairs(Path(folder))
+        rows, _ = data.preference_rows(file, data.load_tokenizer(tokenizer), WINDOW)
+    tokens = sum(row.length for row in rows)
+    for dtype in ("bf16",) if o.device == "cuda" else ("bf16", "fp32"):
+        how = {"cfg": cfg, "mesh": parallel.MeshConfig(dtype=dtype)}
+        runs |= {f"ours {dtype}": ("ours_dpo", how, 1), f"trl {dtype}": ("their_dpo", how, 1)}
+    print(f"DPO {shape}: {PAIRS} pairs of {tokens} tokens a step, {o.rounds} rounds", flush=True)
+    rates, flops = rates_of(o.device), model.flops_per_token(cfg, tokens // (2 * PAIRS))
+    return table_of(in_turns(runs, o.rounds), tokens, flops, rates, f"dpo {shape}")
+
+
+CONTENDERS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (ours_train, forward_backward, their_train, ours_dpo, their_dpo)
 }
 
 
-def best(work, rounds: int) -> float:
-    """Seconds of the fastest of some calls: a ceiling."""
-    work()
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+# ---- growth --------------------------------------------------------------------------------------
+
+SMALL = model.ModelConfig(256, 4, 4, 4, 64, 1024, vocab_size=2048, seq_len=256)
 
 
-def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """(bytes/s of reading, FLOP/s of a matrix product) that this machine reaches."""
-    x = torch.randn(1 << 28, device=device).to(dtype)
-    read = x.numel() * x.element_size() / best(lambda: x.sum().item(), 5)
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    return read, 2 * 2048**3 / best(lambda: (a @ a)[0, 0].item(), 5)
+def growth(shape: str, o: argparse.Namespace) -> list[Result]:
+    """CPU time of a token, against what should not matter to it or only as its FLOPs grow."""
+    big = o.rounds > 1  # a single round tries the harness out
+    panels = {
+        "sequence length": {T: (T, max(1, 2048 // T), 4, 1) for T in (128, 256, 512, 1024, 2048)},
+        "batch": {B: (256, B, 4, 1) for B in (1, 2, 4, 8, 16)},
+        "layers": {L: (256, 4, L, 1) for L in (2, 4, 8, 16)},
+        "ranks": {n: (256, 8, 4, n) for n in (1, 2, 4)},
+    }
+    mesh, rows = parallel.MeshConfig(dtype="fp32"), []
+    for panel, points in panels.items():
+        runs = {}
+        for x, (T, B, L, ranks) in list(points.items())[: None if big else 2]:
+            cfg = replace(SMALL, seq_len=T, n_layers=L)
+            how = {"cfg": cfg, "mesh": mesh, "batch": B, "threads": 1}
+            runs[str(x)] = ("ours_train", how, ranks)
+        steps = in_turns(runs, o.rounds)
+        for label, some in steps.items():
+            T, B, L, _ = points[int(label)]
+            cost = statistics.median(s["cpu"] for s in some) / (T * B)
+            flops = model.flops_per_token(replace(SMALL, seq_len=T, n_layers=L))
+            row = {"what": f"growth {panel}", "x": int(label), "us_per_token": cost * 1e6}
+            row["us_per_mflop"] = cost * 1e12 / flops
+            same = [r["us_per_mflop"] for r in rows if r["what"] == row["what"]]
+            row["super_linear"] = bool(same) and row["us_per_mflop"] > 1.25 * min(same)
+            rows.append(row)
+            note = "  MORE THAN ITS FLOPS" if row["super_linear"] else ""
+            print(
+                f"  {panel} {label:>5}: {cost * 1e6:8.1f} us of CPU a token, "
+                f"{row['us_per_mflop']:.3f} us a MFLOP{note}",
+                flush=True,
+            )
+    if o.out:
+        draw(rows, o.out)
+    return rows
+
+
+def draw(rows: list[Result], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    names = dict.fromkeys(r["what"] for r in rows)
+    for panel, name in zip(panels.flat, names, strict=True):
+        some = [r for r in rows if r["what"] == name]
+        xs, costs = [r["x"] for r in some], [r["us_per_token"] for r in some]
+        due = [costs[0] * r["us_per_token"] / r["us_per_mflop"] for r in some]
+        panel.plot(xs, costs, "o-", label="measured, median")
+        panel.plot(xs, [d * costs[0] / due[0] for d in due], "--", label="as its FLOPs grow")
+        panel.set(xlabel=name.removeprefix("growth "), ylim=(0, None), xscale="log")
+        panel.set_xticks(xs, [str(x) for x in xs], minor=False)
+        panel.set_ylabel("us of CPU time a token")
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    fig.savefig(out, dpi=110)
+    print(f"wrote {out}")
+
+
+# ---- slices of the real blocks -------------------------------------------------------------------
+
+
+def slices(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Blocks of the true size through the training path, MFU by the report's formula; then the head
+    and the loss by themselves."""
+    peak, rates, rows = peak_of(o.device), rates_of(o.device), []
+    cfg = replace(SHAPES[shape], vocab_size=1024)  # the head is measured apart
+    counts = {"340b": (1, 2), "15b": (2, 4)}.get(shape, (1,))
+    ways = list(product(counts, ("", " compiled"), ("ours_train", "forward_backward")))
+    for layers, compiled, name in ways:
+        part = replace(cfg, n_layers=layers)
+        mesh = parallel.MeshConfig(compile=bool(compiled))
+        label = f"{layers} block(s){compiled}, {name}"
+        steps = in_turns({label: (name, {"cfg": part, "mesh": mesh, "batch": 1}, 1)}, o.rounds)
+        for some in steps.values():  # none, where it did not fit
+            seconds = statistics.median(s["seconds"] for s in some)
+            done = cfg.seq_len * model.flops_per_token(part)
+            row = {"what": f"slice {shape}", "contender": label, "seconds": seconds}
+            row |= {"mfu": done / seconds / peak, "gib": some[-1]["gib"]}
+            row["share_of_products"] = done / seconds / rates["bf16"]
+            rows.append(row)
+            print(
+                f"  {label}: {seconds * 1e3:.1f} ms, MFU {row['mfu']:.1%}, "
+                f"{row['share_of_products']:.0%} of the products' rate, {row['gib']:.1f} GiB"
+            )
+    return rows + [head_and_loss(shape, o, peak, rates["bf16"])]
+
+
+def head_and_loss(shape: str, o: argparse.Namespace, peak: float, rate: float) -> Result:
+    """Forward and backward of log-probabilities; the 340B's has an eighth of the words (tp 8)."""
+    cfg, tp = SHAPES[shape], 8 if shape == "340b" else 1
+    like = dict(dtype=torch.bfloat16, device=o.device)
+    h = torch.randn(cfg.seq_len, cfg.dim, **like).requires_grad_()
+    weight = (0.01 * torch.randn(cfg.vocab_size // tp, cfg.dim, **like)).requires_grad_()
+    targets = torch.randint(len(weight), (cfg.seq_len,), device=o.device)
+
+    def work() -> None:
+        h.grad = weight.grad = None
+        parallel.TokenLogProbs.apply(h, weight, targets, None).sum().backward()
+
+    seconds = statistics.median(seconds_of(work, o.device, o.rounds))
+    done = 6 * cfg.seq_len * weight.numel()
+    row = {"what": f"head {shape}", "seconds": seconds, "mfu": done / seconds / peak}
+    row["share_of_products"] = done / seconds / rate
+    what = f"head and loss, {len(weight):,} words"
+    print(f"  {what}: {seconds * 1e3:.1f} ms, {row['share_of_products']:.0%} of the products' rate")
+    return row
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def kernels(starts: torch.Tensor | None, T: int) -> dict[str, Kernel]:
+    """Name → attention of (B, T, H, E); starts: boundaries of packed documents. Which of them run
+    here, and how wrong they are, is for the table to say."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(backend: Any) -> Kernel:
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            how = dict(is_causal=True, enable_gqa=True)
+            with sdpa_kernel(backend):
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **how)
+            return out.transpose(1, 2)
+
+        return run
+
+    def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+        if starts is None:
+            out = flash_attn_func(q, k, v, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+        how = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True)
+        out = flash_attn_varlen_func(*(t.flatten(0, 1) for t in (q, k, v)), **how)
+        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+    def registered(name: str) -> Kernel:
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            from torch.nn.attention import activate_flash_attention_impl as activate
+            from torch.nn.attention import restore_flash_attention_impl as restore
+
+            activate(name)
+            try:
+                return sdpa(SDPBackend.FLASH_ATTENTION)(q, k, v)
+            finally:
+                restore()
+
+        return run
+
+    mine = {"model.attend": lambda q, k, v: model.attend(q, k, v, starts)}
+    if starts is not None:
+        return mine | {"flash-attn-4": fa4}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    backends |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+    found = mine | {f"sdpa {name}": sdpa(backend) for name, backend in backends.items()}
+    return found | {
+        "flash-attn-4": fa4,
+        "sdpa FA3": registered("FA3"),
+        "sdpa FA4": registered("FA4"),
+    }
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """float64, by the definition."""
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bthe,bshe->bhts", q.double(), k.double()) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weights, v.double())
+
+
+def attention(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Forward and backward, packed (four documents) and not; the error of the forward."""
+    cfg, rows, rate = SHAPES[shape], [], rates_of(o.device)["bf16"]
+    dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
+    tp = 8 if shape == "340b" else 1
+    for packed in (False, True) if o.device == "cuda" else (False,):
+        for name in kernels(None if not packed else torch.zeros(1), 0):
+            row = {"what": f"attention {shape}", "kernel": name, "packed": packed}
+            try:
+                row |= one_kernel(name, cfg, tp, packed, dtype, o)
+            except Exception as e:
+                row["failed"] = (str(e).splitlines() or [type(e).__name__])[0][:90]
+                print(f"  {name:14} {'packed' if packed else ''}: did not run: {row['failed']}")
+            else:
+                row["share_of_products"] = row["flops"] / rate
+                print(
+                    f"  {name:14} {'packed' if packed else '':6} {row['seconds'] * 1e3:8.2f} ms, "
+                    f"{row['flops'] / 1e12:6.2f} TFLOP/s, error {row['error']:.1e}"
+                )
+            rows.append(row)
+    return rows
+
+
+def one_kernel(
+    name: str, cfg: model.ModelConfig, tp: int, packed: bool, dtype: torch.dtype, o: Any
+) -> Result:
+    out, heads = {}, (cfg.n_heads // tp, *[max(1, cfg.n_kv_heads // tp)] * 2)
+    for T in (min(512, cfg.seq_len), cfg.seq_len):  # the first is checked, the last is timed
+        q, k, v = (torch.randn(1, T, n, cfg.head_dim, dtype=dtype, device=o.device) for n in heads)
+        documents = torch.arange(T, device=o.device)[None] * 4 // T
+        starts = model.visible_keys(documents, documents, None) if packed else None
+        kernel = kernels(starts, T)[name]
+        if not out:
+            mask = torch.ones(T, T, dtype=torch.bool, device=o.device).tril()
+            mask &= (documents[0][:, None] == documents[0]) | (not packed)
+            out["error"] = (kernel(q, k, v).double() - exact(q, k, v, mask)).abs().max().item()
+    for t in (q, k, v):
+        t.requires_grad_()
+
+    def work() -> None:
+        q.grad = k.grad = v.grad = None
+        kernel(q, k, v).sum().backward()
+
+    out["seconds"] = statistics.median(seconds_of(work, o.device, o.rounds))
+    # two products forward, five backward, of half a square or of four small ones
+    pairs = cfg.seq_len**2 / 2 / (4 if packed else 1)
+    out["flops"] = 7 * 2 * pairs * heads[0] * cfg.head_dim / out["seconds"]
+    return out
+
+
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 def drain(engine: generate.Engine, batch: int, prompt: int, new: int) -> tuple[float, float]:
@@ -92,41 +662,40 @@ def drain(engine: generate.Engine, batch: int, prompt: int, new: int) -> tuple[f
     return prefill, (time.perf_counter() - begun - prefill) / (engine.steps - steps)
 
 
-def decode(shape: str = "125M", rounds: int = 3, prompt: int = 64, new: int = 25) -> None:
-    """Prefill and decode, ours and transformers' generate, a batch of 1 and of 32, in turns."""
+def decode(shape: str, o: argparse.Namespace, prompt: int = 64, new: int = 25) -> list[Result]:
+    """Prefill and decode, ours and transformers' generate, a batch of 1 and of many, in turns."""
     from transformers import NemotronForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg, results = DECODE_SHAPES[shape], []
+    cfg, results, many = SHAPES[shape], [], 64 if o.device == "cuda" else 32
+    # a step reads all but the embedding; FLOPs of a token are twice that, attention left out
+    weights = sum(model.count_params(cfg)) - cfg.vocab_size * cfg.dim
     with tempfile.TemporaryDirectory() as folder:
         parallel.save_hf(model.Nemotron(cfg), folder)
-        weights = (
-            sum(model.count_params(cfg)) - cfg.vocab_size * cfg.dim
-        )  # a step reads all but embed
-        matmul = weights * 2  # FLOPs of a token, attention left out
-        for name in ("fp32", "bf16"):
-            dtype = parallel.DTYPES[name]
-            read, flops = ceilings(dtype, device)
-            limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.2f} TFLOP/s"
-            print(f"{shape} {name}: this machine {limits}")
-            ours = generate.Engine(parallel.load_hf(folder, dtype).to(device), slots=32)
-            peer = NemotronForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-            for batch in (1, 32):
-                results.append(compare(ours, peer, batch, rounds, prompt, new))
-                row = results[-1] | {"shape": shape, "dtype": name, "batch": batch}
-                results[-1] = row
-                read_share = row["decode"] / batch * weights * dtype.itemsize / read
-                compute_share = row["prefill"] * matmul / flops
-                row |= {"share_of_bandwidth": read_share, "share_of_flops": compute_share}
+        for name, dtype in parallel.DTYPES.items():
+            read, flops = read_rate(dtype, o.device), product_rate(dtype, o.device)
+            limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.3f} TFLOP/s"
+            print(f"generate {shape} {name}: this machine {limits}")
+            ours = generate.Engine(parallel.load_hf(folder, dtype).to(o.device), slots=many)
+            peer = NemotronForCausalLM.from_pretrained(folder, dtype=dtype).to(o.device).eval()
+            for batch in (1, many):
+                row = {"what": f"generate {shape}", "dtype": name, "batch": batch}
+                row |= compare(ours, peer, batch, o.rounds, prompt, new)
+                row["share_of_bandwidth"] = row["decode"] / batch * weights * dtype.itemsize / read
+                row["share_of_products"] = row["prefill"] * weights * 2 / flops
+                row["prefill_mfu"] = row["prefill"] * weights * 2 / peak_of(o.device)
+                results.append(row)
+                for kind in ("decode", "prefill"):
+                    print(
+                        f"  batch {batch:2}: {kind} {row[kind]:7.0f} tokens/s, transformers "
+                        f"{row[f'their_{kind}']:7.0f}, ratio {row[f'{kind}_ratio']:.2f} "
+                        f"({row[f'{kind}_ratio_min']:.2f} to {row[f'{kind}_ratio_max']:.2f})"
+                    )
                 print(
-                    f"  batch {batch:2}: decode {row['decode']:7.1f} tokens/s, transformers "
-                    f"{row['their_decode']:7.1f}, ratio {row['decode_ratio']:.2f} "
-                    f"({row['decode_ratio_min']:.2f} to {row['decode_ratio_max']:.2f}); reads "
-                    f"{read_share:.0%} of the bandwidth; prefill {row['prefill']:7.0f} tokens/s, "
-                    f"transformers {row['their_prefill']:7.0f}, ratio {row['prefill_ratio']:.2f}; "
-                    f"{compute_share:.0%} of the products' rate"
+                    f"            reads {row['share_of_bandwidth']:.0%} of the bandwidth; prefill "
+                    f"has {row['share_of_products']:.0%} of the products' rate",
+                    flush=True,
                 )
-    print(json.dumps(results))
+    return results
 
 
 def compare(ours, peer, batch: int, rounds: int, prompt: int, new: int) -> dict[str, float]:
@@ -159,6 +728,87 @@ def compare(ours, peer, batch: int, rounds: int, prompt: int, new: int) -> dict[
     return out
 
 
-if __name__ == "__main__":
+# ---- tokenising ----------------------------------------------------------------------------------
+
+
+def tokenize(shape: str, o: argparse.Namespace, vocab_size: int = 16_384) -> list[Result]:
+    """MB/s of `prepare`'s encoder and of tokenizers.encode_batch: one pattern, text, all cores."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    texts = [*data.embedded_code(), *data.embedded_english()]
+    docs = [(text, len(text.encode())) for text in texts]
+    megabytes = sum(n for _, n in docs) / 1e6
+    ours = data.train_bpe(texts, vocab_size)
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = data.hf_pre_tokenizer()
+    start = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    specials = list(data.SPECIALS)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, **start)
+    theirs.train_from_iterator(texts, trainer)
+    workers, rates = data.PrepareConfig.workers, ([], [])
+    for _ in range(o.rounds):
+        begun = time.perf_counter()
+        n_ours = sum(len(ids) for _, ids in data.encode_all(docs, ours.encode, workers))
+        middle = time.perf_counter()
+        n_theirs = sum(len(e.ids) for e in theirs.encode_batch(texts, add_special_tokens=False))
+        rates[0].append(megabytes / (middle - begun))
+        rates[1].append(megabytes / (time.perf_counter() - middle))
+    ratios = [a / b for a, b in zip(*rates, strict=True)]
+    out = []
+    for name, r in (("ours", rates[0]), ("tokenizers", rates[1]), ("ratio", ratios)):
+        out.append({"what": "tokenize MB/s", "contender": name, "median": statistics.median(r)})
+        out[-1] |= {"min": min(r), "max": max(r)}
+        print(f"{name:12} median {statistics.median(r):6.1f}  min {min(r):6.1f}  max {max(r):6.1f}")
+    print(f"{megabytes:.1f} MB, {workers} threads, {n_ours:,} and {n_theirs:,} tokens")
+    return out
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
+    "tokenize": tokenize, "generate": decode, "train": training, "dpo": preference,
+    "growth": growth, "slice": slices, "attention": attention,
+}  # fmt: skip
+ALL = {
+    "cpu": "tokenize generate:40M generate:125M train:40M train:125M dpo:40M growth",
+    "cuda": "slice:340b slice:15b attention:340b attention:15b train:125M train:1B generate:125M "
+    "generate:1B dpo:125M",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=[*WORK, "all"])
+    parser.add_argument("shape", nargs="?", default="40M", choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="PNG of growth")
+    o = parser.parse_args()
     logging.disable(logging.WARNING)
-    {"tokenize": tokenize, "generate": decode}[sys.argv[1]](*sys.argv[2:])
+    if o.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if o.device == "cpu" and torch.cuda.is_available():
+        parser.error(
+            "a GPU is visible, which the training path would take: hide it with "
+            "CUDA_VISIBLE_DEVICES= or add --device cuda"
+        )
+    if o.device == "cpu" and o.what in ("slice", "attention") and o.shape not in ("nano", "40M"):
+        parser.error(f"{o.what} {o.shape} needs --device cuda (nano tries the harness out)")
+    about = machine(o.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows, jobs = [], ALL[o.device] if o.what == "all" else f"{o.what}:{o.shape}"
+    for job in jobs.split():
+        what, _, shape = job.partition(":")
+        try:
+            rows += WORK[what](shape, o)
+        except Exception as e:  # of a long run the rest is wanted all the same
+            if o.what != "all":
+                raise
+            print(f"  {job} failed: {type(e).__name__}: {e}")
+            rows.append({"what": job, "failed": str(e)})
+    # no known peak, no MFU
+    print(json.dumps({"machine": about, "rows": rows}).replace("NaN", "null"))
+
+
+if __name__ == "__main__":
+    main()
