@@ -825,7 +825,7 @@ def demo_base(cfg: DemoConfig) -> Path:
         prepare(PrepareConfig(out=tokens, **how))
     pretrain("base", PretrainConfig(
         model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", batch=16, micro_batch=16,
-        steps=max(8, round(700 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
+        steps=max(8, round(600 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
         eval_every=400, isolate=True,
     ))  # fmt: skip
     return cfg.out / "base"
@@ -869,11 +869,13 @@ def demo_reward(cfg: DemoConfig, init: Path) -> Path:
     def texts_of(tasks: list[Task]) -> Iterator[tuple[Task, list[str]]]:
         rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
         for task, sampled in zip(tasks, answers(engine, tasks, 2, cfg.seed), strict=True):
-            made = dict.fromkeys([*sampled, task.answer, task.flawed(rng)])
+            # two faults at a time: what misses its form must not be right more often
+            flawed = (task.flawed(rng), task.flawed(rng, n=2))
+            made = dict.fromkeys([*sampled, task.answer, *flawed])
             yield task, [text for text in made if text]
 
     def rows() -> Iterator[dict[str, Any]]:
-        for task, texts in texts_of(demo_tasks(cfg, "reward", 8000, 0.25)):
+        for task, texts in texts_of(demo_tasks(cfg, "reward", 5000, 0.25)):
             yield from (scored_row(task, text) for text in texts)
 
     def pairs() -> Iterator[dict[str, Any]]:

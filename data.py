@@ -2155,6 +2155,7 @@ INSTRUCTIONS: dict[str, tuple[str, Callable[[str], str], str]] = {
     "mark": ("End with !", "{}!".format, ".*!"),
 }
 FAULTS = ("slip", "other", "cut", "chatter", "form")
+BETWEEN = ("\n", " = ", " gives ", "\nResult:\n", "\nWhat comes out of it is\n")
 CHATTER = ("Well, let me see.", "I think it is", "Here you go:")
 
 
@@ -2226,12 +2227,12 @@ class Task:
         longer = len(pieces(text)) - len(pieces(self.answer))
         return [helpful, correct, coherent, 2 * right + sum(met), min(4, max(0, 1 + longer))]
 
-    def flawed(self, rng: random.Random, faults: Sequence[str] = FAULTS) -> str:
-        """An answer with a fault or two: a wrong digit, another operation's result, an early end,
-        chatter, an instruction ignored or, where there is none, made up."""
+    def flawed(self, rng: random.Random, faults: Sequence[str] = FAULTS, n: int = 0) -> str:
+        """An answer with n faults (0: one, now and then two): a wrong digit, another operation's
+        result, an early end, chatter, an instruction ignored or, where there is none, made up."""
         text = self.answer
         while text == self.answer:
-            made, result = rng.sample(faults, k=rng.choice((1, 1, 2))), self.result
+            made, result = rng.sample(faults, k=n or rng.choice((1, 1, 2))), self.result
             if "slip" in made:
                 i = rng.randrange(len(result))
                 result = result[:i] + rng.choice("0123456789") + result[i + 1 :]
@@ -2256,8 +2257,8 @@ def draw_task(rng: random.Random, call: bool, held_out: bool = False) -> Task:
 
 def draw_text(rng: random.Random) -> str:
     """A document to pretrain on: calls and their results, perhaps with a verdict, and numbers in
-    words. Nobody asks or answers. Several in one document: what is learnt must not depend on where
-    a document begins."""
+    words. Nobody asks or answers. Several in one document, and more or less between a call and its
+    result: what is learnt must not depend on places."""
     return "\n".join(draw_line(rng) for _ in range(rng.randint(1, 5)))
 
 
@@ -2265,10 +2266,11 @@ def draw_line(rng: random.Random) -> str:
     task, kind = draw_task(rng, call=True), rng.random()
     if kind < 0.2:
         return f"{task.digits}\n{write_answer(task.digits, ['words'])}"
+    called = f"{task.prompt}{rng.choice(BETWEEN)}"
     if kind < 0.6:
-        return f"{task.prompt}\n{task.result}"
+        return f"{called}{task.result}"
     result = task.flawed(rng, ("slip", "other", "cut")) if rng.random() < 0.5 else task.result
-    return f"{task.prompt}\n{result}\n{'right' if task.right(result) else 'wrong'}"
+    return f"{called}{result}\n{'right' if task.right(result) else 'wrong'}"
 
 
 def scored_row(task: Task, text: str) -> dict[str, Any]:

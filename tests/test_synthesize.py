@@ -409,6 +409,19 @@ def test_a_model_in_this_process_gives_the_same_whatever_its_batch(nano, tmp_pat
             assert a == b
 
 
+def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teacher, nano, tmp_path):
+    """The teacher writes; it and a nano model answer; a reward model rates."""
+    both = dict(answerers=(str(nano[0]),), reward=str(nano[1]), max_tokens=40)
+    out = synthesize(config(teacher, tmp_path / "out", min_helpfulness=-99.0, **both))
+    lines = (out / "records" / "responses.jsonl").read_text().splitlines()
+    models = Counter(json.loads(line)["model"] for line in lines)
+    assert models["teacher"] == models[generate.identity(nano[0])] > 20
+    rated = rows(out, "reward")
+    assert len({tuple(row["label"]) for row in rated}) == len({*map(str, rated)}) > 20
+    assert len(rows(out, "preference")) >= len(rows(out, "rpo")) > 5
+    assert {row["judge"] for row in rows(out, "preference")} <= {"reward", "truth"}
+
+
 def test_the_judge_by_logits_is_antisymmetric_bit_by_bit(nano, tmp_path):
     p = Pipeline(local(nano, tmp_path / "out", judge="logits"))
     q = Question("given", ({"role": "user", "content": "Which one?"},))
