@@ -1051,9 +1051,8 @@ def weak_to_strong() -> IterateConfig:
     stage = demo_stage(Path(), Path())
     sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
     both = (replace(demo_loss(name), **stage) for name in ("dpo", "rpo"))
-    data = replace(OWN_ANSWERS, counts=OWN_ANSWERS.counts | {"preference_share": 0.2})
     both = dict(zip(("dpo", "rpo"), both, strict=True))
-    return IterateConfig(data=data, sft=sft, **both, demo=DemoConfig())
+    return IterateConfig(data=OWN_ANSWERS, sft=sft, **both, demo=DemoConfig())
 
 
 def report_loop() -> IterateConfig:
@@ -1065,34 +1064,47 @@ def report_loop() -> IterateConfig:
 LOOPS = {"demo": weak_to_strong, "report": report_loop}
 
 
+# a round's stages, the file that each reads, the share of its prompts that are for preferences, and
+# how many of the demo's tasks
+ROUND = (("sft", "sft", 0, 5000), ("dpo", "preference", 1, 1000), ("rpo", "rpo", 1, 1000))
+
+
+def round_data(cfg: IterateConfig, k: int, i: int, generator: Path, policy: Path) -> Path:
+    """The rows of a round's i-th stage: the generator writes prompts and dialogues; to preference
+    prompts the policy itself answers, for of others' answers it learns less."""
+    name, file, share, n = ROUND[i]
+    data = replace(
+        cfg.data, model=generator, answerers=(str(policy),) if share else (),
+        counts=cfg.data.counts | {"preference_share": share}, seed=cfg.data.seed + 3 * k + i,
+        out=cfg.out / f"round_{k}" / f"{name}_data",
+    )  # fmt: skip
+    if cfg.demo:
+        tasks = replace(cfg.demo, out=cfg.out / f"round_{k}", seed=cfg.demo.seed + k)
+        data = replace(data, prompts=demo_prompts(tasks, name, n))
+    return synthesize(data) / f"{file}.jsonl"
+
+
 def iterate(cfg: IterateConfig) -> None:
     """Every step is skipped that is done; lineage.json says what came from what."""
     if world_size() > 1:
         raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
-    bases, judge = cfg.bases, cfg.data.reward
-    generator = cfg.data.model
     if cfg.demo:
         for make in demo_start(cfg.demo).values():
             whole(make())
-        bases, judge = bases or (str(cfg.demo.out / "base"),), str(cfg.demo.out / "reward")
-        generator = cfg.demo.out / "general_sft"
-    lineage, rows = [], {"the first generator": score_of(cfg, generator, judge)}
+        at = cfg.demo.out
+        data = replace(cfg.data, model=at / "general_sft", reward=str(at / "reward"))
+        cfg = replace(cfg, bases=cfg.bases or (str(at / "base"),), data=data)
+    generator, lineage = cfg.data.model, []
+    rows = {"the first generator": score_of(cfg, generator)}
     for k in range(1, cfg.rounds + 1):
-        folder, base = cfg.out / f"round_{k}", Path(bases[min(k, len(bases)) - 1])
-        data = replace(cfg.data, model=generator, reward=judge, out=folder / "data")
-        if cfg.demo:
-            tasks = replace(cfg.demo, out=folder, seed=cfg.demo.seed + k)
-            data = replace(data, prompts=demo_prompts(tasks, "own", 6000))
-        made = synthesize(replace(data, seed=data.seed + k))
-        run = base
-        for name, stage, file in (
-            ("sft", cfg.sft, "sft"), ("dpo", cfg.dpo, "preference"), ("rpo", cfg.rpo, "rpo"),
-        ):  # fmt: skip
-            stage = replace(stage, init=str(run), data=made / f"{file}.jsonl", out=folder / name)
-            run = whole(align(name, stage))
-            came = dict(init=stage.init, generator=str(generator), data=str(stage.data))
+        run = Path(cfg.bases[min(k, len(cfg.bases)) - 1])
+        for i, stage in enumerate((cfg.sft, cfg.dpo, cfg.rpo)):
+            name, data = ROUND[i][0], round_data(cfg, k, i, generator, run)
+            out = cfg.out / f"round_{k}" / name
+            came = dict(init=str(run), data=str(data), generator=str(generator))
+            run = whole(align(name, replace(stage, init=str(run), data=data, out=out)))
             lineage.append(dict(round=k, stage=name, **came, run=str(run), model=identity(run)))
-            rows[f"round {k}, {name}"] = score_of(cfg, run, judge)
+            rows[f"round {k}, {name}"] = score_of(cfg, run)
         generator = run
         (cfg.out / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
     text = markdown(rows, "model") + "\n"
@@ -1100,16 +1112,16 @@ def iterate(cfg: IterateConfig) -> None:
     log.info(text)
 
 
-def score_of(cfg: IterateConfig, run: Path, judge: str) -> dict[str, float]:
+def score_of(cfg: IterateConfig, run: Path) -> dict[str, float]:
     """The program's marks, or the referee's mean reward of answers to the held-out prompts."""
     if cfg.demo:
-        return mark(cfg.demo, run, Path(judge))
+        return mark(cfg.demo, run, Path(cfg.data.reward))
     if not cfg.held_out:
         return {}
     lines = (json_object(line) for _, line in numbered_lines(cfg.held_out))
     chats = [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in lines]
     engine = load_engine(replace(cfg.data, model=run))
-    referee = load_engine(replace(cfg.data, model=Path(cfg.referee or judge)))
+    referee = load_engine(replace(cfg.data, model=Path(cfg.referee or cfg.data.reward)))
     how = SamplingParams(
         max_tokens=cfg.data.max_tokens, temperature=0, stop_ids=chat_stops(engine.tokenizer)
     )

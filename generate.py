@@ -1537,7 +1537,7 @@ class SynthesizeConfig(EngineConfig):
     endpoint: str = ""
     """URL of an OpenAI-compatible server: vLLM, NIM, `generate.py serve`. Key: OPENAI_API_KEY."""
     answerers: tuple[str, ...] = ()
-    """More models that answer preference prompts: other checkpoints."""
+    """Who answers preference prompts, say several checkpoints; default: the model."""
     reward: str = ""
     """A reward model, for ranking, filters and labels; without one, the model rates."""
     judge: Literal["reward", "text", "logits"] = "reward"
@@ -1754,7 +1754,7 @@ class Pipeline:
         self.cfg, self.counts = cfg, Counter()
         self.backends: dict[str, Local | Endpoint] = {}
         self.model = self.backend(str(cfg.model))
-        self.answerers = [self.model, *map(self.backend, cfg.answerers)]
+        self.answerers = [*map(self.backend, cfg.answerers)] or [self.model]
         self.reward = self.backend(cfg.reward) if cfg.reward else None
         self.leads = int(os.environ.get("RANK", 0)) == 0
         self.folder, self.dropped = cfg.out / "records", []

@@ -411,7 +411,7 @@ def test_a_model_in_this_process_gives_the_same_whatever_its_batch(nano, tmp_pat
 
 def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teacher, nano, tmp_path):
     """The teacher writes; it and a nano model answer; a reward model rates."""
-    both = dict(answerers=(str(nano[0]),), reward=str(nano[1]), max_tokens=40)
+    both = dict(answerers=("teacher", str(nano[0])), reward=str(nano[1]), max_tokens=40)
     out = synthesize(config(teacher, tmp_path / "out", min_helpfulness=-99.0, **both))
     lines = (out / "records" / "responses.jsonl").read_text().splitlines()
     models = Counter(json.loads(line)["model"] for line in lines)
