@@ -35,12 +35,12 @@ import textwrap
 import time
 import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -1464,89 +1464,74 @@ def clean_item(item: str) -> str:
 
 # ---- duplicates and decontamination --------------------------------------------------------------
 
-
-class Letters(dict):
-    """For str.translate: marks and control characters become spaces, signs words, apostrophes
-    nothing."""
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        kind = unicodedata.category(char)
-        sign = kind in ("Sm", "Sc", "So") or char in "%^"
-        keep = f" {char} " if sign else " " if kind[0] in "PSZC" else char
-        self[code] = "" if char in "'’" else keep
-        return self[code]
-
-
-LETTERS = Letters()
 # between numbers these are operators: "2 - 2" and "2 * 2" are not the same question
 OPERATORS = {"-": "−", "*": "×", "/": "÷"}
+
+
+@cache
+def plain_char(char: str) -> str:
+    """Marks and control characters become spaces, signs words, apostrophes nothing."""
+    kind = unicodedata.category(char)
+    if kind in ("Sm", "Sc", "So") or char in "%^":
+        return f" {char} "
+    return "" if char in "'’" else " " if kind[0] in "PSZC" else char
 
 
 def normalise(text: str) -> str:
     """Lower case, no punctuation, single spaces, NFKC; what counts in a sum (+ % $ -3) stays."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
-    return " ".join(text.translate(LETTERS).split())
+    return " ".join("".join(map(plain_char, text)).split())
 
 
 def shingles(text: str, n: int = 5) -> set[str]:
-    """Word n-grams; a shorter text is one, one without words none."""
+    """Word n-grams; a shorter text is one."""
     words = text.split()
-    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {""}
+    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 def jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / max(1, len(a | b))
+    return len(a & b) / len(a | b)
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
-    """For each text the earlier kept one that it repeats and the Jaccard index of their word
-    5-grams, counted, not estimated; None if it is kept. Candidates share one of 16 bands of 8
-    MinHashes: a pair at 0.7 is found with probability 0.6, at 0.8 with 0.95, at 0.9 always."""
+    """For each text the earlier kept one that it repeats most, the first of equals, and the Jaccard
+    index of their word 5-grams; None if it is kept. Exact: two such sets share `threshold` of each
+    one's grams, so one at least among its rarest 1 - threshold and the next, which alone are looked
+    up."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
-    factors, terms = np.random.default_rng(0).integers(0, 2**63, (2, 128, 1), dtype=np.uint64)
-    exact: dict[str, int] = {}
-    bands: dict[bytes, list[int]] = {}
-    out, grams = [], {}
-    for i, text in enumerate(texts):
-        plain = normalise(text) or text.strip()
-        if plain in exact:
-            out.append((exact[plain], 1.0))
-            continue
-        own = shingles(plain)
-        digests = b"".join(hashlib.blake2b(g.encode(), digest_size=8).digest() for g in own)
-        hashes = np.frombuffer(digests, np.uint64)
-        lows = ((hashes * (factors | np.uint64(1)) + terms) >> np.uint64(32)).min(1, initial=2**32)
-        keys = [bytes([b]) + band.tobytes() for b, band in enumerate(lows.reshape(16, 8))]
-        near = {j for key in keys for j in bands.get(key, ())}
+    grams = [shingles(normalise(text) or text.strip()) for text in texts]
+    count = Counter(itertools.chain.from_iterable(grams))
+    having = defaultdict(list)  # gram → kept texts that have it among their rarest
+    out = []
+    for i, own in enumerate(grams):
+        by_rarity = sorted(own, key=lambda gram: (count[gram], gram))
+        rare = by_rarity[: len(own) - int(threshold * len(own)) + 1]
+        near = {j for gram in rare for j in having[gram]}
         best, j = max(((jaccard(own, grams[j]), -j) for j in near), default=(0.0, 0))
         out.append((-j, best) if best >= threshold else None)
         if out[-1] is None:
-            exact[plain], grams[i] = i, own
-            for key in keys:
-                bands.setdefault(key, []).append(i)
+            for gram in rare:
+                having[gram].append(i)
     return out
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(item)
+def strings_in(value: Any) -> list[str]:
+    if isinstance(value, list | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in strings_in(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """("FILE:LINE", text) of every text in the JSONL files of evaluation items."""
     out = []
-    for path in paths:
-        for where, line in numbered_lines(Path(path)):
-            try:
-                out += [(where, text) for text in strings_in(json_object(line))]
-            except ValueError as e:
-                raise e if isinstance(e, BadDocument) else ValueError(f"{where}: {e}") from None
+    for where, line in itertools.chain.from_iterable(map(numbered_lines, map(Path, paths))):
+        try:
+            out += [(where, text) for text in strings_in(json_object(line))]
+        except ValueError as e:
+            raise e if isinstance(e, BadDocument) else ValueError(f"{where}: {e}") from None
     return out
 
 
@@ -1558,19 +1543,15 @@ class Decontaminator:
         self.sources: dict[str, str] = {}  # n-gram → FILE:LINE
         for where, text in evaluations:
             plain = normalise(text)
-            n = len(plain.split())
-            if n >= 8:
+            if (n := len(plain.split())) >= 4:
                 for gram in shingles(plain, 13 if n >= 13 else 8):
                     self.sources.setdefault(gram, where)
-            elif n >= 4:
-                self.sources.setdefault(plain, where)
 
     def evidence(self, text: str) -> str | None:
         """The first hit as FILE:LINE: "the shared n-gram"."""
         words = normalise(text).split()
-        grams = [" ".join(words)]
-        for i in range(len(words)):
-            grams += [" ".join(words[i : i + n]) for n in (8, 13) if i + n <= len(words)]
+        places = ((i, n) for i in range(len(words)) for n in (8, 13) if i + n <= len(words))
+        grams = [" ".join(words), *(" ".join(words[i : i + n]) for i, n in places)]
         hit = next((gram for gram in grams if gram in self.sources), None)
         return hit and f'{self.sources[hit]}: "{hit}"'
 
