@@ -23,7 +23,6 @@ import os
 import random
 import re
 import secrets
-import select
 import shutil
 import signal
 import sqlite3
@@ -32,7 +31,6 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
@@ -2057,57 +2055,41 @@ def run_python(
     It is no container: limits of the kernel and Python's audit hooks stop what a model may write by
     mistake, not who wants to get out (by native code, or the caller's frames), and it can read what
     we can. The programs of strangers, in numbers, want a virtual machine."""
-    if timeout <= 0 or memory_mib < 64 or output_limit < 0:
+    if timeout <= 0 or memory_mib < 64 or not 0 <= output_limit < 16 << 20:
         given = f"timeout={timeout}, memory_mib={memory_mib}, output_limit={output_limit}"
-        raise ValueError(f"{given}: at least 64 MiB, and some time")
-    seal = f"\n{secrets.token_hex(16)} ".encode()
-    job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal.decode())
+        raise ValueError(f"{given}: some time, at least 64 MiB, and output of less than 16 MiB")
+    seal = f"\n{secrets.token_hex(16)} "  # before the verdict: a program cannot write its own
+    job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal)
     guard = "\n".join(map(inspect.getsource, (enclose, refuse_ways_out, confined)))
+    guard = f"import contextlib, json, os, sys\n{guard}\nconfined()"
     # not -I, which would ignore this environment, and it has no more
     environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-    imports = "import contextlib, json, os, sys"
-    command = [sys.executable, "-s", "-P", "-B", "-u", "-c", f"{imports}\n{guard}\nconfined()"]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with tempfile.TemporaryDirectory() as folder:
-        environment["TMPDIR"] = folder
+    # a file, not a pipe: who is left behind with its end open is not waited for
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("a+b") as out:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, start_new_session=True, **pipes
+            [sys.executable, "-s", "-P", "-B", "-u", "-c", guard],
+            cwd=folder,
+            env=environment | {"TMPDIR": folder},
+            start_new_session=True,
+            **dict(stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT),
         )
         try:
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                pipe.write(json.dumps(job).encode())
-            raw, reason = drain(process.stdout, timeout, output_limit, seal)
-            if not reason and seal not in raw:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(job).encode(), timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
-            status = process.wait()
-    output, _, verdict = raw.partition(seal)
+            status = process.wait() % 256  # a signal is 256 - its number, as enclose tells it
+        out.seek(0)
+        output, _, verdict = out.read().partition(seal.encode())
     if len(output) > output_limit:
         reason = "output"
     elif verdict:
-        reason = verdict.decode().strip()
-    elif not reason:  # killed for its CPU time (232, 247: in its namespaces), gone, or crashed
-        killed = status in (-signal.SIGXCPU, 256 - signal.SIGXCPU, 256 - signal.SIGKILL)
-        reason = "timeout" if killed else "exit" if 0 <= status < 128 else "error"
+        reason = verdict.split()[0].decode()
+    else:  # stopped by us or for its CPU time, gone, or crashed
+        late = status in (256 - signal.SIGKILL, 256 - signal.SIGXCPU)
+        reason = "timeout" if late else "exit" if status < 128 else "error"
     return Ran(reason == "ok", reason, output[:output_limit].decode(errors="replace"))
-
-
-def drain(stream: Any, timeout: float, limit: int, seal: bytes) -> tuple[bytes, str]:
-    """Output up to its end, or its verdict after the seal, and why it was left, if it was."""
-    raw, deadline = b"", time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([stream], [], [], left)[0]:
-            chunk = os.read(stream.fileno(), 1 << 16)
-            raw += chunk
-            if not chunk or raw.partition(seal)[2].endswith(b"\n"):
-                return raw, ""
-            if len(raw) > limit + 64:
-                return raw, "output"
-    return raw, "timeout"
 
 
 # ---- the demo's tasks ----------------------------------------------------------------------------
