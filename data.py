@@ -1915,15 +1915,14 @@ def final_number(text: str) -> Fraction | None:
     part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
     text = re.sub(rf"\\[dt]?frac\s*{part}\s*{part}", r"\1\2/\3\4", text)
-    if found := BOXED.findall(text) or re.findall(r"####\s*([-$.0-9][^\n]*)", text):
-        values = numbers_in(found[-1].rpartition("=")[2]) or numbers_in(found[-1])
-        return values[0] if values else None
-    said = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
-    said = re.split(r"\n|[.!?;](?=\s|$)", said[-1].lstrip(" :\n"))[0] if said else ""
-    if values := numbers_in(said.rpartition("=")[2]) or numbers_in(said):
-        return values[0]
-    values = numbers_in(text)
-    return values[-1] if values else None
+    if marked := BOXED.findall(text) or re.findall(r"####\s*([-$.0-9][^\n]*)", text):
+        said, otherwise = marked[-1], []
+    else:
+        after = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
+        said = re.split(r"\n|[.!?;](?=\s|$)", after[-1].lstrip(" :\n"))[0] if after else ""
+        otherwise = numbers_in(text)[-1:]
+    values = numbers_in(said.rpartition("=")[2]) or numbers_in(said) or otherwise
+    return values[0] if values else None
 
 
 def same_number(a: str | Fraction | float | None, b: str | Fraction | float | None) -> bool:
