@@ -1214,20 +1214,20 @@ MARK = re.compile(
     )(?P<close>\*\*|__)?\s*(?P<text>.*)""",
     re.VERBOSE,
 )
-HEAD = re.compile(r"#+\s+\S.*|(\*\*|__)(?:(?!\1).)+\1:?|[-=*_]{3,}")
-INTRO = re.compile(
-    r"(?i)(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
-    r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[:.!]"
+HEADING = re.compile(r"(?m)^(?:#+\s+(\S.*)|(\*\*|__)((?:(?!\2).)+)\2:?)$")
+INTRO = (
+    r"(?i:(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
+    r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[.!]|.*:)"
 )
-OUTRO = re.compile(
-    r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))|note:"
+OUTRO = (
+    r"(?i:(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))|note:"
     r"|good luck|i can also|(would you like|do you want) (me|more|any)|is there anything|note that"
     r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)"
-    r"|each of these|happy \w+ing)(?!\w).*"
+    r"|each of these|happy \w+ing)(?!\w).*)"
 )
-REFUSAL = re.compile(
-    r"(?i)sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
-    r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b"
+REFUSAL = (
+    r"(?i:sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
+    r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b)"
 )
 FENCES = ("```", "~~~")
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
@@ -1239,9 +1239,9 @@ def parse_list(text: str) -> list[str]:
     word is in an item that is not in the answer."""
     text = re.sub(r"(?s)^.*</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
-    if (items := json_items(text)) is None:
-        text = table_lines(html_lines(text) if re.search(r"(?i)<li\b", text) else text)
-        lines = one_item_a_line(inside_fence(text))
+    if not (items := json_items(text)):
+        text = inside_fence(table_lines(html_lines(text)))
+        lines = [part for line in text.split("\n") for part in one_item_a_line(line)]
         items = marked_items(lines) or plain_items(lines)
     items = [item for item in map(clean_item, items) if re.search(r"\w", item)]
     key = re.match(r"([a-z_]+): ", items[0]) if len(items) > 1 else None
@@ -1250,126 +1250,112 @@ def parse_list(text: str) -> list[str]:
     return items
 
 
-def json_items(text: str) -> list[str] | None:
-    """Of a JSON or Python list that stands on lines of its own: an array of texts or of objects
-    with a text, or an object with a list or with numbered texts."""
-    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
-    starts = re.finditer(r"(?m)^[ >]*[\[{]|(?<=[:=]) *\[", text)
-    for start in itertools.islice(starts, 8):  # each try may read the whole text
-        at = start.end() - 1
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = max(text.rfind("]"), text.rfind("}")) + 1
-            try:  # single quotes, a comma after the last item
-                value = ast.literal_eval(text[at:end])
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-        if not re.match(r"[ ;.`]*(\n|$)", text[end:]):
-            continue  # the [1] before an item, or a [placeholder]
-        if items := texts_of(value):
-            return items
-    return None
+def json_items(text: str) -> list[str]:
+    """Of a JSON or Python list that ends a line: an array of texts or of objects with a text, or an
+    object with a list or with numbered texts."""
+    as_json = partial(json.loads, parse_float=str, parse_int=str, parse_constant=str)
+    readers = (as_json, ast.literal_eval)  # this for single quotes and a comma after the last item
+    starts = [m.end() - 1 for m in re.finditer(r"(?m)^[ >]*[\[{]|(?<=[:=]) *\[", text)]
+    ends = [m.end() for m in re.finditer(r"(?m)[\]}](?=[ ;.`]*$)", text)]
+    # each try may read the whole text
+    for start, end, read in itertools.product(starts[:8], ends[:-3:-1], readers):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if items := texts_of(read(text[start:end])):
+                return items
+    return []
 
 
 def texts_of(value: Any) -> list[str]:
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) == 1:
-            return texts_of(lists[0])
         numbered = all(re.search(r"\d$", str(k)) for k in value)
-        return texts_of([*value.values()]) if numbered else []
+        value = lists[0] if len(lists) == 1 else [*value.values()] if numbered else []
     items = []
     for item in value if isinstance(value, list) else []:
         if isinstance(item, dict):
-            words = [v for v in item.values() if isinstance(v, str) and not v.isdigit()]
-            item = ": ".join(words)
-        if isinstance(item, str | int | float):
-            items.append(str(item))
+            item = ": ".join(v for v in item.values() if isinstance(v, str) and not v.isdigit())
+        items += [str(item)] if isinstance(item, str | int | float) else []
     return items
 
 
 def html_lines(text: str) -> str:
-    """<li> as bullets, indented by their depth."""
-    out, depth = "", 0
-    for part in re.split(r"(<[^<>]+>)", text):
-        name = re.sub(r"\W", "", part.split()[0].lower()) if part.startswith("<") else ""
-        if name in ("ul", "ol"):
-            depth += -1 if part.startswith("</") else 1
-        if name == "li" and not part.startswith("</"):
-            out += "\n" + "    " * (depth - 1) + "- "
-        elif not name:
-            out += html.unescape(re.sub(r"\s+", " ", part) if depth else part)
-        elif name in ("ul", "ol", "li", "p", "br", "div", "h1", "h2", "h3"):
-            out += " " if depth else "\n\n"
-    return out
+    """<li> as bullets, indented by their depth; other tags left out."""
+    depth = 0
+
+    def as_text(tag: re.Match[str]) -> str:
+        nonlocal depth
+        name = (tag[1] or "").lower()
+        depth += {"<ul": 1, "<ol": 1, "</ul": -1, "</ol": -1}.get(name, 0)
+        if name == "<li":
+            return "\n" + "    " * (depth - 1) + "- "
+        return "" if not name else " " if depth else "\n\n"
+
+    if not re.search(r"(?i)<li\b", text):
+        return text
+    tags = r"(?i)\s*(</?(?:ul|ol|li|p|br|div|h[1-3]))\b[^<>]*>\s*|</?\w[^<>]*>"
+    return html.unescape(re.sub(tags, as_text, text))
 
 
 def table_lines(text: str) -> str:
     """A table's rows as "- cell: cell", without its header and cells with a number."""
-    rule, lines, inside = r"[\s|:-]*-[\s|:-]*", text.split("\n"), False
-    for i, (line, below) in enumerate(zip(lines, [*lines[1:], ""], strict=True)):
-        starts = "|" in line and "|" in below and bool(re.fullmatch(rule, below))
-        inside = "|" in line and (inside or starts)
-        if starts or inside and re.fullmatch(rule, line):
-            lines[i] = ""
-        elif inside:
+
+    def rows(table: re.Match[str]) -> str:
+        out = ""
+        for line in table[1].splitlines():
             cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
             words = [cell for cell in cells if cell and not re.fullmatch(r"#?\d+[.)]?", cell)]
-            lines[i] = "- " + ": ".join(words or cells)
-    return "\n".join(lines)
+            out += "- " + ": ".join(words or cells) + "\n"
+        return out
+
+    return re.sub(r"(?m)^[^|\n]*\|.*\n(?=.*-)[ |:-]+\n((?:[^|\n]*\|.*(?:\n|\Z))*)", rows, text)
 
 
 def inside_fence(text: str) -> str:
     """What is in the only fence, where no item is outside."""
-    parts = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)
-    outside = [line for part in parts[::2] for line in part.split("\n")]
-    alone = len(parts) in (2, 3) and not any(MARK.fullmatch(line) for line in outside)
-    return textwrap.dedent(parts[1]) if alone else text
+    before, *inside = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)
+    outside = "\n".join([before, *inside[1:]]).split("\n")
+    alone = len(inside) in (1, 2) and not any(map(MARK.fullmatch, outside))
+    return textwrap.dedent(inside[0]) if alone else text
 
 
-def one_item_a_line(text: str) -> list[str]:
-    lines = []
-    for line in text.split("\n"):
-        starts, found = [], re.finditer(r"(?:^|(?<=\s))\(?(\d{1,3})[.)]\s", line)
-        for match in found:  # 1. … 2. … on one line
-            if int(match[1]) == len(starts) + 1:
-                starts.append(match.start())
-        if len(starts) > 1:
-            cuts = zip([0, *starts], [*starts, None], strict=True)
-            lines += [line[a:b] for a, b in cuts if line[a:b].strip()]
-        elif len(re.findall(r"(?:^|\s)[•▪●] ?", line)) > 1:
-            lines += re.split(r"\s(?=[•▪●])", line)
-        else:
-            lines.append(line.rstrip())
-    return lines
+def one_item_a_line(line: str) -> list[str]:
+    """Where 1. … 2. …, or • … • …, are on one."""
+    starts = []
+    for match in re.finditer(r"(?:^|(?<=\s))\(?(\d{1,3})[.)]\s", line):
+        starts += [match.start()] if int(match[1]) == len(starts) + 1 else []
+    if len(starts) < 2:
+        starts = [match.start() for match in re.finditer(r"(?:^|(?<=\s))[•▪●]", line)]
+    if len(starts) < 2:
+        return [line.rstrip()]
+    parts = (line[a:b] for a, b in itertools.pairwise([0, *starts, None]))
+    return [part for part in parts if part.strip()]
 
 
 def marked_items(lines: list[str]) -> list[str]:
     """Items with marks like the first one's, each with its further lines and what is below it."""
     blocks: list[list[str]] = []
-    top, fenced = ("", 0), False
+    first, fenced = ("", 0), False
     for line in lines:
         mark = None if fenced else MARK.fullmatch(line)
         fenced ^= line.strip().startswith(FENCES)
         style = mark and next(s for s in ("digit", "letter", "bullet") if mark[s])
-        if mark and (not blocks or style == top[0] and len(mark["indent"]) < top[1] + 2):
-            top = top if blocks else (style, len(mark["indent"]))
-            open_bold = mark["bold"] if mark["bold"] and not mark["close"] else ""
-            blocks.append([open_bold + mark["text"].strip()])
+        if mark and (not blocks or style == first[0] and len(mark["indent"]) < first[1] + 2):
+            first = first if blocks else (style, len(mark["indent"]))
+            opened = mark["bold"] if mark["bold"] and not mark["close"] else ""
+            blocks.append([opened + mark["text"].strip()])
         elif blocks:
             blocks[-1].append(line)
     if not blocks:
         return []
-    items, loose = zip(*map(item_of, blocks), strict=True)
-    if sum(map(bool, loose[:-1])) * 2 < len(items) or len(items) == 1:
-        loose = (*loose[:-1], "")  # these are the answer's last words
-    return [joined(item, more) if more else item for item, more in zip(items, loose, strict=True)]
+    items, below = zip(*map(item_of, blocks), strict=True)
+    if sum(map(bool, below[:-1])) * 2 < len(items) or len(items) == 1:
+        below = (*below[:-1], "")  # these are the answer's last words
+    return list(map(joined, items, below))
 
 
 def item_of(block: list[str]) -> tuple[str, str]:
-    """(an item, the paragraphs after it that are not indented)."""
-    item, loose, blank, fenced = block[0], "", False, False
+    """(an item, the paragraphs below it that are not indented)."""
+    item, below, blank, fenced = block[0], "", False, False
     for line in block[1:]:
         text, flush = line.strip(), not line.startswith(" ")
         if text.startswith(FENCES):
@@ -1381,55 +1367,44 @@ def item_of(block: list[str]) -> tuple[str, str]:
         elif text and item and flush and ends_item(text, blank):
             break
         elif text and item and flush and blank:
-            loose = f"{loose} {text}".strip()
-        elif text:
+            below = f"{below} {text}".strip()
+        else:
             item = joined(item, text)
         blank = not text
-    return item, loose
+    return item, below
 
 
 def ends_item(text: str, blank: bool) -> bool:
     """Whether a line that is not indented is a heading or a last word, not more of the item."""
-    heading = blank and text.endswith(":") and len(text) < 80
-    return bool(heading or HEAD.fullmatch(text) or OUTRO.match(text))
+    heading = blank and text.endswith(":") or re.fullmatch(r"[-=*_]{3,}", text)
+    return bool(heading or HEADING.fullmatch(text) or re.match(OUTRO, text))
 
 
 def joined(first: str, more: str) -> str:
     """Two lines of an item; a bold one is a title."""
-    if title := re.fullmatch(r"(\*\*|__)(.+?)\1", first):
+    title = re.fullmatch(r"(\*\*|__)(.+?)\1", first)
+    if title and more:
         first = title[2] + ("" if title[2][-1] in ".:?!" else ":")
     return f"{first} {more}".strip()
 
 
 def plain_items(lines: list[str]) -> list[str]:
     """Items without marks: below headings, one a paragraph, one a line, or between commas."""
-    text = "\n".join(map(str.strip, lines)).strip()
-    paragraphs = [paragraph.split("\n") for paragraph in re.split(r"\n\n+", text)]
-    if len(paragraphs) > 1 and OUTRO.match(paragraphs[-1][0]):
-        paragraphs.pop()
-    first, *rest = paragraphs[0]
-    if (first.endswith(":") or INTRO.fullmatch(first)) and (rest or paragraphs[1:]):
-        paragraphs = [p for p in (rest, *paragraphs[1:]) if p]
-    rows = [row for paragraph in paragraphs for row in paragraph]
-    if len(rows) > 2 and OUTRO.match(rows[-1]):
-        rows.pop()
-    if len(rows) == 1:
-        return comma_items(rows[0])
-    heads = [*(i for i, row in enumerate(rows) if HEAD.fullmatch(row)), len(rows)]
-    if len(heads) > 2 and min(np.diff(heads)) > 1:
-        bold = (re.sub(r"^#+\s+(.+)", r"**\1**", rows[i]) for i in heads[:-1])
-        below = (" ".join(rows[a + 1 : b]) for a, b in zip(heads, heads[1:], strict=False))
-        return [joined(head, more) for head, more in zip(bold, below, strict=True)]
-    if len(paragraphs) > 1 and min(map(len, paragraphs)) > 1:
-        rows = [" ".join(paragraph) for paragraph in paragraphs]
-    items = rows[:1]
-    for row, last in zip(rows[1:], rows, strict=False):
-        if len(last) > 50 and row[:1].islower() and not re.search(r"[.?!:;,\"]$", last):
-            items[-1] += " " + row  # a line that was wrapped
-        else:
-            items.append(row)
+    text = re.sub(r"\n\n+", "\n\n", "\n".join(map(str.strip, lines)).strip())
+    text = re.sub(rf"^{INTRO}\n+|(\n\n?{OUTRO}|\n\n{OUTRO}(\n.+)+)+$", "", text)
+    bullets = HEADING.sub(r"- **\1\3**", text)
+    if re.search(r"\n- \*\*", bullets) and not re.search(r"(?m)^- \*\*.*\n+(- \*\*|\Z)", bullets):
+        return marked_items(bullets.split("\n"))
+    if "\n" not in text:
+        return comma_items(text)
+    paragraphs = text.split("\n\n")
+    if len(paragraphs) > 1 and all("\n" in paragraph for paragraph in paragraphs):
+        items = [paragraph.replace("\n", " ") for paragraph in paragraphs]
+    else:
+        wrapped = r"(?m)^(.{50,}[^.?!:;,\"\n])\n(?=[a-zß-ÿа-я])"
+        items = [line for line in re.sub(wrapped, r"\1 ", text).split("\n") if line]
     prose = sum(len(re.findall(r"[.?!](?=\s|$)", item)) > 2 for item in items) * 2 > len(items)
-    return [] if prose or REFUSAL.match(items[0]) else items
+    return [] if prose or re.match(REFUSAL, text) else items
 
 
 def comma_items(line: str) -> list[str]:
@@ -1438,7 +1413,7 @@ def comma_items(line: str) -> list[str]:
     parts = [part.rstrip(".") for part in re.split(r" ?[;；,，、] ?| \| ", line) if part]
     parts = [re.sub(r"^(and|or|&) ", "", part) for part in parts]
     short = all(len(part.split()) < 8 and not re.search(r"[.?!] ", part) for part in parts)
-    talk = REFUSAL.match(line) or re.match(r"(?i)(i|i[’']m|yes|no|well|as)\b", line)
+    talk = re.match(rf"{REFUSAL}|(?i:(i|i[’']m|yes|no|well|as)\b)", line)
     return parts if len(parts) > 2 and short and not talk else []
 
 
@@ -1559,19 +1534,11 @@ class Decontaminator:
 # verifiers can mark the same answers; the wording is ours, and nothing is drawn while marking.
 
 # none within another, none with the letters j, q, x, z, none in an ending
-# fmt: off
-KEYWORDS = (
-    "river", "market", "garden", "winter", "bridge", "letter", "island", "morning", "engine",
-    "village", "mountain", "kitchen", "library", "captain", "harbor", "forest", "silver", "window",
-    "planet", "doctor", "teacher", "summer", "history", "machine",
-)
-# fmt: on
-ENDINGS = (
-    "That is all for now.",
-    "Ask me again at any time.",
-    "I hope that helps!",
-    "Over to you.",
-)
+WORDS = """
+    river market garden winter bridge letter island morning engine village mountain kitchen library
+    captain harbor forest silver window planet doctor teacher summer history machine"""
+KEYWORDS = WORDS.split()
+ENDINGS = ("That is all for now.", "Ask me again any time.", "I hope that helps!", "Over to you.")
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 VERDICTS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # code: (name, common words, or the letters that only it has among these)
@@ -1591,9 +1558,10 @@ LANGUAGES = {
     "ja": ("Japanese", "[ぁ-ヿ]"),
     "zh": ("Chinese", "[一-鿿]"),
 }
-# by the last word of an argument's name
-CHOICES = {"relation": ("less than", "at least"), "language": LANGUAGES, "marker": POSTSCRIPTS}
 COMMON = {code: {*words.split()} for code, (_, words) in LANGUAGES.items() if words[0] != "["}
+RELATIONS = ("less than", "at least")
+# by the last word of an argument's name
+CLOSED = {"relation": RELATIONS, "language": LANGUAGES, "marker": POSTSCRIPTS}
 
 
 def language_of(text: str) -> str | None:
@@ -1611,34 +1579,32 @@ def language_of(text: str) -> str | None:
     return first if hits[first] > max(hits[second], len(words) / 12) else None
 
 
-def enough(n: int, least: int, relation: str) -> bool:
+def enough(n: int, relation: str, least: int) -> bool:
     return n < least if relation == "less than" else n >= least
 
 
 def count_sentences(text: str) -> int:
     """Ends of sentences, and a last one without; a line's end is none, nor is the dot of a list's
     number, an initial or a common abbreviation."""
-    short = (
-        r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
-    )
-    text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^[ \t]*[-*•]\s", "", text))
+    short = r"(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
+    text = re.sub(r"(?m)^[ \t]*[-*•]\s", "", text)
+    text = re.sub(rf"(?i)(?<!\w){short}(?=\s+\S)", "", text)
     parts = re.split(r"[.!?]+[\"”’')\]*_]*(?=\s|$)|[。！？]+[」』”]*", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)
 
 
-def count_paragraphs(text: str) -> int:
-    """Between *** marks; none may be empty but what is outside the first and last mark."""
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
-    inner = parts[bool(not parts[0]) : len(parts) - (not parts[-1])]
-    return len(inner) if all(inner) else -1
+def parts_between(marks: str, text: str) -> list[str]:
+    """None may be empty but what is outside the first and last mark; else there are no parts."""
+    parts = [part.strip() for part in re.split(marks, text)]
+    inner = parts[not parts[0] : len(parts) - (not parts[-1])]
+    return inner if all(inner) else []
 
 
-def nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+def nth_paragraph(text: str, n: int, nth: int, first_word: str) -> bool:
     parts = text.split("\n\n")
-    n = sum(bool(part.strip()) for part in parts)
-    words = parts[nth_paragraph - 1].split() if nth_paragraph <= n else []
+    words = parts[nth - 1].split() if nth <= len(parts) else []
     word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"').lower())[0] if words else ""
-    return n == num_paragraphs and word == first_word.lower()
+    return sum(bool(part.strip()) for part in parts) == n and word == first_word.lower()
 
 
 def count_highlights(text: str) -> int:
@@ -1655,162 +1621,141 @@ def is_json(text: str) -> bool:
     return True
 
 
-def two_responses(text: str) -> bool:
-    parts = text.split("******")
-    inner = [p.strip() for i, p in enumerate(parts) if p.strip() or 0 < i < len(parts) - 1]
-    return len(inner) == 2 and all(inner) and inner[0] != inner[1]
+class Kind(NamedTuple):
+    text: str
+    """Asks for it, with its arguments."""
+    met: Callable[..., bool]
+    """Whether an answer follows it: of the answer and the arguments, in the order below."""
+    args: dict[str, Any] = {}  # noqa: RUF012
+    """What each is drawn from: a sequence, a dict of sequences by the first argument's value, or
+    a number of words that no other instruction has. Such that all other kinds can be followed."""
 
 
-def count_capital_words(text: str) -> int:
-    return sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", text)))
+def by_relation(less: Sequence[Any], least: Sequence[Any]) -> dict[str, Sequence[Any]]:
+    return dict(zip(RELATIONS, (less, least), strict=True))
 
 
-def some(rng: random.Random, n: str, relation: str, less: range, least: range) -> dict[str, Any]:
-    """A number and how it bounds; such that all other kinds can be followed as well."""
-    how = rng.choice(("less than", "at least"))
-    return {n: rng.choice(less if how == "less than" else least), relation: how}
-
-
-def some_letter(rng: random.Random, words: list[str]) -> dict[str, Any]:
-    args = some(rng, "let_frequency", "let_relation", range(1, 5), range(5, 30))
-    return {"letter": rng.choice("jqxz" if args["let_frequency"] < 5 else "etaoinsr"), **args}
-
-
-# Its arguments, drawn with words that no other one uses; its wording; whether an answer follows it
-Kind = tuple[Callable[[random.Random, list[str]], dict[str, Any]], str, Callable[..., bool]]
 REPEAT = "combination:repeat_prompt"
 # fmt: off
 KINDS: dict[str, Kind] = {
-    "keywords:existence": (
-        lambda r, w: {"keywords": (w.pop(), w.pop())}, "Use each of these words: {keywords}.",
-        lambda t, keywords: all(word.lower() in t.lower() for word in keywords)),
-    "keywords:frequency": (
-        lambda r, w: {"keyword": w.pop(), **some(r, "frequency", "relation", *[range(2, 4)] * 2)},
+    "keywords:existence": Kind(
+        "Use each of these words: {keywords}.",
+        lambda t, words: all(word.lower() in t.lower() for word in words), {"keywords": 2}),
+    "keywords:frequency": Kind(
         'Use the word "{keyword}" {relation} {frequency} times.',
-        lambda t, keyword, frequency, relation:
-            enough(t.lower().count(keyword.lower()), frequency, relation)),
-    "keywords:forbidden_words": (
-        lambda r, w: {"forbidden_words": (w.pop(), w.pop())},
+        lambda t, relation, word, n: enough(t.lower().count(word.lower()), relation, n),
+        {"relation": RELATIONS, "keyword": 1, "frequency": (2, 3)}),
+    "keywords:forbidden_words": Kind(
         "Do without these words: {forbidden_words}.",
-        lambda t, forbidden_words:
-            not re.search(rf"(?i)\b({'|'.join(map(re.escape, forbidden_words))})\b", t)),
-    "keywords:letter_frequency": (
-        some_letter, 'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
-        lambda t, letter, let_frequency, let_relation:
-            enough(t.lower().count(letter.lower()), let_frequency, let_relation)),
-    "language:response_language": (
-        lambda r, w: {"language": r.choice([*LANGUAGES])},
+        lambda t, words: not re.search(rf"(?i)\b({'|'.join(map(re.escape, words))})\b", t),
+        {"forbidden_words": 2}),
+    "keywords:letter_frequency": Kind(
+        'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
+        lambda t, relation, letter, n: enough(t.lower().count(letter.lower()), relation, n),
+        {"let_relation": RELATIONS, "letter": by_relation("jqxz", "etaoinsr"),
+         "let_frequency": by_relation(range(1, 5), range(5, 30))}),
+    "language:response_language": Kind(
         "Answer in {language} and in no other language.",
-        lambda t, language: language_of(t) == language),
-    "length_constraints:number_sentences": (
-        lambda r, w: some(r, "num_sentences", "relation", range(6, 16), range(3, 13)),
+        lambda t, language: language_of(t) == language, {"language": [*LANGUAGES]}),
+    "length_constraints:number_sentences": Kind(
         "Write {relation} {num_sentences} sentences.",
-        lambda t, num_sentences, relation: enough(count_sentences(t), num_sentences, relation)),
-    "length_constraints:number_paragraphs": (
-        lambda r, w: {"num_paragraphs": r.randint(2, 5)},
+        lambda t, relation, n: enough(count_sentences(t), relation, n),
+        {"relation": RELATIONS, "num_sentences": by_relation(range(6, 16), range(3, 13))}),
+    "length_constraints:number_paragraphs": Kind(
         "Write exactly {num_paragraphs} paragraphs, with a line of *** between any two of them.",
-        lambda t, num_paragraphs: count_paragraphs(t) == num_paragraphs),
-    "length_constraints:number_words": (
-        lambda r, w: some(r, "num_words", "relation", range(200, 500, 10), range(50, 350, 10)),
+        lambda t, n: len(parts_between(r"\s?\*\*\*\s?", t)) == n, {"num_paragraphs": range(2, 6)}),
+    "length_constraints:number_words": Kind(
         "Write {relation} {num_words} words.",
-        lambda t, num_words, relation: enough(len(re.findall(r"\w+", t)), num_words, relation)),
-    "length_constraints:nth_paragraph_first_word": (
-        lambda r, w: {"num_paragraphs": (n := r.randint(2, 5)), "nth_paragraph": r.randint(1, n),
-                      "first_word": w.pop()},
+        lambda t, relation, n: enough(len(re.findall(r"\w+", t)), relation, n),
+        {"relation": RELATIONS,
+         "num_words": by_relation(range(200, 500, 10), range(50, 350, 10))}),
+    "length_constraints:nth_paragraph_first_word": Kind(
         "Write exactly {num_paragraphs} paragraphs, with an empty line between any two of them and "
         'nowhere else, and begin paragraph {nth_paragraph} with the word "{first_word}".',
-        nth_paragraph),
-    "detectable_content:number_placeholders": (
-        lambda r, w: {"num_placeholders": r.randint(1, 4)},
+        nth_paragraph,
+        {"num_paragraphs": range(2, 6), "nth_paragraph": {n: range(1, n + 1) for n in range(2, 6)},
+         "first_word": 1}),
+    "detectable_content:number_placeholders": Kind(
         "Leave {num_placeholders} or more gaps to be filled in, in square brackets, as in [name].",
-        lambda t, num_placeholders: len(re.findall(r"\[.*?\]", t)) >= num_placeholders),
-    "detectable_content:postscript": (
-        lambda r, w: {"postscript_marker": r.choice([*POSTSCRIPTS])},
+        lambda t, n: len(re.findall(r"\[.*?\]", t)) >= n, {"num_placeholders": range(1, 5)}),
+    "detectable_content:postscript": Kind(
         "Close with a postscript that begins with {postscript_marker}",
-        lambda t, postscript_marker: bool(re.search(POSTSCRIPTS[postscript_marker], t.lower()))),
-    "detectable_format:number_bullet_lists": (
-        lambda r, w: {"num_bullets": r.randint(2, 5)},
+        lambda t, marker: bool(re.search(POSTSCRIPTS[marker], t.lower())),
+        {"postscript_marker": [*POSTSCRIPTS]}),
+    "detectable_format:number_bullet_lists": Kind(
         "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
-        lambda t, num_bullets: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == num_bullets),
-    "detectable_format:constrained_response": (
-        lambda r, w: {}, "Choose your answer among these: " + " ".join(VERDICTS),
+        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == n,
+        {"num_bullets": range(2, 6)}),
+    "detectable_format:constrained_response": Kind(
+        "Choose your answer among these: " + " ".join(VERDICTS),
         lambda t: any(verdict in t for verdict in VERDICTS)),
-    "detectable_format:number_highlighted_sections": (
-        lambda r, w: {"num_highlights": r.randint(1, 4)},
+    "detectable_format:number_highlighted_sections": Kind(
         "Emphasise {num_highlights} or more passages by asterisks, *like this*.",
-        lambda t, num_highlights: count_highlights(t) >= num_highlights),
-    "detectable_format:multiple_sections": (
-        lambda r, w: {"section_spliter": r.choice(("Section", "SECTION")),
-                      "num_sections": r.randint(2, 5)},
+        lambda t, n: count_highlights(t) >= n, {"num_highlights": range(1, 5)}),
+    "detectable_format:multiple_sections": Kind(
         "Divide your answer into {num_sections} or more sections, headed {section_spliter} 1, "
         "{section_spliter} 2 and so on.",
-        lambda t, section_spliter, num_sections:
-            len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", t)) >= num_sections),
-    "detectable_format:json_format": (
-        lambda r, w: {}, "Give the whole answer as JSON, in a code block if you like.", is_json),
-    "detectable_format:title": (
-        lambda r, w: {}, "Give your answer a title in double angle brackets, as in <<my day>>.",
+        lambda t, name, n: len(re.findall(rf"{re.escape(name)}\s?\d+", t)) >= n,
+        {"section_spliter": ("Section", "SECTION"), "num_sections": range(2, 6)}),
+    "detectable_format:json_format": Kind(
+        "Give the whole answer as JSON, in a code block if you like.", is_json),
+    "detectable_format:title": Kind(
+        "Give your answer a title in double angle brackets, as in <<my day>>.",
         lambda t: any(title.strip("<> \t") for title in re.findall(r"<<[^\n]+>>", t))),
-    "combination:two_responses": (
-        lambda r, w: {},
+    "combination:two_responses": Kind(
         "Give two different answers and nothing else, with ****** (six asterisks) between them.",
-        two_responses),
-    REPEAT: (
-        lambda r, w: {},
+        lambda t: len(parts := parts_between(r"\*{6}", t)) == len({*parts}) == 2),
+    REPEAT: Kind(
         "Before you answer, repeat the request above this sentence word for word, with nothing "
         "before it.",
-        lambda t, prompt_to_repeat="": bool(start := prompt_to_repeat.strip().lower())
-            and t.strip().lower().startswith(start)),
-    "startend:end_checker": (
-        lambda r, w: {"end_phrase": r.choice(ENDINGS)},
+        lambda t, prompt: bool(start := prompt.strip().lower())
+            and t.strip().lower().startswith(start),
+        {"prompt_to_repeat": ()}),
+    "startend:end_checker": Kind(
         'End with the words "{end_phrase}" and nothing after them.',
-        lambda t, end_phrase: t.strip().strip('"').lower().endswith(end_phrase.strip().lower())),
-    "change_case:capital_word_frequency": (
-        lambda r, w: some(r, "capital_frequency", "capital_relation", range(4, 12), range(2, 12)),
+        lambda t, end: t.strip().strip('"').lower().endswith(end.strip().lower()),
+        {"end_phrase": ENDINGS}),
+    "change_case:capital_word_frequency": Kind(
         "Use words in capital letters {capital_relation} {capital_frequency} times.",
-        lambda t, capital_frequency, capital_relation:
-            enough(count_capital_words(t), capital_frequency, capital_relation)),
-    "change_case:english_capital": (
-        lambda r, w: {}, "Answer in English, in capital letters alone.",
+        lambda t, relation, n: enough(
+            sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", t))), relation, n),
+        {"capital_relation": RELATIONS,
+         "capital_frequency": by_relation(range(4, 12), range(2, 12))}),
+    "change_case:english_capital": Kind(
+        "Answer in English, in capital letters alone.",
         lambda t: t.isupper() and language_of(t) == "en"),
-    "change_case:english_lowercase": (
-        lambda r, w: {}, "Answer in English, in small letters alone, without any capital.",
+    "change_case:english_lowercase": Kind(
+        "Answer in English, in small letters alone, without any capital.",
         lambda t: t.islower() and language_of(t) == "en"),
-    "punctuation:no_comma": (lambda r, w: {}, "Do without commas.", lambda t: "," not in t),
-    "startend:quotation": (
-        lambda r, w: {}, "Put your whole answer in double quotation marks.",
+    "punctuation:no_comma": Kind("Do without commas.", lambda t: "," not in t),
+    "startend:quotation": Kind(
+        "Put your whole answer in double quotation marks.",
         lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),
 }
 # fmt: on
 
-# those that go with few others, and groups of which any two exclude one another
-# fmt: off
-ONLY_WITH: dict[str, set[str]] = {
-    "detectable_format:constrained_response": set(),
-    "detectable_format:json_format": {"keywords:existence", "keywords:forbidden_words"},
-    "combination:two_responses": {
-        "keywords:existence", "keywords:forbidden_words", "detectable_format:title",
-        "punctuation:no_comma"},
-    REPEAT: {"keywords:existence", "detectable_format:title"},
-    "language:response_language": {  # nothing with English words, or that counts words or letters
-        "length_constraints:number_sentences", "length_constraints:number_paragraphs",
-        "detectable_content:number_placeholders", "detectable_content:postscript",
-        "detectable_format:number_bullet_lists", "detectable_format:number_highlighted_sections",
-        "detectable_format:title", "punctuation:no_comma", "startend:quotation"},
+# the kinds that go with few others, and groups of which any two exclude one another
+ONLY_WITH = {
+    "constrained_response": "",
+    "json_format": "existence forbidden_words",
+    "two_responses": "existence forbidden_words title no_comma",
+    "repeat_prompt": "existence title",
+    # nothing with English words, or that counts words or letters
+    "response_language": "number_sentences number_paragraphs number_placeholders postscript "
+    "number_bullet_lists number_highlighted_sections title no_comma quotation",
 }
-EXCLUSIVE: tuple[set[str], ...] = (
-    {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"},
-    {"change_case:capital_word_frequency", "change_case:english_capital",
-     "change_case:english_lowercase", "detectable_format:multiple_sections"},
+EXCLUSIVE = (
+    {"number_paragraphs", "nth_paragraph_first_word"},
+    {"capital_word_frequency", "english_capital", "english_lowercase", "multiple_sections"},
 )
-# fmt: on
 
 
 def compatible(a: str, b: str) -> bool:
     """Whether one answer can follow instructions of both kinds, whatever their arguments."""
+    a, b = (kind.partition(":")[2] for kind in (a, b))
     if a == b or any({a, b} <= group for group in EXCLUSIVE):
         return False
-    return b in ONLY_WITH.get(a, {b}) and a in ONLY_WITH.get(b, {a})
+    return b in ONLY_WITH.get(a, b).split() and a in ONLY_WITH.get(b, a).split()
 
 
 @dataclass(frozen=True)
@@ -1824,15 +1769,13 @@ class Instruction:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"instruction {self.kind!r} is none of {[*KINDS]}")
-        args = dict(self.args)
-        try:
-            inspect.signature(KINDS[self.kind][2]).bind("", **args)
-        except TypeError as e:
-            raise ValueError(f"instruction {self.kind!r} with arguments {args}: {e}") from None
-        for key, value in args.items():
-            known = CHOICES.get(key.rpartition("_")[2], [value])
+        args, takes = dict(self.args), KINDS[self.kind].args
+        if args.keys() - takes or takes.keys() - args - {"prompt_to_repeat"}:
+            raise ValueError(f"instruction {self.kind!r} takes arguments {[*takes]}, not {[*args]}")
+        for name, value in args.items():
+            known = CLOSED.get(name.rpartition("_")[2], [value])
             if value not in known:
-                raise ValueError(f"{self.kind}: {key} is {value!r}, not one of {[*known]}")
+                raise ValueError(f"{self.kind}: {name} is {value!r}, not one of {[*known]}")
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> "Instruction":
@@ -1847,15 +1790,15 @@ class Instruction:
     def text(self) -> str:
         """The sentence for the prompt."""
         shown = {k: ", ".join(v) if isinstance(v, tuple) else v for k, v in self.args}
+        shown = {k: "fewer than" if v == "less than" else v for k, v in shown.items()}
         if "language" in shown:
             shown["language"] = LANGUAGES[shown["language"]][0]
-        shown = {k: "fewer than" if v == "less than" else v for k, v in shown.items()}
-        return KINDS[self.kind][1].format(**shown)
+        return KINDS[self.kind].text.format(**shown)
 
     def met(self, response: str, prompt: str = "") -> bool:
         """prompt: what an instruction to repeat it means, where it does not say that itself."""
-        args = {"prompt_to_repeat": prompt} if self.kind == REPEAT else {}
-        return KINDS[self.kind][2](response, **args | dict(self.args))
+        kind, args = KINDS[self.kind], {"prompt_to_repeat": prompt, **dict(self.args)}
+        return kind.met(response, *(args[name] for name in kind.args))
 
 
 MOST_INSTRUCTIONS = 8
@@ -1865,18 +1808,29 @@ def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Inst
     """n instructions that one answer can follow; without a prompt none asks to repeat it."""
     if not 0 <= n <= MOST_INSTRUCTIONS:
         raise ValueError(f"n={n} instructions: 0 to {MOST_INSTRUCTIONS}")
+    kinds = [kind for kind in KINDS if prompt.strip() or kind != REPEAT]
     chosen: list[str] = []
     while len(chosen) < n:  # most often the first time
         chosen = []
-        for kind in rng.sample([*KINDS], k=len(KINDS)):
-            fits = all(compatible(kind, other) for other in chosen)
-            if fits and len(chosen) < n and (prompt.strip() or kind != REPEAT):
+        for kind in rng.sample(kinds, k=len(kinds)):
+            if len(chosen) < n and all(compatible(kind, other) for other in chosen):
                 chosen.append(kind)
     words = [word for word in KEYWORDS if word not in prompt.lower()]
-    words = rng.sample(words, k=len(words))
-    drawn = [(kind, KINDS[kind][0](rng, words)) for kind in chosen]
-    drawn = [(k, {"prompt_to_repeat": prompt} if k == REPEAT else args) for k, args in drawn]
-    return [Instruction(kind, tuple(args.items())) for kind, args in drawn]
+    rng.shuffle(words)
+    return [draw_instruction(rng, kind, words, prompt) for kind in chosen]
+
+
+def draw_instruction(rng: random.Random, kind: str, words: list[str], prompt: str) -> Instruction:
+    """Takes its words off the list."""
+    args: dict[str, Any] = {}
+    for name, choices in KINDS[kind].args.items():
+        if isinstance(choices, dict):
+            choices = choices[next(iter(args.values()))]
+        if isinstance(choices, int):
+            args[name] = tuple(words.pop() for _ in range(choices)) if choices > 1 else words.pop()
+        else:
+            args[name] = prompt if kind == REPEAT else rng.choice(choices)
+    return Instruction(kind, tuple(args.items()))
 
 
 # ---- ground truth: numbers and code --------------------------------------------------------------
