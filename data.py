@@ -1285,7 +1285,7 @@ def html_lines(text: str) -> str:
     def as_text(tag: re.Match[str]) -> str:
         nonlocal depth
         name = (tag[1] or "").lower()
-        depth += {"<ul": 1, "<ol": 1, "</ul": -1, "</ol": -1}.get(name, 0)
+        depth = max(0, depth + {"<ul": 1, "<ol": 1, "</ul": -1, "</ol": -1}.get(name, 0))
         if name == "<li":
             return "\n" + "    " * (depth - 1) + "- "
         return "" if not name else " " if depth else "\n\n"
@@ -1393,7 +1393,8 @@ def plain_items(lines: list[str]) -> list[str]:
     text = re.sub(r"\n\n+", "\n\n", "\n".join(map(str.strip, lines)).strip())
     text = re.sub(rf"^{INTRO}\n+|(\n\n?{OUTRO}|\n\n{OUTRO}(\n.+)+)+$", "", text)
     bullets = HEADING.sub(r"- **\1\3**", text)
-    if re.search(r"\n- \*\*", bullets) and not re.search(r"(?m)^- \*\*.*\n+(- \*\*|\Z)", bullets):
+    bare = re.search(r"(?m)^- \*\*.*(\n+- \*\*|\Z)", bullets)
+    if len(re.findall(r"(?m)^- \*\*", bullets)) > 1 and not bare:
         return marked_items(bullets.split("\n"))
     if "\n" not in text:
         return comma_items(text)
