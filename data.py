@@ -1214,7 +1214,7 @@ MARK = re.compile(
     )(?P<close>\*\*|__)?\s*(?P<text>.*)""",
     re.VERBOSE,
 )
-HEADING = re.compile(r"(?m)^(?:#+\s+(\S.*)|(\*\*|__)((?:(?!\2).)+)\2:?)$")
+HEADING = r"#+\s+(\S.*)|(\*\*|__)((?:(?!\2).)+)\2:?"
 INTRO = (
     r"(?i:(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
     r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[.!]|.*:)"
@@ -1229,7 +1229,7 @@ REFUSAL = (
     r"(?i:sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
     r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b)"
 )
-FENCES = ("```", "~~~")
+END = re.compile(rf"{HEADING}|[-=*_]{{3,}}|{OUTRO}")  # of an item, where not indented
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
 
 
@@ -1238,9 +1238,9 @@ def parse_list(text: str) -> list[str]:
     a model is to be asked again. Nothing is typed ("1984", "Yes" and "a: b" stay texts), and no
     word is in an item that is not in the answer."""
     text = re.sub(r"(?s)^.*</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
+    text = re.sub("[\0\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
     if not (items := json_items(text)):
-        text = inside_fence(table_lines(html_lines(text)))
+        text = fenced_lines(table_lines(html_lines(text)))
         lines = [part for line in text.split("\n") for part in one_item_a_line(line)]
         items = marked_items(lines) or plain_items(lines)
     items = [item for item in map(clean_item, items) if re.search(r"\w", item)]
@@ -1310,12 +1310,14 @@ def table_lines(text: str) -> str:
     return re.sub(r"(?m)^[^|\n]*\|.*\n(?=.*-)[ |:-]+\n((?:[^|\n]*\|.*(?:\n|\Z))*)", rows, text)
 
 
-def inside_fence(text: str) -> str:
-    """What is in the only fence, where no item is outside."""
-    before, *inside = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)
-    outside = "\n".join([before, *inside[1:]]).split("\n")
-    alone = len(inside) in (1, 2) and not any(map(MARK.fullmatch, outside))
-    return textwrap.dedent(inside[0]) if alone else text
+def fenced_lines(text: str) -> str:
+    """What is in the only fence, where no item is outside; else what is in a fence as one line that
+    begins with a \0, and its line ends as more of them."""
+    parts = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)  # outside, inside, outside, …
+    if len(parts) in (2, 3) and not any(map(MARK.fullmatch, "\n".join(parts[::2]).split("\n"))):
+        return textwrap.dedent(parts[1])
+    parts[1::2] = ["\0" + part.rstrip("\n").replace("\n", "\0") + "\n" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def one_item_a_line(line: str) -> list[str]:
@@ -1334,10 +1336,9 @@ def one_item_a_line(line: str) -> list[str]:
 def marked_items(lines: list[str]) -> list[str]:
     """Items with marks like the first one's, each with its further lines and what is below it."""
     blocks: list[list[str]] = []
-    first, fenced = ("", 0), False
+    first = ("", 0)
     for line in lines:
-        mark = None if fenced else MARK.fullmatch(line)
-        fenced ^= line.strip().startswith(FENCES)
+        mark = MARK.fullmatch(line)
         style = mark and next(s for s in ("digit", "letter", "bullet") if mark[s])
         if mark and (not blocks or style == first[0] and len(mark["indent"]) < first[1] + 2):
             first = first if blocks else (style, len(mark["indent"]))
@@ -1354,30 +1355,23 @@ def marked_items(lines: list[str]) -> list[str]:
 
 
 def item_of(block: list[str]) -> tuple[str, str]:
-    """(an item, the paragraphs below it that are not indented)."""
-    item, below, blank, fenced = block[0], "", False, False
+    """(an item, the paragraphs below it that are not indented), up to a heading or last words."""
+    item, below, blank = block[0], "", False
     for line in block[1:]:
-        text, flush = line.strip(), not line.startswith(" ")
-        if text.startswith(FENCES):
-            fenced = not fenced
-        elif fenced:
-            item += "\n" + line
+        text = line.strip()
+        flush = item and text and not line.startswith(" ")
+        if text.startswith("\0"):
+            item += text
         elif mark := MARK.fullmatch(line):
             item += ("" if re.search(r"[.:;,?!]\W*$", item) else ";") + " " + mark["text"].strip()
-        elif text and item and flush and ends_item(text, blank):
+        elif flush and (END.fullmatch(text) or blank and text.endswith(":")):
             break
-        elif text and item and flush and blank:
+        elif flush and blank:
             below = f"{below} {text}".strip()
         else:
             item = joined(item, text)
         blank = not text
     return item, below
-
-
-def ends_item(text: str, blank: bool) -> bool:
-    """Whether a line that is not indented is a heading or a last word, not more of the item."""
-    heading = blank and text.endswith(":") or re.fullmatch(r"[-=*_]{3,}", text)
-    return bool(heading or HEADING.fullmatch(text) or re.match(OUTRO, text))
 
 
 def joined(first: str, more: str) -> str:
@@ -1392,7 +1386,7 @@ def plain_items(lines: list[str]) -> list[str]:
     """Items without marks: below headings, one a paragraph, one a line, or between commas."""
     text = re.sub(r"\n\n+", "\n\n", "\n".join(map(str.strip, lines)).strip())
     text = re.sub(rf"^{INTRO}\n+|(\n\n?{OUTRO}|\n\n{OUTRO}(\n.+)+)+$", "", text)
-    bullets = HEADING.sub(r"- **\1\3**", text)
+    bullets = re.sub(rf"(?m)^(?:{HEADING})$", r"- **\1\3**", text)
     bare = re.search(r"(?m)^- \*\*.*(\n+- \*\*|\Z)", bullets)
     if len(re.findall(r"(?m)^- \*\*", bullets)) > 1 and not bare:
         return marked_items(bullets.split("\n"))
@@ -1420,7 +1414,7 @@ def comma_items(line: str) -> list[str]:
 
 def clean_item(item: str) -> str:
     """Without the marks around it or its title: emphasis, quotes, a separator, YAML's | and >."""
-    item, before = item if "\n" in item else " ".join(item.split()), None
+    item, before = item.replace("\0", "\n") if "\0" in item else " ".join(item.split()), None
     while item != before:
         before = item = item.strip()
         item = re.sub(r"^[|>][-+]? |<br ?/?>$|\\$", "", item)
@@ -1429,8 +1423,7 @@ def clean_item(item: str) -> str:
         item = re.sub(r"(?<=[\"'”’`])[,;]$", "", item)
         close, inside = QUOTES.get(item[:1]), item[1:-1]
         if len(item) > 2 and close == item[-1]:
-            bare = inside.replace("\\" + close, "").replace(close * 2, "")
-            bare = re.sub(r"(?<=\w)['’](?=\w)", "", bare)
+            bare = re.sub(rf"\\{close}|{close * 2}|(?<=\w)['’](?=\w)", "", inside)
             if close not in bare and item[0] not in bare:
                 item = inside.replace("\\" + close, close).replace("''", "'")
     return item
