@@ -1606,124 +1606,114 @@ def count_highlights(text: str) -> int:
     return sum(bool(mark.strip("*").strip()) for mark in marked)
 
 
+def count_capital_words(text: str) -> int:
+    return sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", text)))
+
+
 def is_json(text: str) -> bool:
-    text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip())
-    try:
-        json.loads(text.strip())
-    except (ValueError, RecursionError):
-        return False
-    return True
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip()).strip())
+        return True
+    return False
 
 
 class Kind(NamedTuple):
-    text: str
-    """Asks for it, with its arguments."""
-    met: Callable[..., bool]
-    """Whether an answer follows it: of the answer and the arguments, in the order below."""
-    args: dict[str, Any] = {}  # noqa: RUF012
+    args: dict[str, Any]
     """What each is drawn from: a sequence, a dict of sequences by the first argument's value, or
     a number of words that no other instruction has. Such that all other kinds can be followed."""
+    text: str
+    """Asks for it."""
+    met: Callable[..., bool]
+    """Whether an answer follows it: of the answer and the arguments in their order."""
 
 
-def by_relation(less: Sequence[Any], least: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    return dict(zip(RELATIONS, (less, least), strict=True))
+def bounded(n: str, less: Sequence[int], least: Sequence[int], of: str = "") -> dict[str, Any]:
+    """Arguments: how a number bounds, and which it is."""
+    return {f"{of}relation": RELATIONS, n: dict(zip(RELATIONS, (less, least), strict=True))}
 
 
 REPEAT = "combination:repeat_prompt"
 # fmt: off
 KINDS: dict[str, Kind] = {
-    "keywords:existence": Kind(
-        "Use each of these words: {keywords}.",
-        lambda t, words: all(word.lower() in t.lower() for word in words), {"keywords": 2}),
-    "keywords:frequency": Kind(
+    "keywords:existence": Kind({"keywords": 2}, "Use each of these words: {keywords}.",
+        lambda t, words: all(word.lower() in t.lower() for word in words)),
+    "keywords:frequency": Kind({**bounded("frequency", (2, 3), (2, 3)), "keyword": 1},
         'Use the word "{keyword}" {relation} {frequency} times.',
-        lambda t, relation, word, n: enough(t.lower().count(word.lower()), relation, n),
-        {"relation": RELATIONS, "keyword": 1, "frequency": (2, 3)}),
-    "keywords:forbidden_words": Kind(
+        lambda t, relation, n, word: enough(t.lower().count(word.lower()), relation, n)),
+    "keywords:forbidden_words": Kind({"forbidden_words": 2},
         "Do without these words: {forbidden_words}.",
-        lambda t, words: not re.search(rf"(?i)\b({'|'.join(map(re.escape, words))})\b", t),
-        {"forbidden_words": 2}),
+        lambda t, words: not re.search(rf"(?i)\b({'|'.join(map(re.escape, words))})\b", t)),
     "keywords:letter_frequency": Kind(
+        {**bounded("let_frequency", range(1, 5), range(5, 30), "let_"),
+         "letter": {"less than": "jqxz", "at least": "etaoinsr"}},
         'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
-        lambda t, relation, letter, n: enough(t.lower().count(letter.lower()), relation, n),
-        {"let_relation": RELATIONS, "letter": by_relation("jqxz", "etaoinsr"),
-         "let_frequency": by_relation(range(1, 5), range(5, 30))}),
-    "language:response_language": Kind(
+        lambda t, relation, n, letter: enough(t.lower().count(letter.lower()), relation, n)),
+    "language:response_language": Kind({"language": [*LANGUAGES]},
         "Answer in {language} and in no other language.",
-        lambda t, language: language_of(t) == language, {"language": [*LANGUAGES]}),
+        lambda t, language: language_of(t) == language),
     "length_constraints:number_sentences": Kind(
+        bounded("num_sentences", range(6, 16), range(3, 13)),
         "Write {relation} {num_sentences} sentences.",
-        lambda t, relation, n: enough(count_sentences(t), relation, n),
-        {"relation": RELATIONS, "num_sentences": by_relation(range(6, 16), range(3, 13))}),
-    "length_constraints:number_paragraphs": Kind(
+        lambda t, relation, n: enough(count_sentences(t), relation, n)),
+    "length_constraints:number_paragraphs": Kind({"num_paragraphs": range(2, 6)},
         "Write exactly {num_paragraphs} paragraphs, with a line of *** between any two of them.",
-        lambda t, n: len(parts_between(r"\s?\*\*\*\s?", t)) == n, {"num_paragraphs": range(2, 6)}),
+        lambda t, n: len(parts_between(r"\s?\*\*\*\s?", t)) == n),
     "length_constraints:number_words": Kind(
+        bounded("num_words", range(200, 500, 10), range(50, 350, 10)),
         "Write {relation} {num_words} words.",
-        lambda t, relation, n: enough(len(re.findall(r"\w+", t)), relation, n),
-        {"relation": RELATIONS,
-         "num_words": by_relation(range(200, 500, 10), range(50, 350, 10))}),
+        lambda t, relation, n: enough(len(re.findall(r"\w+", t)), relation, n)),
     "length_constraints:nth_paragraph_first_word": Kind(
+        {"num_paragraphs": range(2, 6), "nth_paragraph": {n: range(1, n + 1) for n in range(2, 6)},
+         "first_word": 1},
         "Write exactly {num_paragraphs} paragraphs, with an empty line between any two of them and "
         'nowhere else, and begin paragraph {nth_paragraph} with the word "{first_word}".',
-        nth_paragraph,
-        {"num_paragraphs": range(2, 6), "nth_paragraph": {n: range(1, n + 1) for n in range(2, 6)},
-         "first_word": 1}),
-    "detectable_content:number_placeholders": Kind(
+        nth_paragraph),
+    "detectable_content:number_placeholders": Kind({"num_placeholders": range(1, 5)},
         "Leave {num_placeholders} or more gaps to be filled in, in square brackets, as in [name].",
-        lambda t, n: len(re.findall(r"\[.*?\]", t)) >= n, {"num_placeholders": range(1, 5)}),
-    "detectable_content:postscript": Kind(
+        lambda t, n: len(re.findall(r"\[.*?\]", t)) >= n),
+    "detectable_content:postscript": Kind({"postscript_marker": [*POSTSCRIPTS]},
         "Close with a postscript that begins with {postscript_marker}",
-        lambda t, marker: bool(re.search(POSTSCRIPTS[marker], t.lower())),
-        {"postscript_marker": [*POSTSCRIPTS]}),
-    "detectable_format:number_bullet_lists": Kind(
+        lambda t, marker: bool(re.search(POSTSCRIPTS[marker], t.lower()))),
+    "detectable_format:number_bullet_lists": Kind({"num_bullets": range(2, 6)},
         "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
-        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == n,
-        {"num_bullets": range(2, 6)}),
-    "detectable_format:constrained_response": Kind(
+        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == n),
+    "detectable_format:constrained_response": Kind({},
         "Choose your answer among these: " + " ".join(VERDICTS),
         lambda t: any(verdict in t for verdict in VERDICTS)),
-    "detectable_format:number_highlighted_sections": Kind(
+    "detectable_format:number_highlighted_sections": Kind({"num_highlights": range(1, 5)},
         "Emphasise {num_highlights} or more passages by asterisks, *like this*.",
-        lambda t, n: count_highlights(t) >= n, {"num_highlights": range(1, 5)}),
+        lambda t, n: count_highlights(t) >= n),
     "detectable_format:multiple_sections": Kind(
+        {"section_spliter": ("Section", "SECTION"), "num_sections": range(2, 6)},
         "Divide your answer into {num_sections} or more sections, headed {section_spliter} 1, "
         "{section_spliter} 2 and so on.",
-        lambda t, name, n: len(re.findall(rf"{re.escape(name)}\s?\d+", t)) >= n,
-        {"section_spliter": ("Section", "SECTION"), "num_sections": range(2, 6)}),
-    "detectable_format:json_format": Kind(
+        lambda t, name, n: len(re.findall(rf"{re.escape(name)}\s?\d+", t)) >= n),
+    "detectable_format:json_format": Kind({},
         "Give the whole answer as JSON, in a code block if you like.", is_json),
-    "detectable_format:title": Kind(
+    "detectable_format:title": Kind({},
         "Give your answer a title in double angle brackets, as in <<my day>>.",
         lambda t: any(title.strip("<> \t") for title in re.findall(r"<<[^\n]+>>", t))),
-    "combination:two_responses": Kind(
+    "combination:two_responses": Kind({},
         "Give two different answers and nothing else, with ****** (six asterisks) between them.",
         lambda t: len(parts := parts_between(r"\*{6}", t)) == len({*parts}) == 2),
-    REPEAT: Kind(
+    REPEAT: Kind({"prompt_to_repeat": ()},
         "Before you answer, repeat the request above this sentence word for word, with nothing "
         "before it.",
-        lambda t, prompt: bool(start := prompt.strip().lower())
-            and t.strip().lower().startswith(start),
-        {"prompt_to_repeat": ()}),
-    "startend:end_checker": Kind(
+        lambda t, prompt: t.strip().lower().startswith(prompt.strip().lower() or "\0")),
+    "startend:end_checker": Kind({"end_phrase": ENDINGS},
         'End with the words "{end_phrase}" and nothing after them.',
-        lambda t, end: t.strip().strip('"').lower().endswith(end.strip().lower()),
-        {"end_phrase": ENDINGS}),
+        lambda t, end: t.strip().strip('"').lower().endswith(end.strip().lower())),
     "change_case:capital_word_frequency": Kind(
+        bounded("capital_frequency", range(4, 12), range(2, 12), "capital_"),
         "Use words in capital letters {capital_relation} {capital_frequency} times.",
-        lambda t, relation, n: enough(
-            sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", t))), relation, n),
-        {"capital_relation": RELATIONS,
-         "capital_frequency": by_relation(range(4, 12), range(2, 12))}),
-    "change_case:english_capital": Kind(
-        "Answer in English, in capital letters alone.",
+        lambda t, relation, n: enough(count_capital_words(t), relation, n)),
+    "change_case:english_capital": Kind({}, "Answer in English, in capital letters alone.",
         lambda t: t.isupper() and language_of(t) == "en"),
-    "change_case:english_lowercase": Kind(
+    "change_case:english_lowercase": Kind({},
         "Answer in English, in small letters alone, without any capital.",
         lambda t: t.islower() and language_of(t) == "en"),
-    "punctuation:no_comma": Kind("Do without commas.", lambda t: "," not in t),
-    "startend:quotation": Kind(
-        "Put your whole answer in double quotation marks.",
+    "punctuation:no_comma": Kind({}, "Do without commas.", lambda t: "," not in t),
+    "startend:quotation": Kind({}, "Put your whole answer in double quotation marks.",
         lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),
 }
 # fmt: on
