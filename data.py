@@ -1216,18 +1216,16 @@ MARK = re.compile(
 )
 HEADING = r"#+\s+(\S.*)|(\*\*|__)((?:(?!\2).)+)\2:?"
 INTRO = (
-    r"(?i:(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
-    r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[.!]|.*:)"
+    r"(?i:(sure|certainly|of course|absolutely|ok(ay)?|great)([,.!].*)?|here (are|is)\b.*[.!]|.*:)"
 )
 OUTRO = (
-    r"(?i:(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))|note:"
-    r"|good luck|i can also|(would you like|do you want) (me|more|any)|is there anything|note that"
-    r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)"
-    r"|each of these|happy \w+ing)(?!\w).*)"
+    r"(?i:(let me know|i hope|hope th(is|at)|feel free|these (are|\w+ (are|should))|note( that|:)"
+    r"|good luck|i can also|(would you like|do you want) (me|more|any)|\(?please (let|note|feel)"
+    r"|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)|happy \w+ing)(?!\w).*)"
 )
 REFUSAL = (
-    r"(?i:sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
-    r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b)"
+    r"(?i:sorry|unfortunately|as an ai|i([’']m| am) (sorry|afraid|unable|not able)"
+    r"|i (can[’']?t|cannot|do not|don[’']?t|won[’']?t)\b)"
 )
 END = re.compile(rf"{HEADING}|[-=*_]{{3,}}|{OUTRO}")  # of an item, where not indented
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
@@ -1596,9 +1594,9 @@ def parts_between(marks: str, text: str) -> list[str]:
 
 def nth_paragraph(text: str, n: int, nth: int, first_word: str) -> bool:
     parts = text.split("\n\n")
-    words = parts[nth - 1].split() if nth <= len(parts) else []
-    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"').lower())[0] if words else ""
-    return sum(bool(part.strip()) for part in parts) == n and word == first_word.lower()
+    begins = rf"(?i)\s*'*\"*{re.escape(first_word)}(?![^\s.,?!'\"])"
+    right = nth <= len(parts) and re.match(begins, parts[nth - 1])
+    return bool(right) and sum(bool(part.strip()) for part in parts) == n
 
 
 def count_highlights(text: str) -> int:
@@ -1767,8 +1765,7 @@ class Instruction:
         return cls(obj["kind"], tuple(args.items()))
 
     def to_json(self) -> dict[str, Any]:
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args}
-        return {"kind": self.kind, "args": lists}
+        return {"kind": self.kind, "args": dict(self.args)}
 
     @property
     def text(self) -> str:
@@ -1954,7 +1951,6 @@ def refuse_ways_out() -> type[Exception]:
 
 
 def confined() -> None:
-    import builtins
     import linecache
     import traceback
     import types
@@ -1963,7 +1959,6 @@ def confined() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     enclose(job["memory_mib"], job["timeout"])
     main, code, reason = types.ModuleType("__main__"), job["code"], "ok"
-    main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"], sys.argv = main, ["program.py"]
     linecache.cache["program.py"] = (len(code), None, code.splitlines(True), "program.py")
     refused = refuse_ways_out()
