@@ -312,12 +312,6 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes | BadDocument]]:
         yield str(path), BadDocument(path, f"broken gzip stream ({e}): fetch it again")
 
 
-def read_jsonl(path: Path, text_field: str) -> Documents:
-    """One JSON object a line."""
-    for where, line in numbered_lines(path):
-        yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
-
-
 def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
     try:
         row = json.loads(line)
@@ -356,7 +350,8 @@ def read_parquet(path: Path, text_field: str) -> Documents:
 def read_documents(paths: list[Path], text_field: str) -> Documents:
     for path in paths:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from read_jsonl(path, text_field)
+            for where, line in numbered_lines(path):
+                yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
         elif path.suffix == ".parquet":
             yield from read_parquet(path, text_field)
         else:
@@ -1334,17 +1329,17 @@ def one_item_a_line(line: str) -> list[str]:
 def marked_items(lines: list[str]) -> list[str]:
     """Items with marks like the first one's, each with its further lines and what is below it."""
     blocks: list[list[str]] = []
-    first = ("", 0)
+    first = None  # its style and indent
     for line in lines:
         mark = MARK.fullmatch(line)
         style = mark and next(s for s in ("digit", "letter", "bullet") if mark[s])
-        if mark and (not blocks or style == first[0] and len(mark["indent"]) < first[1] + 2):
-            first = first if blocks else (style, len(mark["indent"]))
+        if mark and (not first or style == first[0] and len(mark["indent"]) < first[1] + 2):
+            first = first or (style, len(mark["indent"]))
             opened = mark["bold"] if mark["bold"] and not mark["close"] else ""
             blocks.append([opened + mark["text"].strip()])
         elif blocks:
             blocks[-1].append(line)
-    if not blocks:
+    if not first:
         return []
     items, below = zip(*map(item_of, blocks), strict=True)
     if sum(map(bool, below[:-1])) * 2 < len(items) or len(items) == 1:
