@@ -23,7 +23,6 @@ import os
 import random
 import re
 import secrets
-import select
 import shutil
 import signal
 import sqlite3
@@ -32,15 +31,14 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import time
 import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -314,12 +312,6 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes | BadDocument]]:
         yield str(path), BadDocument(path, f"broken gzip stream ({e}): fetch it again")
 
 
-def read_jsonl(path: Path, text_field: str) -> Documents:
-    """One JSON object a line."""
-    for where, line in numbered_lines(path):
-        yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
-
-
 def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
     try:
         row = json.loads(line)
@@ -358,7 +350,8 @@ def read_parquet(path: Path, text_field: str) -> Documents:
 def read_documents(paths: list[Path], text_field: str) -> Documents:
     for path in paths:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from read_jsonl(path, text_field)
+            for where, line in numbered_lines(path):
+                yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
         elif path.suffix == ".parquet":
             yield from read_parquet(path, text_field)
         else:
@@ -1216,22 +1209,20 @@ MARK = re.compile(
     )(?P<close>\*\*|__)?\s*(?P<text>.*)""",
     re.VERBOSE,
 )
-HEAD = re.compile(r"#+\s+\S.*|(\*\*|__)(?:(?!\1).)+\1:?|[-=*_]{3,}")
-INTRO = re.compile(
-    r"(?i)(sure|certainly|of course|absolutely|okay|ok|great|got it|no problem)([,.!].*)?"
-    r"|(here (are|is)|here[’']s|below (are|is)|the following)\b.*[:.!]"
+HEADING = r"#+\s+(\S.*)|(\*\*|__)((?:(?!\2).)+)\2:?"
+INTRO = (
+    r"(?i:(sure|certainly|of course|absolutely|ok(ay)?|great)([,.!].*)?|here (are|is)\b.*[.!]|.*:)"
 )
-OUTRO = re.compile(
-    r"(?i)(let me know|i hope|hope (this|that)|feel free|these (are|\w+ (are|cover|should))|note:"
-    r"|good luck|i can also|(would you like|do you want) (me|more|any)|is there anything|note that"
-    r"|\(?please (let|note|feel)|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)"
-    r"|each of these|happy \w+ing)(?!\w).*"
+OUTRO = (
+    r"(?i:(let me know|i hope|hope th(is|at)|feel free|these (are|\w+ (are|should))|note( that|:)"
+    r"|good luck|i can also|(would you like|do you want) (me|more|any)|\(?please (let|note|feel)"
+    r"|if you([’']d| need| want| have any)|enjoy( th(is|ese)|!)|happy \w+ing)(?!\w).*)"
 )
-REFUSAL = re.compile(
-    r"(?i)sorry|unfortunately|as an ai|my apologies|i([’']m| am) (sorry|afraid|unable|not able)"
-    r"|i (can[’']?t|cannot|can not|do not|don[’']?t|won[’']?t)\b"
+REFUSAL = (
+    r"(?i:sorry|unfortunately|as an ai|i([’']m| am) (sorry|afraid|unable|not able)"
+    r"|i (can[’']?t|cannot|do not|don[’']?t|won[’']?t)\b)"
 )
-FENCES = ("```", "~~~")
+END = re.compile(rf"{HEADING}|[-=*_]{{3,}}|{OUTRO}")  # of an item, where not indented
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "„": "“", "「": "」"}
 
 
@@ -1240,10 +1231,10 @@ def parse_list(text: str) -> list[str]:
     a model is to be asked again. Nothing is typed ("1984", "Yes" and "a: b" stay texts), and no
     word is in an item that is not in the answer."""
     text = re.sub(r"(?s)^.*</think>", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
-    if (items := json_items(text)) is None:
-        text = table_lines(html_lines(text) if re.search(r"(?i)<li\b", text) else text)
-        lines = one_item_a_line(inside_fence(text))
+    text = re.sub("[\0\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ").expandtabs(4)
+    if not (items := json_items(text)):
+        text = fenced_lines(table_lines(html_lines(text)))
+        lines = [part for line in text.split("\n") for part in one_item_a_line(line)]
         items = marked_items(lines) or plain_items(lines)
     items = [item for item in map(clean_item, items) if re.search(r"\w", item)]
     key = re.match(r"([a-z_]+): ", items[0]) if len(items) > 1 else None
@@ -1252,186 +1243,156 @@ def parse_list(text: str) -> list[str]:
     return items
 
 
-def json_items(text: str) -> list[str] | None:
-    """Of a JSON or Python list that stands on lines of its own: an array of texts or of objects
-    with a text, or an object with a list or with numbered texts."""
-    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
-    starts = re.finditer(r"(?m)^[ >]*[\[{]|(?<=[:=]) *\[", text)
-    for start in itertools.islice(starts, 8):  # each try may read the whole text
-        at = start.end() - 1
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = max(text.rfind("]"), text.rfind("}")) + 1
-            try:  # single quotes, a comma after the last item
-                value = ast.literal_eval(text[at:end])
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-        if not re.match(r"[ ;.`]*(\n|$)", text[end:]):
-            continue  # the [1] before an item, or a [placeholder]
-        if items := texts_of(value):
-            return items
-    return None
+def json_items(text: str) -> list[str]:
+    """Of a JSON or Python list that ends a line: an array of texts or of objects with a text, or an
+    object with a list or with numbered texts."""
+    as_json = partial(json.loads, parse_float=str, parse_int=str, parse_constant=str)
+    readers = (as_json, ast.literal_eval)  # this for single quotes and a comma after the last item
+    starts = [m.end() - 1 for m in re.finditer(r"(?m)^[ >]*[\[{]|(?<=[:=]) *\[", text)]
+    ends = [m.end() for m in re.finditer(r"(?m)[\]}](?=[ ;.`]*$)", text)]
+    # each try may read the whole text
+    for start, end, read in itertools.product(starts[:8], ends[:-3:-1], readers):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if items := texts_of(read(text[start:end])):
+                return items
+    return []
 
 
 def texts_of(value: Any) -> list[str]:
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) == 1:
-            return texts_of(lists[0])
         numbered = all(re.search(r"\d$", str(k)) for k in value)
-        return texts_of([*value.values()]) if numbered else []
+        value = lists[0] if len(lists) == 1 else [*value.values()] if numbered else []
     items = []
     for item in value if isinstance(value, list) else []:
         if isinstance(item, dict):
-            words = [v for v in item.values() if isinstance(v, str) and not v.isdigit()]
-            item = ": ".join(words)
-        if isinstance(item, str | int | float):
-            items.append(str(item))
+            item = ": ".join(v for v in item.values() if isinstance(v, str) and not v.isdigit())
+        items += [str(item)] if isinstance(item, str | int | float) else []
     return items
 
 
 def html_lines(text: str) -> str:
-    """<li> as bullets, indented by their depth."""
-    out, depth = "", 0
-    for part in re.split(r"(<[^<>]+>)", text):
-        name = re.sub(r"\W", "", part.split()[0].lower()) if part.startswith("<") else ""
-        if name in ("ul", "ol"):
-            depth += -1 if part.startswith("</") else 1
-        if name == "li" and not part.startswith("</"):
-            out += "\n" + "    " * (depth - 1) + "- "
-        elif not name:
-            out += html.unescape(re.sub(r"\s+", " ", part) if depth else part)
-        elif name in ("ul", "ol", "li", "p", "br", "div", "h1", "h2", "h3"):
-            out += " " if depth else "\n\n"
-    return out
+    """<li> as bullets, indented by their depth; other tags left out."""
+    depth = 0
+
+    def as_text(tag: re.Match[str]) -> str:
+        nonlocal depth
+        name = (tag[1] or "").lower()
+        depth = max(0, depth + {"<ul": 1, "<ol": 1, "</ul": -1, "</ol": -1}.get(name, 0))
+        if name == "<li":
+            return "\n" + "    " * (depth - 1) + "- "
+        return "" if not name else " " if depth else "\n\n"
+
+    if not re.search(r"(?i)<li\b", text):
+        return text
+    tags = r"(?i)\s*(</?(?:ul|ol|li|p|br|div|h[1-3]))\b[^<>]*>\s*|</?\w[^<>]*>"
+    return html.unescape(re.sub(tags, as_text, text))
 
 
 def table_lines(text: str) -> str:
     """A table's rows as "- cell: cell", without its header and cells with a number."""
-    rule, lines, inside = r"[\s|:-]*-[\s|:-]*", text.split("\n"), False
-    for i, (line, below) in enumerate(zip(lines, [*lines[1:], ""], strict=True)):
-        starts = "|" in line and "|" in below and bool(re.fullmatch(rule, below))
-        inside = "|" in line and (inside or starts)
-        if starts or inside and re.fullmatch(rule, line):
-            lines[i] = ""
-        elif inside:
+
+    def rows(table: re.Match[str]) -> str:
+        out = ""
+        for line in table[1].splitlines():
             cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
             words = [cell for cell in cells if cell and not re.fullmatch(r"#?\d+[.)]?", cell)]
-            lines[i] = "- " + ": ".join(words or cells)
-    return "\n".join(lines)
+            out += "- " + ": ".join(words or cells) + "\n"
+        return out
+
+    return re.sub(r"(?m)^[^|\n]*\|.*\n(?=.*-)[ |:-]+\n((?:[^|\n]*\|.*(?:\n|\Z))*)", rows, text)
 
 
-def inside_fence(text: str) -> str:
-    """What is in the only fence, where no item is outside."""
-    parts = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)
-    outside = [line for part in parts[::2] for line in part.split("\n")]
-    alone = len(parts) in (2, 3) and not any(MARK.fullmatch(line) for line in outside)
-    return textwrap.dedent(parts[1]) if alone else text
+def fenced_lines(text: str) -> str:
+    """What is in the only fence, where no item is outside; else what is in a fence as one line that
+    begins with a \0, and its line ends as more of them."""
+    parts = re.split(r"(?m)^ *(?:```|~~~).*\n?", text)  # outside, inside, outside, …
+    if len(parts) in (2, 3) and not any(map(MARK.fullmatch, "\n".join(parts[::2]).split("\n"))):
+        return textwrap.dedent(parts[1])
+    parts[1::2] = ["\0" + part.rstrip("\n").replace("\n", "\0") + "\n" for part in parts[1::2]]
+    return "".join(parts)
 
 
-def one_item_a_line(text: str) -> list[str]:
-    lines = []
-    for line in text.split("\n"):
-        starts, found = [], re.finditer(r"(?:^|(?<=\s))\(?(\d{1,3})[.)]\s", line)
-        for match in found:  # 1. … 2. … on one line
-            if int(match[1]) == len(starts) + 1:
-                starts.append(match.start())
-        if len(starts) > 1:
-            cuts = zip([0, *starts], [*starts, None], strict=True)
-            lines += [line[a:b] for a, b in cuts if line[a:b].strip()]
-        elif len(re.findall(r"(?:^|\s)[•▪●] ?", line)) > 1:
-            lines += re.split(r"\s(?=[•▪●])", line)
-        else:
-            lines.append(line.rstrip())
-    return lines
+def one_item_a_line(line: str) -> list[str]:
+    """Where 1. … 2. …, or • … • …, are on one."""
+    starts = []
+    for match in re.finditer(r"(?:^|(?<=\s))\(?(\d{1,3})[.)]\s", line):
+        starts += [match.start()] if int(match[1]) == len(starts) + 1 else []
+    if len(starts) < 2:
+        starts = [match.start() for match in re.finditer(r"(?:^|(?<=\s))[•▪●]", line)]
+    if len(starts) < 2:
+        return [line.rstrip()]
+    parts = (line[a:b] for a, b in itertools.pairwise([0, *starts, None]))
+    return [part for part in parts if part.strip()]
 
 
 def marked_items(lines: list[str]) -> list[str]:
     """Items with marks like the first one's, each with its further lines and what is below it."""
     blocks: list[list[str]] = []
-    top, fenced = ("", 0), False
+    first = None  # its style and indent
     for line in lines:
-        mark = None if fenced else MARK.fullmatch(line)
-        fenced ^= line.strip().startswith(FENCES)
+        mark = MARK.fullmatch(line)
         style = mark and next(s for s in ("digit", "letter", "bullet") if mark[s])
-        if mark and (not blocks or style == top[0] and len(mark["indent"]) < top[1] + 2):
-            top = top if blocks else (style, len(mark["indent"]))
-            open_bold = mark["bold"] if mark["bold"] and not mark["close"] else ""
-            blocks.append([open_bold + mark["text"].strip()])
+        if mark and (not first or style == first[0] and len(mark["indent"]) < first[1] + 2):
+            first = first or (style, len(mark["indent"]))
+            opened = mark["bold"] if mark["bold"] and not mark["close"] else ""
+            blocks.append([opened + mark["text"].strip()])
         elif blocks:
             blocks[-1].append(line)
-    if not blocks:
+    if not first:
         return []
-    items, loose = zip(*map(item_of, blocks), strict=True)
-    if sum(map(bool, loose[:-1])) * 2 < len(items) or len(items) == 1:
-        loose = (*loose[:-1], "")  # these are the answer's last words
-    return [joined(item, more) if more else item for item, more in zip(items, loose, strict=True)]
+    items, below = zip(*map(item_of, blocks), strict=True)
+    if sum(map(bool, below[:-1])) * 2 < len(items) or len(items) == 1:
+        below = (*below[:-1], "")  # these are the answer's last words
+    return list(map(joined, items, below))
 
 
 def item_of(block: list[str]) -> tuple[str, str]:
-    """(an item, the paragraphs after it that are not indented)."""
-    item, loose, blank, fenced = block[0], "", False, False
+    """(an item, the paragraphs below it that are not indented), up to a heading or last words."""
+    item, below, blank = block[0], "", False
     for line in block[1:]:
-        text, flush = line.strip(), not line.startswith(" ")
-        if text.startswith(FENCES):
-            fenced = not fenced
-        elif fenced:
-            item += "\n" + line
+        text = line.strip()
+        flush = item and text and not line.startswith(" ")
+        if text.startswith("\0"):
+            item += text
         elif mark := MARK.fullmatch(line):
             item += ("" if re.search(r"[.:;,?!]\W*$", item) else ";") + " " + mark["text"].strip()
-        elif text and item and flush and ends_item(text, blank):
+        elif flush and (END.fullmatch(text) or blank and text.endswith(":")):
             break
-        elif text and item and flush and blank:
-            loose = f"{loose} {text}".strip()
-        elif text:
+        elif flush and blank:
+            below = f"{below} {text}".strip()
+        else:
             item = joined(item, text)
         blank = not text
-    return item, loose
-
-
-def ends_item(text: str, blank: bool) -> bool:
-    """Whether a line that is not indented is a heading or a last word, not more of the item."""
-    heading = blank and text.endswith(":") and len(text) < 80
-    return bool(heading or HEAD.fullmatch(text) or OUTRO.match(text))
+    return item, below
 
 
 def joined(first: str, more: str) -> str:
     """Two lines of an item; a bold one is a title."""
-    if title := re.fullmatch(r"(\*\*|__)(.+?)\1", first):
+    title = re.fullmatch(r"(\*\*|__)(.+?)\1", first)
+    if title and more:
         first = title[2] + ("" if title[2][-1] in ".:?!" else ":")
     return f"{first} {more}".strip()
 
 
 def plain_items(lines: list[str]) -> list[str]:
     """Items without marks: below headings, one a paragraph, one a line, or between commas."""
-    text = "\n".join(map(str.strip, lines)).strip()
-    paragraphs = [paragraph.split("\n") for paragraph in re.split(r"\n\n+", text)]
-    if len(paragraphs) > 1 and OUTRO.match(paragraphs[-1][0]):
-        paragraphs.pop()
-    first, *rest = paragraphs[0]
-    if (first.endswith(":") or INTRO.fullmatch(first)) and (rest or paragraphs[1:]):
-        paragraphs = [p for p in (rest, *paragraphs[1:]) if p]
-    rows = [row for paragraph in paragraphs for row in paragraph]
-    if len(rows) > 2 and OUTRO.match(rows[-1]):
-        rows.pop()
-    if len(rows) == 1:
-        return comma_items(rows[0])
-    heads = [*(i for i, row in enumerate(rows) if HEAD.fullmatch(row)), len(rows)]
-    if len(heads) > 2 and min(np.diff(heads)) > 1:
-        bold = (re.sub(r"^#+\s+(.+)", r"**\1**", rows[i]) for i in heads[:-1])
-        below = (" ".join(rows[a + 1 : b]) for a, b in zip(heads, heads[1:], strict=False))
-        return [joined(head, more) for head, more in zip(bold, below, strict=True)]
-    if len(paragraphs) > 1 and min(map(len, paragraphs)) > 1:
-        rows = [" ".join(paragraph) for paragraph in paragraphs]
-    items = rows[:1]
-    for row, last in zip(rows[1:], rows, strict=False):
-        if len(last) > 50 and row[:1].islower() and not re.search(r"[.?!:;,\"]$", last):
-            items[-1] += " " + row  # a line that was wrapped
-        else:
-            items.append(row)
+    text = re.sub(r"\n\n+", "\n\n", "\n".join(map(str.strip, lines)).strip())
+    text = re.sub(rf"^{INTRO}\n+|(\n\n?{OUTRO}|\n\n{OUTRO}(\n.+)+)+$", "", text)
+    bullets = re.sub(rf"(?m)^(?:{HEADING})$", r"- **\1\3**", text)
+    bare = re.search(r"(?m)^- \*\*.*(\n+- \*\*|\Z)", bullets)
+    if len(re.findall(r"(?m)^- \*\*", bullets)) > 1 and not bare:
+        return marked_items(bullets.split("\n"))
+    if "\n" not in text:
+        return comma_items(text)
+    paragraphs = text.split("\n\n")
+    if len(paragraphs) > 1 and all("\n" in paragraph for paragraph in paragraphs):
+        items = [paragraph.replace("\n", " ") for paragraph in paragraphs]
+    else:
+        wrapped = r"(?m)^(.{50,}[^.?!:;,\"\n])\n(?=[a-zß-ÿа-я])"
+        items = [line for line in re.sub(wrapped, r"\1 ", text).split("\n") if line]
     prose = sum(len(re.findall(r"[.?!](?=\s|$)", item)) > 2 for item in items) * 2 > len(items)
-    return [] if prose or REFUSAL.match(items[0]) else items
+    return [] if prose or re.match(REFUSAL, text) else items
 
 
 def comma_items(line: str) -> list[str]:
@@ -1440,13 +1401,13 @@ def comma_items(line: str) -> list[str]:
     parts = [part.rstrip(".") for part in re.split(r" ?[;；,，、] ?| \| ", line) if part]
     parts = [re.sub(r"^(and|or|&) ", "", part) for part in parts]
     short = all(len(part.split()) < 8 and not re.search(r"[.?!] ", part) for part in parts)
-    talk = REFUSAL.match(line) or re.match(r"(?i)(i|i[’']m|yes|no|well|as)\b", line)
+    talk = re.match(rf"{REFUSAL}|(?i:(i|i[’']m|yes|no|well|as)\b)", line)
     return parts if len(parts) > 2 and short and not talk else []
 
 
 def clean_item(item: str) -> str:
     """Without the marks around it or its title: emphasis, quotes, a separator, YAML's | and >."""
-    item, before = item if "\n" in item else " ".join(item.split()), None
+    item, before = item.replace("\0", "\n") if "\0" in item else " ".join(item.split()), None
     while item != before:
         before = item = item.strip()
         item = re.sub(r"^[|>][-+]? |<br ?/?>$|\\$", "", item)
@@ -1455,8 +1416,7 @@ def clean_item(item: str) -> str:
         item = re.sub(r"(?<=[\"'”’`])[,;]$", "", item)
         close, inside = QUOTES.get(item[:1]), item[1:-1]
         if len(item) > 2 and close == item[-1]:
-            bare = inside.replace("\\" + close, "").replace(close * 2, "")
-            bare = re.sub(r"(?<=\w)['’](?=\w)", "", bare)
+            bare = re.sub(rf"\\{close}|{close * 2}|(?<=\w)['’](?=\w)", "", inside)
             if close not in bare and item[0] not in bare:
                 item = inside.replace("\\" + close, close).replace("''", "'")
     return item
@@ -1464,89 +1424,74 @@ def clean_item(item: str) -> str:
 
 # ---- duplicates and decontamination --------------------------------------------------------------
 
-
-class Letters(dict):
-    """For str.translate: marks and control characters become spaces, signs words, apostrophes
-    nothing."""
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        kind = unicodedata.category(char)
-        sign = kind in ("Sm", "Sc", "So") or char in "%^"
-        keep = f" {char} " if sign else " " if kind[0] in "PSZC" else char
-        self[code] = "" if char in "'’" else keep
-        return self[code]
-
-
-LETTERS = Letters()
 # between numbers these are operators: "2 - 2" and "2 * 2" are not the same question
 OPERATORS = {"-": "−", "*": "×", "/": "÷"}
+
+
+@cache
+def plain_char(char: str) -> str:
+    """Marks and control characters become spaces, signs words, apostrophes nothing."""
+    kind = unicodedata.category(char)
+    if kind in ("Sm", "Sc", "So") or char in "%^":
+        return f" {char} "
+    return "" if char in "'’" else " " if kind[0] in "PSZC" else char
 
 
 def normalise(text: str) -> str:
     """Lower case, no punctuation, single spaces, NFKC; what counts in a sum (+ % $ -3) stays."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
-    return " ".join(text.translate(LETTERS).split())
+    return " ".join("".join(map(plain_char, text)).split())
 
 
 def shingles(text: str, n: int = 5) -> set[str]:
-    """Word n-grams; a shorter text is one, one without words none."""
+    """Word n-grams; a shorter text is one."""
     words = text.split()
-    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} - {""}
+    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 def jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / max(1, len(a | b))
+    return len(a & b) / len(a | b)
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
-    """For each text the earlier kept one that it repeats and the Jaccard index of their word
-    5-grams, counted, not estimated; None if it is kept. Candidates share one of 16 bands of 8
-    MinHashes: a pair at 0.7 is found with probability 0.6, at 0.8 with 0.95, at 0.9 always."""
+    """For each text the earlier kept one that it repeats most, the first of equals, and the Jaccard
+    index of their word 5-grams; None if it is kept. Exact: two such sets share `threshold` of each
+    one's grams, so one at least among its rarest 1 - threshold and the next, which alone are looked
+    up."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
-    factors, terms = np.random.default_rng(0).integers(0, 2**63, (2, 128, 1), dtype=np.uint64)
-    exact: dict[str, int] = {}
-    bands: dict[bytes, list[int]] = {}
-    out, grams = [], {}
-    for i, text in enumerate(texts):
-        plain = normalise(text) or text.strip()
-        if plain in exact:
-            out.append((exact[plain], 1.0))
-            continue
-        own = shingles(plain)
-        digests = b"".join(hashlib.blake2b(g.encode(), digest_size=8).digest() for g in own)
-        hashes = np.frombuffer(digests, np.uint64)
-        lows = ((hashes * (factors | np.uint64(1)) + terms) >> np.uint64(32)).min(1, initial=2**32)
-        keys = [bytes([b]) + band.tobytes() for b, band in enumerate(lows.reshape(16, 8))]
-        near = {j for key in keys for j in bands.get(key, ())}
+    grams = [shingles(normalise(text) or text.strip()) for text in texts]
+    count = Counter(itertools.chain.from_iterable(grams))
+    having = defaultdict(list)  # gram → kept texts that have it among their rarest
+    out = []
+    for i, own in enumerate(grams):
+        by_rarity = sorted(own, key=lambda gram: (count[gram], gram))
+        rare = by_rarity[: len(own) - int(threshold * len(own)) + 1]
+        near = {j for gram in rare for j in having[gram]}
         best, j = max(((jaccard(own, grams[j]), -j) for j in near), default=(0.0, 0))
         out.append((-j, best) if best >= threshold else None)
         if out[-1] is None:
-            exact[plain], grams[i] = i, own
-            for key in keys:
-                bands.setdefault(key, []).append(i)
+            for gram in rare:
+                having[gram].append(i)
     return out
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(item)
+def strings_in(value: Any) -> list[str]:
+    if isinstance(value, list | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in strings_in(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """("FILE:LINE", text) of every text in the JSONL files of evaluation items."""
     out = []
-    for path in paths:
-        for where, line in numbered_lines(Path(path)):
-            try:
-                out += [(where, text) for text in strings_in(json_object(line))]
-            except ValueError as e:
-                raise e if isinstance(e, BadDocument) else ValueError(f"{where}: {e}") from None
+    for where, line in itertools.chain.from_iterable(map(numbered_lines, map(Path, paths))):
+        try:
+            out += [(where, text) for text in strings_in(json_object(line))]
+        except ValueError as e:
+            raise e if isinstance(e, BadDocument) else ValueError(f"{where}: {e}") from None
     return out
 
 
@@ -1558,19 +1503,15 @@ class Decontaminator:
         self.sources: dict[str, str] = {}  # n-gram → FILE:LINE
         for where, text in evaluations:
             plain = normalise(text)
-            n = len(plain.split())
-            if n >= 8:
+            if (n := len(plain.split())) >= 4:
                 for gram in shingles(plain, 13 if n >= 13 else 8):
                     self.sources.setdefault(gram, where)
-            elif n >= 4:
-                self.sources.setdefault(plain, where)
 
     def evidence(self, text: str) -> str | None:
         """The first hit as FILE:LINE: "the shared n-gram"."""
         words = normalise(text).split()
-        grams = [" ".join(words)]
-        for i in range(len(words)):
-            grams += [" ".join(words[i : i + n]) for n in (8, 13) if i + n <= len(words)]
+        places = ((i, n) for i in range(len(words)) for n in (8, 13) if i + n <= len(words))
+        grams = [" ".join(words), *(" ".join(words[i : i + n]) for i, n in places)]
         hit = next((gram for gram in grams if gram in self.sources), None)
         return hit and f'{self.sources[hit]}: "{hit}"'
 
@@ -1580,19 +1521,11 @@ class Decontaminator:
 # verifiers can mark the same answers; the wording is ours, and nothing is drawn while marking.
 
 # none within another, none with the letters j, q, x, z, none in an ending
-# fmt: off
-KEYWORDS = (
-    "river", "market", "garden", "winter", "bridge", "letter", "island", "morning", "engine",
-    "village", "mountain", "kitchen", "library", "captain", "harbor", "forest", "silver", "window",
-    "planet", "doctor", "teacher", "summer", "history", "machine",
-)
-# fmt: on
-ENDINGS = (
-    "That is all for now.",
-    "Ask me again at any time.",
-    "I hope that helps!",
-    "Over to you.",
-)
+WORDS = """
+    river market garden winter bridge letter island morning engine village mountain kitchen library
+    captain harbor forest silver window planet doctor teacher summer history machine"""
+KEYWORDS = WORDS.split()
+ENDINGS = ("That is all for now.", "Ask me again any time.", "I hope that helps!", "Over to you.")
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 VERDICTS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # code: (name, common words, or the letters that only it has among these)
@@ -1612,9 +1545,10 @@ LANGUAGES = {
     "ja": ("Japanese", "[ぁ-ヿ]"),
     "zh": ("Chinese", "[一-鿿]"),
 }
-# by the last word of an argument's name
-CHOICES = {"relation": ("less than", "at least"), "language": LANGUAGES, "marker": POSTSCRIPTS}
 COMMON = {code: {*words.split()} for code, (_, words) in LANGUAGES.items() if words[0] != "["}
+RELATIONS = ("less than", "at least")
+# by the last word of an argument's name
+CLOSED = {"relation": RELATIONS, "language": LANGUAGES, "marker": POSTSCRIPTS}
 
 
 def language_of(text: str) -> str | None:
@@ -1632,34 +1566,32 @@ def language_of(text: str) -> str | None:
     return first if hits[first] > max(hits[second], len(words) / 12) else None
 
 
-def enough(n: int, least: int, relation: str) -> bool:
+def enough(n: int, relation: str, least: int) -> bool:
     return n < least if relation == "less than" else n >= least
 
 
 def count_sentences(text: str) -> int:
     """Ends of sentences, and a last one without; a line's end is none, nor is the dot of a list's
     number, an initial or a common abbreviation."""
-    short = (
-        r"(?i)(?<!\w)(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
-    )
-    text = re.sub(short + r"(?=\s+\S)", "", re.sub(r"(?m)^[ \t]*[-*•]\s", "", text))
+    short = r"(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
+    text = re.sub(r"(?m)^[ \t]*[-*•]\s", "", text)
+    text = re.sub(rf"(?i)(?<!\w){short}(?=\s+\S)", "", text)
     parts = re.split(r"[.!?]+[\"”’')\]*_]*(?=\s|$)|[。！？]+[」』”]*", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)
 
 
-def count_paragraphs(text: str) -> int:
-    """Between *** marks; none may be empty but what is outside the first and last mark."""
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
-    inner = parts[bool(not parts[0]) : len(parts) - (not parts[-1])]
-    return len(inner) if all(inner) else -1
+def parts_between(marks: str, text: str) -> list[str]:
+    """None may be empty but what is outside the first and last mark; else there are no parts."""
+    parts = [part.strip() for part in re.split(marks, text)]
+    inner = parts[not parts[0] : len(parts) - (not parts[-1])]
+    return inner if all(inner) else []
 
 
-def nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+def nth_paragraph(text: str, n: int, nth: int, first_word: str) -> bool:
     parts = text.split("\n\n")
-    n = sum(bool(part.strip()) for part in parts)
-    words = parts[nth_paragraph - 1].split() if nth_paragraph <= n else []
-    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"').lower())[0] if words else ""
-    return n == num_paragraphs and word == first_word.lower()
+    begins = rf"(?i)\s*'*\"*{re.escape(first_word)}(?![^\s.,?!'\"])"
+    right = nth <= len(parts) and re.match(begins, parts[nth - 1])
+    return bool(right) and sum(bool(part.strip()) for part in parts) == n
 
 
 def count_highlights(text: str) -> int:
@@ -1667,171 +1599,140 @@ def count_highlights(text: str) -> int:
     return sum(bool(mark.strip("*").strip()) for mark in marked)
 
 
-def is_json(text: str) -> bool:
-    text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip())
-    try:
-        json.loads(text.strip())
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def two_responses(text: str) -> bool:
-    parts = text.split("******")
-    inner = [p.strip() for i, p in enumerate(parts) if p.strip() or 0 < i < len(parts) - 1]
-    return len(inner) == 2 and all(inner) and inner[0] != inner[1]
-
-
 def count_capital_words(text: str) -> int:
     return sum(map(str.isupper, re.findall(r"[^\W_]+(?:[-.][^\W_]+)*", text)))
 
 
-def some(rng: random.Random, n: str, relation: str, less: range, least: range) -> dict[str, Any]:
-    """A number and how it bounds; such that all other kinds can be followed as well."""
-    how = rng.choice(("less than", "at least"))
-    return {n: rng.choice(less if how == "less than" else least), relation: how}
+def is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip()).strip())
+        return True
+    return False
 
 
-def some_letter(rng: random.Random, words: list[str]) -> dict[str, Any]:
-    args = some(rng, "let_frequency", "let_relation", range(1, 5), range(5, 30))
-    return {"letter": rng.choice("jqxz" if args["let_frequency"] < 5 else "etaoinsr"), **args}
+class Kind(NamedTuple):
+    args: dict[str, Any]
+    """What each is drawn from: a sequence, a dict of sequences by the first argument's value, or
+    a number of words that no other instruction has. Such that all other kinds can be followed."""
+    text: str
+    """Asks for it."""
+    met: Callable[..., bool]
+    """Whether an answer follows it: of the answer and the arguments in their order."""
 
 
-# Its arguments, drawn with words that no other one uses; its wording; whether an answer follows it
-Kind = tuple[Callable[[random.Random, list[str]], dict[str, Any]], str, Callable[..., bool]]
+def bounded(n: str, less: Sequence[int], least: Sequence[int], of: str = "") -> dict[str, Any]:
+    """Arguments: how a number bounds, and which it is."""
+    return {f"{of}relation": RELATIONS, n: dict(zip(RELATIONS, (less, least), strict=True))}
+
+
 REPEAT = "combination:repeat_prompt"
 # fmt: off
 KINDS: dict[str, Kind] = {
-    "keywords:existence": (
-        lambda r, w: {"keywords": (w.pop(), w.pop())}, "Use each of these words: {keywords}.",
-        lambda t, keywords: all(word.lower() in t.lower() for word in keywords)),
-    "keywords:frequency": (
-        lambda r, w: {"keyword": w.pop(), **some(r, "frequency", "relation", *[range(2, 4)] * 2)},
+    "keywords:existence": Kind({"keywords": 2}, "Use each of these words: {keywords}.",
+        lambda t, words: all(word.lower() in t.lower() for word in words)),
+    "keywords:frequency": Kind({**bounded("frequency", (2, 3), (2, 3)), "keyword": 1},
         'Use the word "{keyword}" {relation} {frequency} times.',
-        lambda t, keyword, frequency, relation:
-            enough(t.lower().count(keyword.lower()), frequency, relation)),
-    "keywords:forbidden_words": (
-        lambda r, w: {"forbidden_words": (w.pop(), w.pop())},
+        lambda t, relation, n, word: enough(t.lower().count(word.lower()), relation, n)),
+    "keywords:forbidden_words": Kind({"forbidden_words": 2},
         "Do without these words: {forbidden_words}.",
-        lambda t, forbidden_words:
-            not re.search(rf"(?i)\b({'|'.join(map(re.escape, forbidden_words))})\b", t)),
-    "keywords:letter_frequency": (
-        some_letter, 'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
-        lambda t, letter, let_frequency, let_relation:
-            enough(t.lower().count(letter.lower()), let_frequency, let_relation)),
-    "language:response_language": (
-        lambda r, w: {"language": r.choice([*LANGUAGES])},
+        lambda t, words: not re.search(rf"(?i)\b({'|'.join(map(re.escape, words))})\b", t)),
+    "keywords:letter_frequency": Kind(
+        {**bounded("let_frequency", range(1, 5), range(5, 30), "let_"),
+         "letter": {"less than": "jqxz", "at least": "etaoinsr"}},
+        'Use the letter "{letter}" {let_relation} {let_frequency} times in all.',
+        lambda t, relation, n, letter: enough(t.lower().count(letter.lower()), relation, n)),
+    "language:response_language": Kind({"language": [*LANGUAGES]},
         "Answer in {language} and in no other language.",
         lambda t, language: language_of(t) == language),
-    "length_constraints:number_sentences": (
-        lambda r, w: some(r, "num_sentences", "relation", range(6, 16), range(3, 13)),
+    "length_constraints:number_sentences": Kind(
+        bounded("num_sentences", range(6, 16), range(3, 13)),
         "Write {relation} {num_sentences} sentences.",
-        lambda t, num_sentences, relation: enough(count_sentences(t), num_sentences, relation)),
-    "length_constraints:number_paragraphs": (
-        lambda r, w: {"num_paragraphs": r.randint(2, 5)},
+        lambda t, relation, n: enough(count_sentences(t), relation, n)),
+    "length_constraints:number_paragraphs": Kind({"num_paragraphs": range(2, 6)},
         "Write exactly {num_paragraphs} paragraphs, with a line of *** between any two of them.",
-        lambda t, num_paragraphs: count_paragraphs(t) == num_paragraphs),
-    "length_constraints:number_words": (
-        lambda r, w: some(r, "num_words", "relation", range(200, 500, 10), range(50, 350, 10)),
+        lambda t, n: len(parts_between(r"\s?\*\*\*\s?", t)) == n),
+    "length_constraints:number_words": Kind(
+        bounded("num_words", range(200, 500, 10), range(50, 350, 10)),
         "Write {relation} {num_words} words.",
-        lambda t, num_words, relation: enough(len(re.findall(r"\w+", t)), num_words, relation)),
-    "length_constraints:nth_paragraph_first_word": (
-        lambda r, w: {"num_paragraphs": (n := r.randint(2, 5)), "nth_paragraph": r.randint(1, n),
-                      "first_word": w.pop()},
+        lambda t, relation, n: enough(len(re.findall(r"\w+", t)), relation, n)),
+    "length_constraints:nth_paragraph_first_word": Kind(
+        {"num_paragraphs": range(2, 6), "nth_paragraph": {n: range(1, n + 1) for n in range(2, 6)},
+         "first_word": 1},
         "Write exactly {num_paragraphs} paragraphs, with an empty line between any two of them and "
         'nowhere else, and begin paragraph {nth_paragraph} with the word "{first_word}".',
         nth_paragraph),
-    "detectable_content:number_placeholders": (
-        lambda r, w: {"num_placeholders": r.randint(1, 4)},
+    "detectable_content:number_placeholders": Kind({"num_placeholders": range(1, 5)},
         "Leave {num_placeholders} or more gaps to be filled in, in square brackets, as in [name].",
-        lambda t, num_placeholders: len(re.findall(r"\[.*?\]", t)) >= num_placeholders),
-    "detectable_content:postscript": (
-        lambda r, w: {"postscript_marker": r.choice([*POSTSCRIPTS])},
+        lambda t, n: len(re.findall(r"\[.*?\]", t)) >= n),
+    "detectable_content:postscript": Kind({"postscript_marker": [*POSTSCRIPTS]},
         "Close with a postscript that begins with {postscript_marker}",
-        lambda t, postscript_marker: bool(re.search(POSTSCRIPTS[postscript_marker], t.lower()))),
-    "detectable_format:number_bullet_lists": (
-        lambda r, w: {"num_bullets": r.randint(2, 5)},
+        lambda t, marker: bool(re.search(POSTSCRIPTS[marker], t.lower()))),
+    "detectable_format:number_bullet_lists": Kind({"num_bullets": range(2, 6)},
         "Include exactly {num_bullets} bullet points, each a line that begins with * and a space.",
-        lambda t, num_bullets: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == num_bullets),
-    "detectable_format:constrained_response": (
-        lambda r, w: {}, "Choose your answer among these: " + " ".join(VERDICTS),
+        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*]|-).*$", t)) == n),
+    "detectable_format:constrained_response": Kind({},
+        "Choose your answer among these: " + " ".join(VERDICTS),
         lambda t: any(verdict in t for verdict in VERDICTS)),
-    "detectable_format:number_highlighted_sections": (
-        lambda r, w: {"num_highlights": r.randint(1, 4)},
+    "detectable_format:number_highlighted_sections": Kind({"num_highlights": range(1, 5)},
         "Emphasise {num_highlights} or more passages by asterisks, *like this*.",
-        lambda t, num_highlights: count_highlights(t) >= num_highlights),
-    "detectable_format:multiple_sections": (
-        lambda r, w: {"section_spliter": r.choice(("Section", "SECTION")),
-                      "num_sections": r.randint(2, 5)},
+        lambda t, n: count_highlights(t) >= n),
+    "detectable_format:multiple_sections": Kind(
+        {"section_spliter": ("Section", "SECTION"), "num_sections": range(2, 6)},
         "Divide your answer into {num_sections} or more sections, headed {section_spliter} 1, "
         "{section_spliter} 2 and so on.",
-        lambda t, section_spliter, num_sections:
-            len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", t)) >= num_sections),
-    "detectable_format:json_format": (
-        lambda r, w: {}, "Give the whole answer as JSON, in a code block if you like.", is_json),
-    "detectable_format:title": (
-        lambda r, w: {}, "Give your answer a title in double angle brackets, as in <<my day>>.",
+        lambda t, name, n: len(re.findall(rf"{re.escape(name)}\s?\d+", t)) >= n),
+    "detectable_format:json_format": Kind({},
+        "Give the whole answer as JSON, in a code block if you like.", is_json),
+    "detectable_format:title": Kind({},
+        "Give your answer a title in double angle brackets, as in <<my day>>.",
         lambda t: any(title.strip("<> \t") for title in re.findall(r"<<[^\n]+>>", t))),
-    "combination:two_responses": (
-        lambda r, w: {},
+    "combination:two_responses": Kind({},
         "Give two different answers and nothing else, with ****** (six asterisks) between them.",
-        two_responses),
-    REPEAT: (
-        lambda r, w: {},
+        lambda t: len(parts := parts_between(r"\*{6}", t)) == len({*parts}) == 2),
+    REPEAT: Kind({"prompt_to_repeat": ()},
         "Before you answer, repeat the request above this sentence word for word, with nothing "
         "before it.",
-        lambda t, prompt_to_repeat="": bool(start := prompt_to_repeat.strip().lower())
-            and t.strip().lower().startswith(start)),
-    "startend:end_checker": (
-        lambda r, w: {"end_phrase": r.choice(ENDINGS)},
+        lambda t, prompt: t.strip().lower().startswith(prompt.strip().lower() or "\0")),
+    "startend:end_checker": Kind({"end_phrase": ENDINGS},
         'End with the words "{end_phrase}" and nothing after them.',
-        lambda t, end_phrase: t.strip().strip('"').lower().endswith(end_phrase.strip().lower())),
-    "change_case:capital_word_frequency": (
-        lambda r, w: some(r, "capital_frequency", "capital_relation", range(4, 12), range(2, 12)),
+        lambda t, end: t.strip().strip('"').lower().endswith(end.strip().lower())),
+    "change_case:capital_word_frequency": Kind(
+        bounded("capital_frequency", range(4, 12), range(2, 12), "capital_"),
         "Use words in capital letters {capital_relation} {capital_frequency} times.",
-        lambda t, capital_frequency, capital_relation:
-            enough(count_capital_words(t), capital_frequency, capital_relation)),
-    "change_case:english_capital": (
-        lambda r, w: {}, "Answer in English, in capital letters alone.",
+        lambda t, relation, n: enough(count_capital_words(t), relation, n)),
+    "change_case:english_capital": Kind({}, "Answer in English, in capital letters alone.",
         lambda t: t.isupper() and language_of(t) == "en"),
-    "change_case:english_lowercase": (
-        lambda r, w: {}, "Answer in English, in small letters alone, without any capital.",
+    "change_case:english_lowercase": Kind({},
+        "Answer in English, in small letters alone, without any capital.",
         lambda t: t.islower() and language_of(t) == "en"),
-    "punctuation:no_comma": (lambda r, w: {}, "Do without commas.", lambda t: "," not in t),
-    "startend:quotation": (
-        lambda r, w: {}, "Put your whole answer in double quotation marks.",
+    "punctuation:no_comma": Kind({}, "Do without commas.", lambda t: "," not in t),
+    "startend:quotation": Kind({}, "Put your whole answer in double quotation marks.",
         lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),
 }
 # fmt: on
 
-# those that go with few others, and groups of which any two exclude one another
-# fmt: off
-ONLY_WITH: dict[str, set[str]] = {
-    "detectable_format:constrained_response": set(),
-    "detectable_format:json_format": {"keywords:existence", "keywords:forbidden_words"},
-    "combination:two_responses": {
-        "keywords:existence", "keywords:forbidden_words", "detectable_format:title",
-        "punctuation:no_comma"},
-    REPEAT: {"keywords:existence", "detectable_format:title"},
-    "language:response_language": {  # nothing with English words, or that counts words or letters
-        "length_constraints:number_sentences", "length_constraints:number_paragraphs",
-        "detectable_content:number_placeholders", "detectable_content:postscript",
-        "detectable_format:number_bullet_lists", "detectable_format:number_highlighted_sections",
-        "detectable_format:title", "punctuation:no_comma", "startend:quotation"},
+# the kinds that go with few others, and groups of which any two exclude one another
+ONLY_WITH = {
+    "constrained_response": "",
+    "json_format": "existence forbidden_words",
+    "two_responses": "existence forbidden_words title no_comma",
+    "repeat_prompt": "existence title",
+    # nothing with English words, or that counts words or letters
+    "response_language": "number_sentences number_paragraphs number_placeholders postscript "
+    "number_bullet_lists number_highlighted_sections title no_comma quotation",
 }
-EXCLUSIVE: tuple[set[str], ...] = (
-    {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"},
-    {"change_case:capital_word_frequency", "change_case:english_capital",
-     "change_case:english_lowercase", "detectable_format:multiple_sections"},
+EXCLUSIVE = (
+    {"number_paragraphs", "nth_paragraph_first_word"},
+    {"capital_word_frequency", "english_capital", "english_lowercase", "multiple_sections"},
 )
-# fmt: on
 
 
 def compatible(a: str, b: str) -> bool:
     """Whether one answer can follow instructions of both kinds, whatever their arguments."""
+    a, b = (kind.partition(":")[2] for kind in (a, b))
     if a == b or any({a, b} <= group for group in EXCLUSIVE):
         return False
-    return b in ONLY_WITH.get(a, {b}) and a in ONLY_WITH.get(b, {a})
+    return b in ONLY_WITH.get(a, b).split() and a in ONLY_WITH.get(b, a).split()
 
 
 @dataclass(frozen=True)
@@ -1845,15 +1746,13 @@ class Instruction:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"instruction {self.kind!r} is none of {[*KINDS]}")
-        args = dict(self.args)
-        try:
-            inspect.signature(KINDS[self.kind][2]).bind("", **args)
-        except TypeError as e:
-            raise ValueError(f"instruction {self.kind!r} with arguments {args}: {e}") from None
-        for key, value in args.items():
-            known = CHOICES.get(key.rpartition("_")[2], [value])
+        args, takes = dict(self.args), KINDS[self.kind].args
+        if args.keys() - takes or takes.keys() - args - {"prompt_to_repeat"}:
+            raise ValueError(f"instruction {self.kind!r} takes arguments {[*takes]}, not {[*args]}")
+        for name, value in args.items():
+            known = CLOSED.get(name.rpartition("_")[2], [value])
             if value not in known:
-                raise ValueError(f"{self.kind}: {key} is {value!r}, not one of {[*known]}")
+                raise ValueError(f"{self.kind}: {name} is {value!r}, not one of {[*known]}")
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> "Instruction":
@@ -1861,22 +1760,21 @@ class Instruction:
         return cls(obj["kind"], tuple(args.items()))
 
     def to_json(self) -> dict[str, Any]:
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args}
-        return {"kind": self.kind, "args": lists}
+        return {"kind": self.kind, "args": dict(self.args)}
 
     @property
     def text(self) -> str:
         """The sentence for the prompt."""
         shown = {k: ", ".join(v) if isinstance(v, tuple) else v for k, v in self.args}
+        shown = {k: "fewer than" if v == "less than" else v for k, v in shown.items()}
         if "language" in shown:
             shown["language"] = LANGUAGES[shown["language"]][0]
-        shown = {k: "fewer than" if v == "less than" else v for k, v in shown.items()}
-        return KINDS[self.kind][1].format(**shown)
+        return KINDS[self.kind].text.format(**shown)
 
     def met(self, response: str, prompt: str = "") -> bool:
         """prompt: what an instruction to repeat it means, where it does not say that itself."""
-        args = {"prompt_to_repeat": prompt} if self.kind == REPEAT else {}
-        return KINDS[self.kind][2](response, **args | dict(self.args))
+        kind, args = KINDS[self.kind], {"prompt_to_repeat": prompt, **dict(self.args)}
+        return kind.met(response, *(args[name] for name in kind.args))
 
 
 MOST_INSTRUCTIONS = 8
@@ -1886,18 +1784,29 @@ def draw_instructions(rng: random.Random, n: int, prompt: str = "") -> list[Inst
     """n instructions that one answer can follow; without a prompt none asks to repeat it."""
     if not 0 <= n <= MOST_INSTRUCTIONS:
         raise ValueError(f"n={n} instructions: 0 to {MOST_INSTRUCTIONS}")
+    kinds = [kind for kind in KINDS if prompt.strip() or kind != REPEAT]
     chosen: list[str] = []
     while len(chosen) < n:  # most often the first time
         chosen = []
-        for kind in rng.sample([*KINDS], k=len(KINDS)):
-            fits = all(compatible(kind, other) for other in chosen)
-            if fits and len(chosen) < n and (prompt.strip() or kind != REPEAT):
+        for kind in rng.sample(kinds, k=len(kinds)):
+            if len(chosen) < n and all(compatible(kind, other) for other in chosen):
                 chosen.append(kind)
     words = [word for word in KEYWORDS if word not in prompt.lower()]
-    words = rng.sample(words, k=len(words))
-    drawn = [(kind, KINDS[kind][0](rng, words)) for kind in chosen]
-    drawn = [(k, {"prompt_to_repeat": prompt} if k == REPEAT else args) for k, args in drawn]
-    return [Instruction(kind, tuple(args.items())) for kind, args in drawn]
+    rng.shuffle(words)
+    return [draw_instruction(rng, kind, words, prompt) for kind in chosen]
+
+
+def draw_instruction(rng: random.Random, kind: str, words: list[str], prompt: str) -> Instruction:
+    """Takes its words off the list."""
+    args: dict[str, Any] = {}
+    for name, choices in KINDS[kind].args.items():
+        if isinstance(choices, dict):
+            choices = choices[next(iter(args.values()))]
+        if isinstance(choices, int):
+            args[name] = tuple(words.pop() for _ in range(choices)) if choices > 1 else words.pop()
+        else:
+            args[name] = prompt if kind == REPEAT else rng.choice(choices)
+    return Instruction(kind, tuple(args.items()))
 
 
 # ---- ground truth: numbers and code --------------------------------------------------------------
@@ -1936,15 +1845,14 @@ def final_number(text: str) -> Fraction | None:
     part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
     text = re.sub(rf"\\[dt]?frac\s*{part}\s*{part}", r"\1\2/\3\4", text)
-    if found := BOXED.findall(text) or re.findall(r"####\s*([-$.0-9][^\n]*)", text):
-        values = numbers_in(found[-1].rpartition("=")[2]) or numbers_in(found[-1])
-        return values[0] if values else None
-    said = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
-    said = re.split(r"\n|[.!?;](?=\s|$)", said[-1].lstrip(" :\n"))[0] if said else ""
-    if values := numbers_in(said.rpartition("=")[2]) or numbers_in(said):
-        return values[0]
-    values = numbers_in(text)
-    return values[-1] if values else None
+    if marked := BOXED.findall(text) or re.findall(r"####\s*([-$.0-9][^\n]*)", text):
+        said, otherwise = marked[-1], []
+    else:
+        after = re.split(r"(?i)\banswer\s*(?:is|:|=)", text)[1:]
+        said = re.split(r"\n|[.!?;](?=\s|$)", after[-1].lstrip(" :\n"))[0] if after else ""
+        otherwise = numbers_in(text)[-1:]
+    values = numbers_in(said.rpartition("=")[2]) or numbers_in(said) or otherwise
+    return values[0] if values else None
 
 
 def same_number(a: str | Fraction | float | None, b: str | Fraction | float | None) -> bool:
@@ -2038,7 +1946,6 @@ def refuse_ways_out() -> type[Exception]:
 
 
 def confined() -> None:
-    import builtins
     import linecache
     import traceback
     import types
@@ -2047,7 +1954,6 @@ def confined() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     enclose(job["memory_mib"], job["timeout"])
     main, code, reason = types.ModuleType("__main__"), job["code"], "ok"
-    main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"], sys.argv = main, ["program.py"]
     linecache.cache["program.py"] = (len(code), None, code.splitlines(True), "program.py")
     refused = refuse_ways_out()
@@ -2076,57 +1982,41 @@ def run_python(
     It is no container: limits of the kernel and Python's audit hooks stop what a model may write by
     mistake, not who wants to get out (by native code, or the caller's frames), and it can read what
     we can. The programs of strangers, in numbers, want a virtual machine."""
-    if timeout <= 0 or memory_mib < 64 or output_limit < 0:
+    if timeout <= 0 or memory_mib < 64 or not 0 <= output_limit < 16 << 20:
         given = f"timeout={timeout}, memory_mib={memory_mib}, output_limit={output_limit}"
-        raise ValueError(f"{given}: at least 64 MiB, and some time")
-    seal = f"\n{secrets.token_hex(16)} ".encode()
-    job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal.decode())
+        raise ValueError(f"{given}: some time, at least 64 MiB, and output of less than 16 MiB")
+    seal = f"\n{secrets.token_hex(16)} "  # before the verdict: a program cannot write its own
+    job = dict(code=code, timeout=timeout, memory_mib=memory_mib, seal=seal)
     guard = "\n".join(map(inspect.getsource, (enclose, refuse_ways_out, confined)))
+    guard = f"import contextlib, json, os, sys\n{guard}\nconfined()"
     # not -I, which would ignore this environment, and it has no more
     environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-    imports = "import contextlib, json, os, sys"
-    command = [sys.executable, "-s", "-P", "-B", "-u", "-c", f"{imports}\n{guard}\nconfined()"]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with tempfile.TemporaryDirectory() as folder:
-        environment["TMPDIR"] = folder
+    # a file, not a pipe: who is left behind with its end open is not waited for
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("a+b") as out:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, start_new_session=True, **pipes
+            [sys.executable, "-s", "-P", "-B", "-u", "-c", guard],
+            cwd=folder,
+            env=environment | {"TMPDIR": folder},
+            start_new_session=True,
+            **dict(stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT),
         )
         try:
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                pipe.write(json.dumps(job).encode())
-            raw, reason = drain(process.stdout, timeout, output_limit, seal)
-            if not reason and seal not in raw:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(job).encode(), timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
-            status = process.wait()
-    output, _, verdict = raw.partition(seal)
+            status = process.wait() % 256  # a signal is 256 - its number, as enclose tells it
+        out.seek(0)
+        output, _, verdict = out.read().partition(seal.encode())
     if len(output) > output_limit:
         reason = "output"
     elif verdict:
-        reason = verdict.decode().strip()
-    elif not reason:  # killed for its CPU time (232, 247: in its namespaces), gone, or crashed
-        killed = status in (-signal.SIGXCPU, 256 - signal.SIGXCPU, 256 - signal.SIGKILL)
-        reason = "timeout" if killed else "exit" if 0 <= status < 128 else "error"
+        reason = verdict.split()[0].decode()
+    else:  # stopped by us or for its CPU time, gone, or crashed
+        late = status in (256 - signal.SIGKILL, 256 - signal.SIGXCPU)
+        reason = "timeout" if late else "exit" if status < 128 else "error"
     return Ran(reason == "ok", reason, output[:output_limit].decode(errors="replace"))
-
-
-def drain(stream: Any, timeout: float, limit: int, seal: bytes) -> tuple[bytes, str]:
-    """Output up to its end, or its verdict after the seal, and why it was left, if it was."""
-    raw, deadline = b"", time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([stream], [], [], left)[0]:
-            chunk = os.read(stream.fileno(), 1 << 16)
-            raw += chunk
-            if not chunk or raw.partition(seal)[2].endswith(b"\n"):
-                return raw, ""
-            if len(raw) > limit + 64:
-                return raw, "output"
-    return raw, "timeout"
 
 
 # ---- the demo's tasks ----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from data import (
     Decontaminator,
     Instruction,
     compatible,
+    draw_instruction,
     draw_instructions,
     extract_code,
     final_number,
@@ -242,8 +243,9 @@ def test_the_answer_of_a_model_that_got_stuck_takes_no_longer(part):
     for read in (parse_list, normalise, final_number, extract_code, language_of):
         read(text)
     near_duplicates([text, text + " a"])
-    for kind, (draw, _, met) in KINDS.items():
-        assert met(text, **draw(random.Random(0), [*KEYWORDS])) in (True, False), kind
+    for kind in KINDS:
+        instruction = draw_instruction(random.Random(0), kind, [*KEYWORDS], "")
+        assert instruction.met(text) in (True, False), kind
     assert time.process_time() - start < 8
 
 
@@ -292,21 +294,13 @@ def test_near_duplicates_are_those_that_brute_force_finds():
         texts.append(edited(rng, near, rng.choice((0, 1, 1, 2, 5))).title() + rng.choice(" .!"))
     sets = [shingles(normalise(text)) for text in texts]
     for threshold in (0.5, 0.9):
-        found = near_duplicates(texts, threshold)
-        kept, likely, missed = [], 0, 0
-        for i, hit in enumerate(found):
-            same = {j: jaccard(sets[i], sets[j]) for j in kept}
-            if hit:
-                j, index = hit
-                assert j in kept and index == same[j] >= threshold  # verified: never a false one
-                assert index == max(same.values()) or index < 0.85
-            elif (best := max(same.values(), default=0)) >= max(threshold, 0.85):
-                missed += 1
-            else:
-                assert best < 1
-            likely += max(same.values(), default=0) >= max(threshold, 0.85)
+        kept, likely = [], 0
+        for i, hit in enumerate(near_duplicates(texts, threshold)):
+            best, j = max(((jaccard(sets[i], sets[j]), -j) for j in kept), default=(0, 0))
+            assert hit == ((-j, best) if best >= threshold else None)
+            likely += hit is not None
             kept += [] if hit else [i]
-        assert likely > 20 and missed <= likely * 0.05
+        assert likely > 20
     assert near_duplicates(texts) == near_duplicates(texts)
 
 
@@ -498,9 +492,11 @@ def test_an_instruction_survives_json_and_wrong_ones_are_named():
             assert again == instruction and hash(again) == hash(instruction)
     with pytest.raises(ValueError, match="'keywords:any' is none of"):
         Instruction("keywords:any")
-    with pytest.raises(ValueError, match="keywords:existence.*missing a required argument"):
+    with pytest.raises(
+        ValueError, match=r"keywords:existence.* takes arguments \['keywords'\], not \[\]"
+    ):
         Instruction("keywords:existence")
-    with pytest.raises(ValueError, match="unexpected keyword"):
+    with pytest.raises(ValueError, match=r"no_comma.* takes arguments \[\], not \['n'\]"):
         Instruction("punctuation:no_comma", (("n", 1),))
     with pytest.raises(ValueError, match="language is 'xx', not one of"):
         Instruction("language:response_language", (("language", "xx"),))
