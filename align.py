@@ -925,7 +925,7 @@ def demo_engine(run: Path) -> Engine:
 def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
     """What a run's model does with the held-out tasks, sampled once each at temperature 1, by the
     program, which no training has seen, and by the reward model, which made the preferences."""
-    tasks = demo_tasks(cfg, "marks", 400, 0.5, held_out=True)
+    tasks = demo_tasks(cfg, "marks", 1000, 0.5, held_out=True)
     engine, referee = demo_engine(run), demo_engine(judge)
     texts = [some[0] for some in answers(engine, tasks, 1, cfg.seed)]
     pairs = []
@@ -1036,8 +1036,8 @@ class IterateConfig:
     referee: str = ""
     """A reward model's folder; default: data.reward, which has chosen the data as well."""
     demo: DemoConfig | None = None
-    """The demo's tasks instead of data's prompts, its base, its general_sft as the first generator
-    and its reward model; what is not there is made first. The program marks each round."""
+    """The demo's tasks instead of data's prompts, its base and reward model, and as first generator
+    a fifth of its SFT; what is not there is made first. The program marks each round."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -1050,7 +1050,9 @@ def weak_to_strong() -> IterateConfig:
     """the demo's tasks and models, on a laptop"""
     stage = demo_stage(Path(), Path())
     sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
-    both = (replace(demo_loss(name), **stage) for name in ("dpo", "rpo"))
+    # milder than the demo: what SFT on filtered answers leaves is harder to tell apart
+    how = dict(beta=0.3, lr=5e-5, min_lr=5e-6, **stage)
+    both = (replace(demo_loss(name), **how) for name in ("dpo", "rpo"))
     both = dict(zip(("dpo", "rpo"), both, strict=True))
     return IterateConfig(data=OWN_ANSWERS, sft=sft, **both, demo=DemoConfig())
 
@@ -1089,10 +1091,11 @@ def iterate(cfg: IterateConfig) -> None:
     if world_size() > 1:
         raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
     if cfg.demo:
-        for make in demo_start(cfg.demo).values():
+        at, stages = cfg.demo.out, demo_start(cfg.demo)
+        stages["weak"] = partial(demo_sft, cfg.demo, "weak", at / "code_sft", 0.15, 3_500)
+        for make in stages.values():
             whole(make())
-        at = cfg.demo.out
-        data = replace(cfg.data, model=at / "general_sft", reward=str(at / "reward"))
+        data = replace(cfg.data, model=at / "weak", reward=str(at / "reward"))
         cfg = replace(cfg, bases=cfg.bases or (str(at / "base"),), data=data)
     generator, lineage = cfg.data.model, []
     rows = {"the first generator": score_of(cfg, generator)}

@@ -412,7 +412,7 @@ def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
     assert (tmp_path / "loop/round_1/sft/metrics.jsonl").stat().st_mtime == before
     lineage = json.loads((tmp_path / "loop" / "lineage.json").read_text())
     assert lineage[:3] == json.loads(first) and len(lineage) == 6
-    assert [Path(row["generator"]).name for row in lineage] == ["general_sft"] * 3 + ["rpo"] * 3
+    assert [Path(row["generator"]).name for row in lineage] == ["weak"] * 3 + ["rpo"] * 3
     assert lineage[3]["generator"] == lineage[2]["run"]
     assert [Path(row["init"]).name for row in lineage] == ["base", "sft", "dpo"] * 2
     table = (tmp_path / "loop" / "table.md").read_text().splitlines()
