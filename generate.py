@@ -1751,7 +1751,8 @@ class Pipeline:
 
     def __init__(self, cfg: SynthesizeConfig) -> None:
         self.cfg, self.counts, self.dropped = cfg, Counter(), []
-        self.benchmarks = Decontaminator(read_evaluations(cfg.evaluations))
+        items = ((Path(where).name, text) for where, text in read_evaluations(cfg.evaluations))
+        self.benchmarks = Decontaminator(items)
         self.backends: dict[str, Local | Endpoint] = {}
         self.model = self.backend(str(cfg.model))
         self.answerers = [self.model, *map(self.backend, cfg.answerers)]
