@@ -1582,6 +1582,7 @@ class SynthesizeConfig(EngineConfig):
 
 Record = dict[str, Any]
 Want = Literal["text", "verdict", "rewards"]
+Asked = list[tuple[Messages, dict[str, Any]]]  # and how to sample
 
 
 @dataclass(frozen=True)
@@ -1600,6 +1601,46 @@ class Reply(NamedTuple):
     scores: dict[str, float] = {}  # a reward model's attributes, or log-probabilities of A and B
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt: what is said up to a user's turn; a topic or a task as well."""
+
+    kind: str
+    messages: tuple[dict[str, str], ...]
+    parents: tuple[str, ...] = ()
+    topic: str = ""
+    truth: dict[str, Any] = field(default_factory=dict)
+    """By what a program judges: `answer`, `tests`, or `instructions` and their `scope`."""
+    document: str = ""
+    """That is asked about, and part of the prompt."""
+
+    @property
+    def text(self) -> str:
+        """What the user says, but for the document, with which all questions on it are alike."""
+        said = "\n".join(m["content"] for m in self.messages if m["role"] != "assistant")
+        return said.replace(self.document, "") if self.document else said
+
+    def grown(self, role: str, text: str, *parents: str) -> "Question":
+        messages = (*self.messages, {"role": role, "content": text})
+        return replace(self, messages=messages, parents=(*self.parents, *parents))
+
+    def shorter(self, n: int) -> "Question":
+        """Without its last n messages, each of which came from a record."""
+        cut = slice(0, -n if n else None)
+        return replace(self, messages=self.messages[cut], parents=self.parents[cut])
+
+    def request(self, sample: int = 0) -> Request:
+        return Request([*self.messages], "", self.parents[-1:], sample)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def prompt(kind: str, text: str, *parents: str, **more: Any) -> Question:
+    return Question(kind, (user(text),), parents, **more)
+
+
 class Local:
     """A model in this process."""
 
@@ -1611,40 +1652,37 @@ class Local:
             kinds = ("a language model", "a reward model")
             raise ValueError(f"{cfg.model} is {kinds[not rates]}, not {kinds[rates]}")
 
-    def answers(
-        self, requests: list[Request], sampling: dict[str, Any], seeds: list[int], want: Want
-    ) -> Iterator[Reply]:
-        """In the order of the requests; a window of them is what a kill can lose."""
+    def answers(self, asked: Asked, want: Want) -> Iterator[Reply]:
+        """In their order; a window of them is what a kill can lose."""
         window = 16 * len(self.engine.slots)
-        for i in range(0, len(requests), window):
-            part = zip(requests[i : i + window], seeds[i : i + window], strict=True)
-            asked = [self.submit(r.messages, want, dict(sampling, seed=seed)) for r, seed in part]
-            for rows in asked:
+        for i in range(0, len(asked), window):
+            for rows in [self.submit(*one, want) for one in asked[i : i + window]]:
                 if not rows:
                     yield Reply("", "too long")
                     continue
-                done = [*self.engine.finished(rows)]
-                tokens, scores = (done[0].n_prompt, len(done[0].ids)), {}
+                done, scores = [*self.engine.finished(rows)], {}
                 if want == "rewards":
                     last = done[0].scores[-len(ATTRIBUTES) :]
                     scores = dict(zip(ATTRIBUTES, last, strict=True))
                 elif want == "verdict":
                     scores = {x: sum(one.logprobs) for x, one in zip("AB", done, strict=True)}
                 reason = "stop" if scores else done[0].finish_reason
+                tokens = (done[0].n_prompt, len(done[0].ids))
                 yield Reply(done[0].text.strip(), reason, tokens, scores)
 
-    def submit(self, chat: Messages, want: Want, sampling: dict[str, Any]) -> list[Row]:
+    def submit(self, chat: Messages, how: dict[str, Any], want: Want) -> list[Row]:
         """What the engine computes for an answer; nothing if that has no room in its context."""
         engine, tokenizer = self.engine, self.engine.tokenizer
-        rendered = render_reward(chat, tokenizer) if want == "rewards" else None
-        ids = (render_chat(chat, tokenizer)[0] if rendered is None else rendered).tolist()
-        letters = [list(tokenizer.encode(x)) for x in "AB"]
+        ids = (
+            render_reward(chat, tokenizer) if want == "rewards" else render_chat(chat, tokenizer)[0]
+        )
+        letters = [[*tokenizer.encode(x)] for x in "AB"]
         room = {"text": 1, "rewards": 0, "verdict": max(map(len, letters))}[want]
         if len(ids) + room > engine.context:
             return []
         if want == "verdict":
-            return [engine.submit_pair(ids, letter) for letter in letters]
-        how = dict(max_tokens=0) if want == "rewards" else sampling
+            return [engine.submit_pair(ids.tolist(), letter) for letter in letters]
+        how = dict(max_tokens=0) if want == "rewards" else how
         return engine.submit(ids, SamplingParams(stop_ids=chat_stops(tokenizer), **how))
 
 
@@ -1662,24 +1700,19 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=cfg.endpoint, api_key=key, **how)
 
-    def answers(
-        self, requests: list[Request], sampling: dict[str, Any], seeds: list[int], want: Want
-    ) -> Iterator[Reply]:
-        """In the order of the requests, at most `concurrency` under way and as many waiting behind
-        a slow one: so much a kill can lose."""
-        under_way: deque = deque()
-        work = iter(zip(requests, seeds, strict=True))
-        pool = ThreadPoolExecutor(self.concurrency)
+    def answers(self, asked: Asked, want: Want) -> Iterator[Reply]:
+        """In their order, at most `concurrency` under way and as many waiting behind a slow one: so
+        much a kill can lose."""
+        pool, under_way = ThreadPoolExecutor(self.concurrency), deque()
         try:
-            while True:
-                for request, seed in itertools.islice(work, 2 * self.concurrency - len(under_way)):
-                    how = dict(sampling, seed=seed)
-                    under_way.append(pool.submit(self.ask, request.messages, how, want))
-                if not under_way:
-                    return
+            for one in asked:
+                if len(under_way) == 2 * self.concurrency:
+                    yield under_way.popleft().result()
+                under_way.append(pool.submit(self.ask, *one, want))
+            while under_way:
                 yield under_way.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, messages: Messages, how: dict[str, Any], want: Want) -> Reply:
         import openai
@@ -1737,12 +1770,6 @@ def identity(folder: Path) -> str:
 def fresh(*parts: Any) -> str:
     """The hash of what a record depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-class Item(NamedTuple):
-    text: str
-    parents: tuple[str, ...]
-    topic: str = ""
 
 
 class Pipeline:
@@ -1816,10 +1843,10 @@ class Pipeline:
             if ids[-1] not in known:
                 todo.setdefault(ids[-1], request)
         if todo:
-            seeds = [int(key[:7], 16) for key in todo]
-            replies = backend.answers([*todo.values()], sampling, seeds, want)
+            work = [(r.messages, dict(sampling, seed=int(k[:7], 16))) for k, r in todo.items()]
             bar = tqdm(total=len(todo), desc=stage, disable=not log.isEnabledFor(20), leave=False)
             path = self.folder / f"{stage}.jsonl" if self.leads else Path(os.devnull)
+            replies = backend.answers(work, want)
             with path.open("ab") as f, bar:
                 for (key, request), reply in zip(todo.items(), replies, strict=True):
                     record = dict(
@@ -1841,16 +1868,16 @@ class Pipeline:
     def fill(self, template: str, parents: tuple[str, ...] = (), **inputs: Any) -> Request:
         return Request([user(TEMPLATES[template].format(**inputs))], template, parents)
 
-    def lists(self, stage: str, n: int, inputs: list[dict[str, Any]]) -> list[list[Item]]:
+    def lists(self, stage: str, n: int, inputs: list[dict[str, Any]]) -> list[list[Question]]:
         """Of each input n items: the answer is read as a list, rewritten by the model if it is
         none, and asked for again, twice at most, for what is missing."""
-        found: list[dict[str, Item]] = [{} for _ in inputs]
+        found: list[dict[str, Question]] = [{} for _ in inputs]
         for attempt in range(3 if n else 0):
             short, requests = [i for i, items in enumerate(found) if len(items) < n], []
             for i in short:
                 request = self.fill(stage, n=n - len(found[i]), **inputs[i])
                 if found[i]:
-                    others = "".join(f"\n- {item.text}" for item in found[i].values())
+                    others = "".join(f"\n- {q.text}" for q in found[i].values())
                     request.messages[0]["content"] += f"\nNone of these again:{others}"
                 requests.append(replace(request, sample=attempt))
             records = self.ask(stage, requests)
@@ -1863,7 +1890,7 @@ class Pipeline:
                 a = instead.get(a["id"], a)
                 items = parse_list(a["text"])
                 for text in items if a["finish_reason"] == "stop" else items[:-1]:  # a cut one
-                    found[i].setdefault(normalise(text), Item(text, (a["id"],)))
+                    found[i].setdefault(normalise(text), prompt(stage, text, a["id"]))
         self.counts[f"{stage}: lists too short"] += sum(len(items) < n for items in found)
         return [[*items.values()][:n] for items in found]
 
@@ -1894,9 +1921,8 @@ class Pipeline:
 
     def drop(self, reason: str, stage: str, text: Any, evidence: Any, parents: Any = ()) -> None:
         self.counts[f"{stage}: {reason}"] += 1
-        self.dropped.append(
-            dict(reason=reason, stage=stage, evidence=evidence, text=text, parents=parents)
-        )
+        row = dict(reason=reason, stage=stage, evidence=evidence, text=text, parents=parents)
+        self.dropped.append(row)
 
 
 def kept(record: Record) -> Record:
@@ -1908,96 +1934,52 @@ def kept(record: Record) -> Record:
 # ---- the synthetic data pipeline: prompts --------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt: what is said up to a user's turn."""
-
-    kind: str
-    messages: tuple[dict[str, str], ...]
-    parents: tuple[str, ...] = ()
-    topic: str = ""
-    truth: dict[str, Any] = field(default_factory=dict)
-    """By what a program judges: `answer`, `tests`, or `instructions` and their `scope`."""
-    document: str = ""
-    """That is asked about, and part of the prompt."""
-
-    @property
-    def text(self) -> str:
-        return "\n".join(m["content"] for m in self.messages if m["role"] != "assistant")
-
-    def grown(self, message: dict[str, str], *parents: str) -> "Question":
-        return replace(self, messages=(*self.messages, message), parents=(*self.parents, *parents))
-
-    def shorter(self, n: int) -> "Question":
-        """Without its last n messages, each of which came from a record."""
-        cut = slice(0, -n if n else None)
-        return replace(self, messages=self.messages[cut], parents=self.parents[cut])
-
-    def request(self, sample: int = 0) -> Request:
-        return Request([*self.messages], "", self.parents[-1:], sample)
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
 def history(messages: Iterable[dict[str, str]]) -> str:
     return "\n".join(f"<<{m['role'].upper()}>>\n{m['content']}" for m in messages)
 
 
-def single(kind: str, items: Iterable[Item]) -> list[Question]:
-    return [Question(kind, (user(i.text),), i.parents, i.topic) for i in items]
-
-
-def derived(p: Pipeline, stage: str, n: int, items: list[Item], **more: Any) -> list[Item]:
+def derived(
+    p: Pipeline, stage: str, n: int, items: list[Question], kind: str = "", **more: Any
+) -> list[Question]:
     """n new items from each item."""
-    inputs = [{"topic": i.text, "text": i.text, "parents": i.parents, **more} for i in items]
+    inputs = [{"topic": q.text, "text": q.text, "parents": q.parents, **more} for q in items]
     pairs = zip(items, p.lists(stage, n, inputs), strict=True)
-    return [new._replace(topic=i.topic or i.text) for i, news in pairs for new in news]
+    more = [(new, q.topic or q.text) for q, news in pairs for new in news]
+    return [replace(new, kind=kind or stage, topic=topic) for new, topic in more]
 
 
-def once(items: Iterable[Item]) -> list[Item]:
-    """The first of each text."""
-    first: dict[str, Item] = {}
-    for item in items:
-        first.setdefault(normalise(item.text), item)
-    return [*first.values()]
+def once(items: Iterable[Question]) -> list[Question]:
+    """One of each text."""
+    return [*{normalise(q.text): q for q in items}.values()]
 
 
-def topics(p: Pipeline, r: Recipe) -> list[Item]:
+def topics(p: Pipeline, r: Recipe) -> list[Question]:
     """Macro-topics and what is below them (SPEC 5.1)."""
-    macro = [i._replace(topic=i.text) for i in p.lists("macro_topics", r.macro_topics, [{}])[0]]
+    macro = [replace(q, topic=q.text) for q in p.lists("macro_topics", r.macro_topics, [{}])[0]]
     return once([*macro, *derived(p, "subtopics", r.subtopics, macro)])
 
 
-def plain_questions(p: Pipeline, r: Recipe, about: list[Item]) -> dict[str, list[Question]]:
+def plain_questions(p: Pipeline, r: Recipe, about: list[Question]) -> list[Question]:
     """Open questions and writing tasks, as they are and refined."""
-    asked = {"open question": derived(p, "questions", r.questions, about), "writing": []}
+    asked, tasks = derived(p, "questions", r.questions, about, "open question"), []
     for material in MATERIALS[: r.materials]:
-        asked["writing"] += derived(p, "writing", 1, about, material=material)
-    refine = {"open question": "refine_question", "writing": "refine_writing"}
-    return {
-        kind: single(kind, [*items, *derived(p, refine[kind], r.refinements, items)])
-        for kind, items in asked.items()
-    }
+        tasks += derived(p, "writing", 1, about, material=material)
+    asked += derived(p, "refine_question", r.refinements, asked, "open question")
+    return [*asked, *tasks, *derived(p, "refine_writing", r.refinements, tasks, "writing")]
 
 
 def documents_of(p: Pipeline, n: int) -> list[str]:
     """The beginnings of documents, 2,000 characters at most, cut at a line's end if there is one;
     none comes twice or is in a benchmark."""
-    paths, texts = [*p.cfg.documents], []
+    paths, found = [*p.cfg.documents], []
     given = read_documents(paths, "text") if paths else embedded_english()
     for text in itertools.islice((d for d in given if isinstance(d, ValueError) or d.strip()), n):
         if isinstance(text, ValueError):
             raise text
         cut = text.rfind("\n", 200, 2000)
-        texts.append(text[: 2000 if cut < 0 else cut].strip() if len(text) > 2000 else text)
-    good = hygiene(p, "documents", [Item(text, ()) for text in texts])
-    return [*itertools.compress(texts, good)]
+        text = text[: 2000 if cut < 0 else cut].strip() if len(text) > 2000 else text
+        found.append(prompt("document", text))
+    return [q.text for q in hygiene(p, "documents", found)]
 
 
 def closed_questions(p: Pipeline, r: Recipe, documents: list[str]) -> list[Question]:
@@ -2005,10 +1987,9 @@ def closed_questions(p: Pipeline, r: Recipe, documents: list[str]) -> list[Quest
     rng, questions = random.Random(f"{p.cfg.seed}/joins"), []
     lists = p.lists("closed", r.closed, [{"document": text} for text in documents])
     for document, items in zip(documents, lists, strict=True):
-        for i in items:
-            text = rng.choice(JOINS).format(document=document, text=i.text)
-            q = Question("closed question", (user(text),), i.parents, document=document)
-            questions.append(q)
+        for q in items:
+            text = rng.choice(JOINS).format(document=document, text=q.text)
+            questions.append(prompt("closed question", text, *q.parents, document=document))
     return questions
 
 
@@ -2022,17 +2003,17 @@ def approved(
     return [(what, a, yes.match(a["text"]) is not None) for (what, _), a in pairs]
 
 
-def notions(p: Pipeline, r: Recipe, documents: list[str], about: str) -> list[Item]:
+def notions(p: Pipeline, r: Recipe, documents: list[str], about: str) -> list[Question]:
     """Keywords of mathematics or Python: fields, what is within them, and the documents' words that
     the model takes for one."""
     inputs = [{"level": level} for level in LEVELS] if about == "math" else [{}]
-    fields_ = once(i for items in p.lists(f"{about}_topics", r.fields, inputs) for i in items)
+    fields_ = once(q for items in p.lists(f"{about}_topics", r.fields, inputs) for q in items)
     # what may be a notion: long words that return
     words = Counter(w.lower() for text in documents for w in re.findall(r"[^\W\d_]{6,}", text))
     names = sorted(words, key=lambda w: (-words[w], w))[: r.entities]
     asked = [(name, p.fill(f"{about}_entity", entity=name)) for name in names]
     judged = approved(p, f"{about}_entity", asked, 64)
-    found = [Item(name, (a["id"],)) for name, a, yes in judged if yes]
+    found = [prompt("notion", name, a["id"]) for name, a, yes in judged if yes]
     return once([*fields_, *derived(p, f"{about}_subtopics", r.notions, fields_), *found])
 
 
@@ -2045,7 +2026,7 @@ def problems(p: Pipeline, r: Recipe, documents: list[str]) -> list[Question]:
     ):
         words = notions(p, r, documents, about)
         for k, grade in enumerate(grades):
-            questions += single(about, derived(p, grade, r.problems, words[k :: len(grades)]))
+            questions += derived(p, grade, r.problems, words[k :: len(grades)], about)
     return questions
 
 
@@ -2065,27 +2046,25 @@ def instructed(p: Pipeline, n: int, source: list[Question]) -> list[Question]:
             text = f"In each of your answers: {text}" if scope == "conversation" else text
             out.append(replace(new, messages=(user(f"{q.text}\n{text}"),)))
     for (q, text), a in p.answers("first_answers", revised):
-        again = user(f"Write your answer again. {text}")
-        out.append(q.grown(assistant(a["text"]), a["id"]).grown(again))
+        again = f"Write your answer again. {text}"
+        out.append(q.grown("assistant", a["text"], a["id"]).grown("user", again))
     return out
 
 
-def distracted(p: Pipeline, n: int, about: list[Item]) -> list[Question]:
+def distracted(p: Pipeline, n: int, about: list[Question]) -> list[Question]:
     """Instructions to keep to a subject, a conversation, and a message that leads away from it."""
     asked = []
-    for i in derived(p, "rules", 1, about[:n]):
-        first = user(f"I have a question about {i.topic}. Where do I begin?")
-        rules = {"role": "system", "content": i.text}
-        asked.append(Question("distracted", (rules, first), i.parents, i.topic))
-    answered = grown_by_answers(p, "on_topic", asked)
+    for q in derived(p, "rules", 1, about[:n], "distracted"):
+        rules = {"role": "system", "content": q.text}
+        first = user(f"I have a question about {q.topic}. Where do I begin?")
+        asked.append(replace(q, messages=(rules, first)))
+    answered = answer_each(p, "on_topic", asked)
     return users_turn(p, "distractor", answered, ("distractor",), temperature=1.0)
 
 
-def grown_by_answers(
-    p: Pipeline, stage: str, chats: list[Question], **sampling: Any
-) -> list[Question]:
+def answer_each(p: Pipeline, stage: str, chats: list[Question], **sampling: Any) -> list[Question]:
     said = p.answers(stage, [(q, q.request()) for q in chats], **sampling)
-    return [q.grown(assistant(a["text"]), a["id"]) for q, a in said]
+    return [q.grown("assistant", a["text"], a["id"]) for q, a in said]
 
 
 def users_turn(
@@ -2104,7 +2083,7 @@ def users_turn(
         how = dict(history=history(turns), rules=rules)
         asked.append((q, p.fill(templates[i % len(templates)], q.parents[-1:], **how)))
     said = p.answers(stage, asked, temperature=temperature)
-    return [q.grown(user(text), a["id"]) for q, a in said if (text := clean(a["text"]))]
+    return [q.grown("user", text, a["id"]) for q, a in said if (text := clean(a["text"]))]
 
 
 PLEASANTRIES = re.compile(
@@ -2133,7 +2112,7 @@ def converse(p: Pipeline, stage: str, chats: list[Question], turns: int) -> list
     for turn in range(turns):
         if turn:
             chats = users_turn(p, f"{stage}_user", chats, first=turn)
-        chats = grown_by_answers(p, f"{stage}_assistant", chats, temperature=0.0)
+        chats = answer_each(p, f"{stage}_assistant", chats, temperature=0.0)
     return chats
 
 
@@ -2161,48 +2140,45 @@ def all_prompts(p: Pipeline, r: Recipe) -> list[Question]:
     """What people gave comes first: a mistake in it shows before anything is asked."""
     own, documents = own_prompts(p.cfg), documents_of(p, r.documents)
     about = topics(p, r)
-    asked = plain_questions(p, r, about)
-    both = [*asked["open question"], *asked["writing"]]
-    begun = [replace(q, kind="two turns") for q in asked["open question"][::-1][: r.two_turn]]
+    both = plain_questions(p, r, about)
+    begun = [replace(q, kind="two turns") for q in both if q.kind == "open question"]
+    begun = converse(p, "two_turn", begun[::-1][: r.two_turn], 1)
     return [
         *own, *both, *closed_questions(p, r, documents), *problems(p, r, documents),
         *instructed(p, r.instructed, both), *distracted(p, r.distracted, about),
-        *users_turn(p, "two_turn_user", converse(p, "two_turn", begun, 1)),
-        *single("incapable", derived(p, "incapable", 1, about[::-1][: r.incapable])),
+        *users_turn(p, "two_turn_user", begun),
+        *derived(p, "incapable", 1, about[::-1][: r.incapable]),
     ]  # fmt: skip
 
 
-def hygiene(p: Pipeline, stage: str, texts: list[Item], new_from: int = 0) -> list[bool]:
-    """Which texts repeat none before them and are in no benchmark, from the given one on."""
-    good = []
-    twins = near_duplicates([i.text for i in texts], p.cfg.near)
-    for item, twin in [*zip(texts, twins, strict=True)][new_from:]:
+def hygiene(
+    p: Pipeline, stage: str, questions: list[Question], new_from: int = 0
+) -> list[Question]:
+    """Those, from the given one on, that repeat none before them and are in no benchmark."""
+    good, twins = [], near_duplicates([q.text for q in questions], p.cfg.near)
+    for q, twin in [*zip(questions, twins, strict=True)][new_from:]:
         reason = evidence = ""
         if twin is not None:
             reason = "duplicate" if twin[1] == 1 else "near-duplicate"
-            evidence = f"{twin[1]:.3f}: {texts[twin[0]].text}"
-        elif marker := MARKER.search(item.text):
+            evidence = f"{twin[1]:.3f}: {questions[twin[0]].text}"
+        elif marker := MARKER.search(q.text):
             reason, evidence = "has a marker", marker[0]
-        elif evidence := p.benchmarks.evidence(item.text) or "":
+        elif evidence := p.benchmarks.evidence(q.text) or "":
             reason = "contaminated"
-        good.append(not reason)
         if reason:
-            p.drop(reason, stage, item.text, evidence, item.parents)
+            p.drop(reason, stage, q.text, evidence, q.parents)
+        else:
+            good.append(q)
     return good
 
 
 def clean_prompts(p: Pipeline, questions: list[Question]) -> list[Question]:
-    """Kind by kind: a prompt may return in another one, say with an instruction. What is asked
-    about a document is compared without it, with what else is asked about that one."""
+    """Kind by kind, for a prompt may return in another one, say with an instruction, and document
+    by document, for what is asked of one may be asked of another."""
     groups: dict[tuple[str, str], list[Question]] = {}
     for q in questions:
         groups.setdefault((q.kind, q.document), []).append(q)
-    out = []
-    for (_, document), group in groups.items():
-        texts = [q.text.replace(document, "") if document else q.text for q in group]
-        items = [Item(text, q.parents) for text, q in zip(texts, group, strict=True)]
-        out += itertools.compress(group, hygiene(p, "prompts", items))
-    return out
+    return [q for group in groups.values() for q in hygiene(p, "prompts", group)]
 
 
 # ---- the synthetic data pipeline: dialogues, judges, preferences, code ---------------------------
@@ -2336,7 +2312,7 @@ def responses(p: Pipeline, questions: list[Question], samples: int) -> list[dict
 def judged(p: Pipeline, questions: list[Question], samples: int) -> list[Answers]:
     """Answers with scores by the judge, ground truth aside, and ratings for rewards and labels."""
     sets = [*zip(questions, responses(p, questions, samples), strict=True)]
-    chats = [q.grown(assistant(t), s) for q, texts in sets for t, s in texts.items()]
+    chats = [q.grown("assistant", t, s) for q, texts in sets for t, s in texts.items()]
     ratings = iter(rate(p, "response_ratings", chats))
     pairs = [(q, a, b) for q, texts in sets for a, b in itertools.combinations(texts, 2)]
     margins = iter(compare(p, pairs) if p.cfg.judge != "reward" else [])
@@ -2360,7 +2336,7 @@ def choose(p: Pipeline, a: Answers) -> tuple[int, int, bool] | str:
     if len(a.texts) < 2:
         return "fewer than two answers"
     n = len(a.question.messages)
-    truth = [holds(a.question.grown(assistant(text)), n) for text in a.texts]
+    truth = [holds(a.question.grown("assistant", text), n) for text in a.texts]
     scored = [x is not None for x in a.scores]
     if truth[0] is None:
         found = best_and_worst(a.texts, a.scores, scored, p.cfg.min_gap)
@@ -2400,7 +2376,7 @@ def genetic(p: Pipeline, r: Recipe) -> list[Record]:
     """Genetic-Instruct (SPEC 5.7): colonies of programming tasks, new ones by crossover (few-shot)
     or by one of five evolutions; who has a solution that compiles and passes the judge lives on.
     The colonies are merged after every generation."""
-    population, rows = [Item(text, ()) for text in CODE_SEEDS], []
+    population, rows = [prompt("code", text, topic="Python") for text in CODE_SEEDS], []
     for generation in range(r.generations):
         crossed, evolved = [], []
         for colony in range(r.colonies):
@@ -2408,36 +2384,34 @@ def genetic(p: Pipeline, r: Recipe) -> list[Record]:
             for _ in range(r.offspring):
                 if rng.random() < 0.5:
                     some = rng.sample(population, min(3, len(population)))
-                    tasks = "\n".join(f"- {i.text}" for i in some)
-                    parents = tuple(s for i in some for s in i.parents)
+                    tasks = "\n".join(f"- {q.text}" for q in some)
+                    parents = tuple(s for q in some for s in q.parents)
                     crossed.append({"tasks": tasks, "parents": parents})
                 else:
-                    i, how = rng.choice(population), rng.choice(EVOLUTIONS)
-                    evolved.append((i, p.fill("evolve", i.parents, task=i.text, how=how)))
-        born = [i for items in p.lists("crossover", 1, crossed) for i in items]
-        said = p.answers("evolve", evolved, temperature=1.0)
-        born += [Item(a["text"], (a["id"],)) for _, a in said]
-        good = hygiene(p, "code", [*population, *born], len(population))
-        for i, a in solved(p, [*itertools.compress(born, good)]):
-            population.append(i)
-            chat = (user(i.text), assistant(a["text"]))
-            rows.append(row_of(Question("code", chat, (*i.parents, a["id"]), "Python")))
+                    q, how = rng.choice(population), rng.choice(EVOLUTIONS)
+                    evolved.append((q, p.fill("evolve", q.parents, task=q.text, how=how)))
+        made = [(q.text, *q.parents) for items in p.lists("crossover", 1, crossed) for q in items]
+        made += [(a["text"], a["id"]) for _, a in p.answers("evolve", evolved, temperature=1.0)]
+        born = [prompt("code", *one, topic="Python") for one in made]
+        new = solved(p, hygiene(p, "code", [*population, *born], len(population)))
+        rows += [row_of(chat) for chat in new]
+        population += [chat.shorter(1) for chat in new]
     return rows
 
 
-def solved(p: Pipeline, tasks: list[Item]) -> list[tuple[Item, Record]]:
+def solved(p: Pipeline, tasks: list[Question]) -> list[Question]:
     """The tasks with a solution that compiles and is judged right."""
-    asked = [(i, p.fill("solve", i.parents, task=i.text)) for i in tasks]
+    asked = [(q, p.fill("solve", q.parents, task=q.text)) for q in tasks]
     to_judge, fit = [], []
-    for i, a in p.answers("solve", asked):
+    for q, a in p.answers("solve", asked):
         code = extract_code(a["text"])
         if code is None or not compiles(code):
-            p.drop("does not compile", "code", a["text"], i.text, (a["id"],))
+            p.drop("does not compile", "code", a["text"], q.text, (a["id"],))
         else:
-            to_judge.append(((i, a), p.fill("fitness", (a["id"],), task=i.text, code=code)))
-    for (i, a), verdict, yes in approved(p, "fitness", to_judge, 128):
+            to_judge.append(((q, a), p.fill("fitness", (a["id"],), task=q.text, code=code)))
+    for (q, a), verdict, yes in approved(p, "fitness", to_judge, 128):
         if yes:
-            fit.append((i, a))
+            fit.append(q.grown("assistant", a["text"], a["id"]))
         else:
             p.drop("not fit", "code", a["text"], verdict["text"], (a["id"], verdict["id"]))
     return fit
@@ -2446,39 +2420,23 @@ def solved(p: Pipeline, tasks: list[Item]) -> list[tuple[Item, Record]]:
 # ---- the synthetic data pipeline: files ----------------------------------------------------------
 
 
-def with_system(messages: Messages) -> tuple[str, Messages]:
-    """The system turn's text, empty if there is none, and the other turns."""
-    first = messages[0]["role"] == "system"
-    return messages[0]["content"] if first else "", messages[first:]
-
-
-def nemo_chat(row: Record) -> Record:
-    system, turns = with_system(row["messages"])
-    said = [{"from": ROLES[m["role"]], "value": m["content"], "label": None} for m in turns]
-    return {"system": system, "mask": "User", "conversations": said, "type": None}
-
-
-def nemo_text(messages: Messages, end: str) -> str:
-    """In the template as text, as NeMo's files have it."""
-    system, turns = with_system(messages)
+def nemo(name: str, row: Record) -> Record:
+    """A row of a file in the shape that NeMo's has: preferences and labels with the template as
+    text."""
+    system, turns = "", row["messages"]
+    if turns[0]["role"] == "system":
+        system, turns = turns[0]["content"], turns[1:]
+    if "sft" in name:
+        said = [{"from": ROLES[m["role"]], "value": m["content"], "label": None} for m in turns]
+        return {"system": system, "mask": "User", "conversations": said, "type": None}
     said = (f"<extra_id_1>{ROLES[m['role']]}\n{m['content']}\n" for m in turns)
-    return f"<extra_id_0>System\n{system}\n{''.join(said)}{end}"
-
-
-def nemo_pair(row: Record) -> Record:
-    out = {"prompt": nemo_text(row["messages"], TO_ANSWER)}
+    text = f"<extra_id_0>System\n{system}\n{''.join(said)}"
+    if name == "reward":
+        label = [float(min(4, max(0, round(x)))) for x in row["label"]]
+        return {"text": f"{text}<extra_id_2>", "label": [float(IGNORE)] * 4 + label}
+    out = {"prompt": text + TO_ANSWER}
     out |= {f"{side}_response": f"{row[side]}\n<extra_id_1>" for side in ("chosen", "rejected")}
     return out | {key: row[key] for key in ("chosen_reward", "rejected_reward") if key in row}
-
-
-def nemo_scored(row: Record) -> Record:
-    label = [float(min(4, max(0, round(x)))) for x in row["label"]]
-    text = nemo_text(row["messages"], "<extra_id_2>")
-    return {"text": text, "label": [float(IGNORE)] * 4 + label}
-
-
-NEMO = {"sft": nemo_chat, "code_sft": nemo_chat, "preference": nemo_pair, "rpo": nemo_pair,
-        "reward": nemo_scored}  # fmt: skip
 
 
 def put(path: Path, text: str | Iterable[Record]) -> None:
@@ -2498,7 +2456,7 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
     n = round(len(questions) * r.preference_share)
     sets = judged(p, questions[:n], r.samples)
     rated = [
-        row_of(a.question.grown(assistant(text), parent), label=rating)
+        row_of(a.question.grown("assistant", text, parent), label=rating)
         for a in sets
         for text, parent, rating in zip(a.texts, a.parents, a.ratings, strict=True)
         if rating
@@ -2508,7 +2466,7 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
         "sft": dialogues(p, questions[n:], r.turns), "code_sft": genetic(p, r), "preference": pairs,
         "rpo": [row for row in pairs if "chosen_reward" in row], "reward": rated,
     }  # fmt: skip
-    files |= {f"nemo_{name}": [*map(shape, files[name])] for name, shape in NEMO.items()}
+    files |= {f"nemo_{name}": [nemo(name, row) for row in files[name]] for name in [*files]}
     files["dropped"] = p.dropped
     if p.leads:
         for name, rows in files.items():
@@ -2556,36 +2514,34 @@ def digest_of(file: Path) -> str:
 
 
 def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
-    cells = ["", head, ["---"] * len(head), *rows]
-    return ["", *(f"| {' | '.join(map(str, row))} |" for row in cells[1:])]
+    lines = (head, ["---"] * len(head), *rows)
+    return ["", *(f"| {' | '.join(map(str, row))} |" for row in lines)]
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
 
 
 def write_report(
     p: Pipeline, questions: list[Question], files: dict[str, list[Record]], seconds: float
 ) -> None:
-    def share(part: str, whole: str) -> str:
-        return of(p.counts[part], p.counts[whole])
-
-    def of(part: int, whole: int) -> str:
-        return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
-
-    stages = tokens_of(p)
+    stages, c = tokens_of(p), p.counts
     calls = sum(stage["records"] for stage in stages.values())
     mended = stages.get("list", {}).get("records", 0)
     reasons = Counter((row["stage"], row["reason"]) for row in p.dropped)
     spent = [(s, *n.values(), f"{p.seconds[s]:.1f}") for s, n in stages.items()]
+    agree = share(c["judge: both orders agree"], c["judge: pairs"])
+    first = share(c["judge: first wins"], c["judge: decided"])
+    right = share(c["judge: agrees with the truth"], c["judge: pairs with a truth"])
     lines = [
         f"# {calls} answers, {seconds:.0f} s", "",
-        f"Spent on lists that had to be rewritten: {of(mended, calls)}.",
+        f"Spent on lists that had to be rewritten: {share(mended, calls)}.",
         *table(("file", "rows"), [(f"{name}.jsonl", len(rows)) for name, rows in files.items()]),
         *table(("prompts", "kept"), sorted(Counter(q.kind for q in questions).items())),
         *table(("dropped at", "why", "rows"), [(*key, n) for key, n in sorted(reasons.items())]),
         *table(("stage", "answers", "prompt tokens", "new tokens", "seconds"), spent), "",
-        f"Judge: {p.cfg.judge}. Both orders agree: "
-        f"{share('judge: both orders agree', 'judge: pairs')}; the first answer wins: "
-        f"{share('judge: first wins', 'judge: decided')}; no verdict: "
-        f"{p.counts['judge: no verdict']}; agrees with ground truth: "
-        f"{share('judge: agrees with the truth', 'judge: pairs with a truth')}.", "",
+        f"Judge: {p.cfg.judge}. Both orders agree: {agree}; the first answer wins: {first}; no "
+        f"verdict: {c['judge: no verdict']}; agrees with ground truth: {right}.", "",
     ]  # fmt: skip
     if draw_histograms(p.cfg.out / "histograms.png", files, questions):
         lines += ["![lengths and topics](histograms.png)", ""]
@@ -2596,33 +2552,28 @@ def write_report(
 def draw_histograms(path: Path, files: dict[str, list[Record]], questions: list[Question]) -> bool:
     """Lengths of what was written, and the prompts of each topic; False without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         log.warning("no histograms: pip install -e '.[report]'")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    said = [m for row in files["sft"] for m in row["messages"]]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    said, pairs = [m for row in files["sft"] for m in row["messages"]], files["preference"]
     lengths = {
         "prompts": [len(q.text) for q in questions],
         "answers": [len(m["content"]) for m in said if m["role"] == "assistant"],
-        **{
-            side: [len(row[side]) for row in files["preference"]] for side in ("chosen", "rejected")
-        },
+        "chosen": [len(row["chosen"]) for row in pairs],
+        "rejected": [len(row["rejected"]) for row in pairs],
     }
     if drawn := {name: x for name, x in lengths.items() if x}:
         left.hist([*drawn.values()], bins=20, label=[*drawn])
         left.legend(frameon=False)
     left.set(xlabel="characters", ylabel="texts")
     found = Counter(q.topic or q.kind for q in questions).most_common(20)[::-1]
-    right.barh(range(len(found)), [n for _, n in found])
-    # a topic's dollars are no formula
-    right.set_yticks(range(len(found)), [name[:30].replace("$", r"\$") for name, _ in found])
+    names = [name[:30].replace("$", r"\$") for name, _ in found]  # dollars are no formula
+    right.barh(range(len(found)), [n for _, n in found], tick_label=names)
     right.set(xlabel="prompts of a topic")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return True
 
 
@@ -2977,6 +2928,8 @@ def main() -> None:
         dict(COMMANDS.values())[type(cfg)](cfg)
     except (ValueError, OSError) as e:
         sys.exit(f"generate.py: error: {e}")
+    except KeyboardInterrupt:
+        os._exit(130)  # without waiting for what an endpoint has still to answer
     if dist.is_initialized():
         shut_down()
 

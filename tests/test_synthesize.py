@@ -213,9 +213,9 @@ class Says:
     def __init__(self, reply):
         self.reply = reply
 
-    def answers(self, requests, sampling, seeds, want):
-        for request in requests:
-            said = self.reply(request.messages[-1]["content"], want)
+    def answers(self, asked, want):
+        for messages, _ in asked:
+            said = self.reply(messages[-1]["content"], want)
             yield said if isinstance(said, Reply) else Reply(said)
 
 
@@ -561,7 +561,7 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
 def test_what_does_not_fit_in_the_context_is_dropped_and_counted(nano, tmp_path):
     long = " ".join(WORDS * 30)
     p = Pipeline(local(nano, tmp_path / "one"))
-    chat = [generate.user(long), generate.assistant("x")]
+    chat = [generate.user(long), {"role": "assistant", "content": "x"}]
     for want, backend, messages in (
         ("text", p.model, chat[:1]), ("verdict", p.model, chat[:1]), ("rewards", p.reward, chat),
     ):  # fmt: skip
