@@ -1523,12 +1523,9 @@ class SynthesizeConfig(EngineConfig):
     an OpenAI-compatible --endpoint serves. The same command goes on where it was stopped."""
 
     model: Path = Path()  # Writes the prompts, plays both sides of dialogues, judges
-    endpoint: str = ""
-    """URL of an OpenAI-compatible server: vLLM, NIM, `generate.py serve`. Key: OPENAI_API_KEY."""
-    answerers: tuple[str, ...] = ()
-    """More models that answer preference prompts: other checkpoints."""
-    reward: str = ""
-    """A reward model, for ranking, filters and labels; without one, the model rates."""
+    endpoint: str = ""  # URL of a server, say vLLM, NIM, `generate.py serve`; key: OPENAI_API_KEY
+    answerers: tuple[str, ...] = ()  # More models that answer preference prompts
+    reward: str = ""  # A reward model: ranks, filters, labels; without one, the model rates
     judge: Literal["reward", "text", "logits"] = "reward"
     """Who ranks answers that nothing can verify: the rewards, or the model in both orders, by what
     it writes or by its probabilities of A and B."""
@@ -1547,11 +1544,9 @@ class SynthesizeConfig(EngineConfig):
     top_p: float = 0.7
     max_tokens: int = 1024
     longest: int = 4000  # Characters of an answer; longer ones are dropped
-    min_helpfulness: float = 3.0
-    """Of a dialogue's answers on average; NVIDIA's examples' threshold."""
+    min_helpfulness: float = 3.0  # Mean of a dialogue's answers; as NVIDIA's examples have it
     min_chosen: float = 0.0  # Reward of a chosen answer that no ground truth judged
-    min_gap: float = 0.0
-    """Between chosen and rejected, in what the judge goes by: rewards, or margins."""
+    min_gap: float = 0.0  # Between chosen and rejected: rewards, or the other judges' margins
     near: float = 0.7  # Similarity (Jaccard) from which a prompt repeats another
     concurrency: int = 16  # Requests under way at the endpoint
     retries: int = 12
@@ -1583,6 +1578,7 @@ class SynthesizeConfig(EngineConfig):
 Record = dict[str, Any]
 Want = Literal["text", "verdict", "rewards"]
 Asked = list[tuple[Messages, dict[str, Any]]]  # and how to sample
+For = list[tuple[Any, "Request"]]  # what each request belongs to
 
 
 @dataclass(frozen=True)
@@ -1772,6 +1768,9 @@ def fresh(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+Backend = Local | Endpoint
+
+
 class Pipeline:
     """The models, and the records of what they were asked: one file a stage, appended to in the
     order of the requests, so that a killed run, started again, leaves the same bytes."""
@@ -1780,7 +1779,7 @@ class Pipeline:
         self.cfg, self.counts, self.dropped = cfg, Counter(), []
         items = ((Path(where).name, text) for where, text in read_evaluations(cfg.evaluations))
         self.benchmarks = Decontaminator(items)
-        self.backends: dict[str, Local | Endpoint] = {}
+        self.backends: dict[str, Backend] = {}
         self.model = self.backend(str(cfg.model))
         self.answerers = [self.model, *map(self.backend, cfg.answerers)]
         self.reward = self.backend(cfg.reward, rates=True) if cfg.reward else None
@@ -1793,7 +1792,7 @@ class Pipeline:
         if world_size() > 1:
             dist.barrier()  # everyone has read before anyone writes
 
-    def backend(self, name: str, rates: bool = False) -> Local | Endpoint:
+    def backend(self, name: str, rates: bool = False) -> Backend:
         if (key := f"{name} {rates}") not in self.backends:
             if Path(name).is_dir() and name != ".":
                 made = Local(replace(self.cfg, model=Path(name)), rates)
@@ -1824,15 +1823,11 @@ class Pipeline:
         return records
 
     def ask(
-        self,
-        stage: str,
-        requests: list[Request],
-        backend: Local | Endpoint | None = None,
-        want: Want = "text",
+        self, stage: str, requests: list[Request], by: Backend | None = None, want: Want = "text",
         **sampling: Any,
-    ) -> list[Record]:
+    ) -> list[Record]:  # fmt: skip
         """Each request's record: known, or made now."""
-        begun, backend = time.monotonic(), backend or self.model
+        begun, backend = time.monotonic(), by or self.model
         base = {name: getattr(self.cfg, name) for name in ("temperature", "top_p", "max_tokens")}
         sampling = base | sampling if want == "text" else {}
         known, todo, ids = self.known.setdefault(stage, {}), {}, []
@@ -1895,24 +1890,23 @@ class Pipeline:
         return [[*items.values()][:n] for items in found]
 
     def answers(
-        self,
-        stage: str,
-        asked: list[tuple[Any, Request]],
-        backend: Local | Endpoint | None = None,
-        **sampling: Any,
+        self, stage: str, asked: For, by: Backend | None = None, **sampling: Any
     ) -> list[tuple[Any, Record]]:
         """What each request belongs to, with its answer; dropped are those that did not end by
         themselves, say nothing or are over-long."""
         good = []
-        records = self.ask(stage, [request for _, request in asked], backend, **sampling)
+        records = self.ask(stage, [request for _, request in asked], by, **sampling)
         for (what, _), a in zip(asked, records, strict=True):
             text, reason = a["text"], a["finish_reason"].partition(":")[0]
             if reason == "length":
                 reason = "unfinished"
-            elif reason == "stop":
-                over = "over-long" if len(text) > self.cfg.longest else ""
-                reason = (MARKER.search(text) and "has a marker" or over) if text else "empty"
-            if reason:
+            elif reason == "stop" and not text:
+                reason = "empty"
+            elif reason == "stop" and len(text) > self.cfg.longest:
+                reason = "over-long"
+            elif reason == "stop" and MARKER.search(text):
+                reason = "has a marker"
+            if reason != "stop":
                 evidence = f"{a['finish_reason']}, {len(text)} characters"
                 self.drop(reason, stage, text, evidence, (a["id"],))
             else:
@@ -1943,9 +1937,8 @@ def derived(
 ) -> list[Question]:
     """n new items from each item."""
     inputs = [{"topic": q.text, "text": q.text, "parents": q.parents, **more} for q in items]
-    pairs = zip(items, p.lists(stage, n, inputs), strict=True)
-    more = [(new, q.topic or q.text) for q, news in pairs for new in news]
-    return [replace(new, kind=kind or stage, topic=topic) for new, topic in more]
+    made, kind = zip(items, p.lists(stage, n, inputs), strict=True), kind or stage
+    return [replace(x, kind=kind, topic=q.topic or q.text) for q, news in made for x in news]
 
 
 def once(items: Iterable[Question]) -> list[Question]:
@@ -1994,13 +1987,13 @@ def closed_questions(p: Pipeline, r: Recipe, documents: list[str]) -> list[Quest
 
 
 def approved(
-    p: Pipeline, stage: str, asked: list[tuple[Any, Request]], max_tokens: int
+    p: Pipeline, stage: str, asked: For, max_tokens: int
 ) -> list[tuple[Any, Record, bool]]:
     """What each request belongs to, the answer, and whether it begins with Yes, however it ends."""
     records = p.ask(stage, [one for _, one in asked], temperature=0.0, max_tokens=max_tokens)
-    pairs = zip(asked, records, strict=True)
     yes = re.compile(r"\W*yes\b", re.IGNORECASE)
-    return [(what, a, yes.match(a["text"]) is not None) for (what, _), a in pairs]
+    pairs = zip(asked, records, strict=True)
+    return [(what, a, bool(yes.match(a["text"]))) for (what, _), a in pairs]
 
 
 def notions(p: Pipeline, r: Recipe, documents: list[str], about: str) -> list[Question]:
@@ -2059,7 +2052,7 @@ def distracted(p: Pipeline, n: int, about: list[Question]) -> list[Question]:
         first = user(f"I have a question about {q.topic}. Where do I begin?")
         asked.append(replace(q, messages=(rules, first)))
     answered = answer_each(p, "on_topic", asked)
-    return users_turn(p, "distractor", answered, ("distractor",), temperature=1.0)
+    return users_turn(p, "distractor", answered, styles=("distractor",))
 
 
 def answer_each(p: Pipeline, stage: str, chats: list[Question], **sampling: Any) -> list[Question]:
@@ -2068,21 +2061,16 @@ def answer_each(p: Pipeline, stage: str, chats: list[Question], **sampling: Any)
 
 
 def users_turn(
-    p: Pipeline,
-    stage: str,
-    chats: list[Question],
-    templates: tuple[str, ...] = USERS,
-    first: int = 0,
-    temperature: float = 0.0,
+    p: Pipeline, stage: str, chats: list[Question], first: int = 0, styles: tuple[str, ...] = USERS
 ) -> list[Question]:
-    """Each chat with one more message of the user, whom the model plays, in one style or another
-    from the first one on."""
+    """Each chat with one more message of the user, whom the model plays, greedily in a dialogue
+    (SPEC 5.3), in one style or another from the first one on."""
     asked = []
     for i, q in enumerate(chats, first):
         rules, turns = q.messages[0]["content"], q.messages[q.messages[0]["role"] == "system" :]
         how = dict(history=history(turns), rules=rules)
-        asked.append((q, p.fill(templates[i % len(templates)], q.parents[-1:], **how)))
-    said = p.answers(stage, asked, temperature=temperature)
+        asked.append((q, p.fill(styles[i % len(styles)], q.parents[-1:], **how)))
+    said = p.answers(stage, asked, temperature=0.0 if styles == USERS else 1.0)
     return [q.grown("user", text, a["id"]) for q, a in said if (text := clean(a["text"]))]
 
 
@@ -2118,9 +2106,9 @@ def converse(p: Pipeline, stage: str, chats: list[Question], turns: int) -> list
 
 def own_prompts(cfg: SynthesizeConfig) -> list[Question]:
     """Those of --prompts, and a few that ground truth can judge."""
-    built_in = () if cfg.recipe == "prompts" else (json.dumps(row).encode() for row in TRUTHS)
-    given = [("built in", line) for line in built_in]
-    given += [one for path in cfg.prompts for one in numbered_lines(path)]
+    given = [one for path in cfg.prompts for one in numbered_lines(path)]
+    if cfg.recipe != "prompts":
+        given = [("built in", json.dumps(row).encode()) for row in TRUTHS] + given
     questions = []
     for where, line in given:
         try:
@@ -2298,20 +2286,15 @@ def reward_of(rating: Rating) -> float | None:
     return None if rating is None else float(aggregate(rating))
 
 
-def responses(p: Pipeline, questions: list[Question], samples: int) -> list[dict[str, str]]:
-    """Several answers to each prompt, from every model that answers: text → record."""
-    found: list[dict[str, str]] = [{} for _ in questions]
-    for backend in dict.fromkeys(p.answerers):
-        asked = [(i, q.request(k)) for i, q in enumerate(questions) for k in range(samples)]
-        for i, a in p.answers("responses", asked, backend, temperature=1.0, top_p=1.0):
-            if (twin := found[i].setdefault(a["text"], a["id"])) != a["id"]:
-                p.drop("repeated", "responses", a["text"], twin, (a["id"],))
-    return found
-
-
 def judged(p: Pipeline, questions: list[Question], samples: int) -> list[Answers]:
-    """Answers with scores by the judge, ground truth aside, and ratings for rewards and labels."""
-    sets = [*zip(questions, responses(p, questions, samples), strict=True)]
+    """Several answers to each prompt from every model that answers, with scores by the judge,
+    ground truth aside, and ratings for rewards and labels."""
+    sets: list[tuple[Question, dict[str, str]]] = [(q, {}) for q in questions]  # text → record
+    for backend in dict.fromkeys(p.answerers):
+        asked = [(texts, q.request(k)) for q, texts in sets for k in range(samples)]
+        for texts, a in p.answers("responses", asked, backend, temperature=1.0, top_p=1.0):
+            if (twin := texts.setdefault(a["text"], a["id"])) != a["id"]:
+                p.drop("repeated", "responses", a["text"], twin, (a["id"],))
     chats = [q.grown("assistant", t, s) for q, texts in sets for t, s in texts.items()]
     ratings = iter(rate(p, "response_ratings", chats))
     pairs = [(q, a, b) for q, texts in sets for a, b in itertools.combinations(texts, 2)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import SERVER
 
+import align
 import data
 import generate
 from generate import (
@@ -681,3 +682,17 @@ def test_other_weights_have_another_identity(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(bytes(4 << 20) + tail * (4 << 20))
         names.add(generate.identity(tmp_path))
     assert len(names) == 2
+
+
+def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
+    own = local(nano, tmp_path / "own")
+    (tmp_path / "long.jsonl").write_text(
+        own.prompts[0].read_text() + json.dumps({"prompt": " ".join(WORDS * 30)}) + "\n"
+    )
+    how = dict(bases=("base",), data=own, out=tmp_path, held_out=tmp_path / "long.jsonl")
+    marks = [align.score_of(align.IterateConfig(**how), nano[0], str(nano[1])) for _ in range(2)]
+    assert marks[0] == marks[1] and [*marks[0]] == ["reward"]
+    records = (tmp_path / "marks/records/held_out.jsonl").read_bytes().splitlines()
+    assert len(records) == 13 and json.loads(records[-1])["finish_reason"] == "too long"
+    with pytest.raises(ValueError, match="name the referee"):
+        align.IterateConfig(**how | dict(data=replace(own, reward="")))
