@@ -1578,7 +1578,6 @@ class SynthesizeConfig(EngineConfig):
 Record = dict[str, Any]
 Want = Literal["text", "verdict", "rewards"]
 Asked = list[tuple[Messages, dict[str, Any]]]  # and how to sample
-For = list[tuple[Any, "Request"]]  # what each request belongs to
 
 
 @dataclass(frozen=True)
@@ -1586,8 +1585,10 @@ class Request:
     messages: Messages
     template: str = ""
     parents: tuple[str, ...] = ()
-    sample: int = 0
-    """Its number among equal requests."""
+    sample: int = 0  # its number among equal requests
+
+
+Paired = list[tuple[Any, Request]]  # with what each belongs to
 
 
 class Reply(NamedTuple):
@@ -1722,15 +1723,14 @@ class Endpoint:
                 raise ValueError(f"no chat completion: {str(done)[:200]}")
         except (openai.OpenAIError, ValueError) as e:
             if getattr(e, "status_code", 0) in (400, 413, 422):  # its own fault, now and ever
-                return Reply("", f"refused: {e}")
+                return Reply("", sound(f"refused: {e}"))
             what = f"{self.url}: {self.name}: {e}"
             raise ValueError(f"{what}: the same command goes on from here") from e
         if not choices:
             return Reply("", "no answer")
         used, said = done.usage, getattr(choices[0].message, "content", None)
         tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
-        # half of a surrogate pair is no text that a file can hold
-        text = said.encode(errors="replace").decode().strip() if isinstance(said, str) else ""
+        text = sound(said).strip() if isinstance(said, str) else ""
         scores = {} if want == "text" else self.scores(choices[0], want)
         return Reply(text, choices[0].finish_reason or "stop", tokens, scores)
 
@@ -1747,6 +1747,11 @@ class Endpoint:
         found = {letter: [lp for t, lp in tops if t == letter] for letter in "AB"}
         least = [min((lp for _, lp in tops), default=0.0)]
         return {x: max(lps or least) for x, lps in found.items()} if any(found.values()) else {}
+
+
+def sound(text: str) -> str:
+    """Half of a surrogate pair is nothing that a file can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def identity(folder: Path) -> str:
@@ -1769,6 +1774,8 @@ def fresh(*parts: Any) -> str:
 
 
 Backend = Local | Endpoint
+# what of a record stays in memory, where there may be millions: not what was asked
+KEPT = ("id", "stage", "model", "text", "finish_reason", "tokens", "scores")
 
 
 class Pipeline:
@@ -1808,16 +1815,16 @@ class Pipeline:
 
     def read(self, file: Path) -> dict[str, Record]:
         """A stage's records; a last line that a kill cut short is taken away."""
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content) and self.leads:
-            with file.open("r+b") as f:
-                f.truncate(whole)
-        records = {}
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+        records, whole = {}, 0
+        for number, line in enumerate(file.open("rb"), 1):
+            if not line.endswith(b"\n"):
+                if self.leads:
+                    os.truncate(file, whole)
+                break
+            whole += len(line)
             try:
-                record = kept(json.loads(line))
-                records[record["id"]] = record
+                record = json.loads(line)
+                records[record["id"]] = {name: record[name] for name in KEPT}
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{file}:{number}: no record ({e}): take the line out") from e
         return records
@@ -1851,7 +1858,7 @@ class Pipeline:
                     )  # fmt: skip
                     f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     f.flush()
-                    known[key] = kept(record)
+                    known[key] = {name: record[name] for name in KEPT}
                     bar.update()
                 if self.leads:
                     os.fsync(f.fileno())
@@ -1890,7 +1897,7 @@ class Pipeline:
         return [[*items.values()][:n] for items in found]
 
     def answers(
-        self, stage: str, asked: For, by: Backend | None = None, **sampling: Any
+        self, stage: str, asked: Paired, by: Backend | None = None, **sampling: Any
     ) -> list[tuple[Any, Record]]:
         """What each request belongs to, with its answer; dropped are those that did not end by
         themselves, say nothing or are over-long."""
@@ -1919,12 +1926,6 @@ class Pipeline:
         self.dropped.append(row)
 
 
-def kept(record: Record) -> Record:
-    """What of a record stays in memory, for there may be millions: not what was asked."""
-    names = ("id", "stage", "model", "text", "finish_reason", "tokens", "scores")
-    return {name: record[name] for name in names}
-
-
 # ---- the synthetic data pipeline: prompts --------------------------------------------------------
 
 
@@ -1944,12 +1945,6 @@ def derived(
 def once(items: Iterable[Question]) -> list[Question]:
     """One of each text."""
     return [*{normalise(q.text): q for q in items}.values()]
-
-
-def topics(p: Pipeline, r: Recipe) -> list[Question]:
-    """Macro-topics and what is below them (SPEC 5.1)."""
-    macro = [replace(q, topic=q.text) for q in p.lists("macro_topics", r.macro_topics, [{}])[0]]
-    return once([*macro, *derived(p, "subtopics", r.subtopics, macro)])
 
 
 def plain_questions(p: Pipeline, r: Recipe, about: list[Question]) -> list[Question]:
@@ -1987,7 +1982,7 @@ def closed_questions(p: Pipeline, r: Recipe, documents: list[str]) -> list[Quest
 
 
 def approved(
-    p: Pipeline, stage: str, asked: For, max_tokens: int
+    p: Pipeline, stage: str, asked: Paired, max_tokens: int
 ) -> list[tuple[Any, Record, bool]]:
     """What each request belongs to, the answer, and whether it begins with Yes, however it ends."""
     records = p.ask(stage, [one for _, one in asked], temperature=0.0, max_tokens=max_tokens)
@@ -2127,7 +2122,8 @@ def own_prompts(cfg: SynthesizeConfig) -> list[Question]:
 def all_prompts(p: Pipeline, r: Recipe) -> list[Question]:
     """What people gave comes first: a mistake in it shows before anything is asked."""
     own, documents = own_prompts(p.cfg), documents_of(p, r.documents)
-    about = topics(p, r)
+    macro = [replace(q, topic=q.text) for q in p.lists("macro_topics", r.macro_topics, [{}])[0]]
+    about = once([*macro, *derived(p, "subtopics", r.subtopics, macro)])
     both = plain_questions(p, r, about)
     begun = [replace(q, kind="two turns") for q in both if q.kind == "open question"]
     begun = converse(p, "two_turn", begun[::-1][: r.two_turn], 1)
@@ -2422,12 +2418,16 @@ def nemo(name: str, row: Record) -> Record:
     return out | {key: row[key] for key in ("chosen_reward", "rejected_reward") if key in row}
 
 
-def put(path: Path, text: str | Iterable[Record]) -> None:
-    """A file, whole or not there."""
-    if not isinstance(text, str):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in text)
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    path.with_suffix(".tmp").rename(path)
+def put(path: Path, lines: Iterable[str]) -> dict[str, Any]:
+    """A file, whole or not there; how many lines it has, and its hash."""
+    rows, digest, new = 0, hashlib.sha256(), path.with_suffix(".tmp")
+    with new.open("wb") as f:
+        for line in lines:
+            f.write(whole := line.encode() + b"\n")
+            digest.update(whole)
+            rows += 1
+    new.rename(path)
+    return dict(rows=rows, sha256=digest.hexdigest())
 
 
 def synthesize(cfg: SynthesizeConfig) -> Path:
@@ -2449,13 +2449,17 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
         "sft": dialogues(p, questions[n:], r.turns), "code_sft": genetic(p, r), "preference": pairs,
         "rpo": [row for row in pairs if "chosen_reward" in row], "reward": rated,
     }  # fmt: skip
-    files |= {f"nemo_{name}": [nemo(name, row) for row in files[name]] for name in [*files]}
     files["dropped"] = p.dropped
     if p.leads:
+        written, dump = {}, partial(json.dumps, ensure_ascii=False)
         for name, rows in files.items():
-            put(cfg.out / f"{name}.jsonl", rows)
-        write_manifest(p, files)
-        write_report(p, questions, files, time.monotonic() - begun)
+            written[name] = put(cfg.out / f"{name}.jsonl", map(dump, rows))
+            if name != "dropped":
+                shaped = (dump(nemo(name, row)) for row in rows)
+                written[f"nemo_{name}"] = put(cfg.out / f"nemo_{name}.jsonl", shaped)
+        write_manifest(p, written)
+        drawn = draw_histograms(cfg.out / "histograms.png", files, questions)
+        write_report(p, questions, written, drawn, time.monotonic() - begun)
     return cfg.out
 
 
@@ -2469,7 +2473,7 @@ def tokens_of(p: Pipeline) -> dict[str, dict[str, int]]:
     return stages
 
 
-def write_manifest(p: Pipeline, files: dict[str, list[Record]]) -> None:
+def write_manifest(p: Pipeline, written: dict[str, Record]) -> None:
     """Nothing in it depends on when, where or how fast it was made: models by their identities,
     files by their contents."""
     elsewhere = {"out", "endpoint", "concurrency", "retries", "slots", "chunk", "compile", "mesh"}
@@ -2483,12 +2487,9 @@ def write_manifest(p: Pipeline, files: dict[str, list[Record]]) -> None:
         "recipe": asdict(p.cfg.amounts()),
         "stages": tokens_of(p),
         "counts": dict(sorted(p.counts.items())),
-        "files": {
-            name: dict(rows=len(rows), sha256=digest_of(p.cfg.out / f"{name}.jsonl"))
-            for name, rows in files.items()
-        },
+        "files": written,
     }
-    put(p.cfg.out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    put(p.cfg.out / "manifest.json", [json.dumps(manifest, indent=2)])
 
 
 def digest_of(file: Path) -> str:
@@ -2506,7 +2507,7 @@ def share(part: int, whole: int) -> str:
 
 
 def write_report(
-    p: Pipeline, questions: list[Question], files: dict[str, list[Record]], seconds: float
+    p: Pipeline, questions: list[Question], written: dict[str, Record], drawn: bool, seconds: float
 ) -> None:
     stages, c = tokens_of(p), p.counts
     calls = sum(stage["records"] for stage in stages.values())
@@ -2519,16 +2520,15 @@ def write_report(
     lines = [
         f"# {calls} answers, {seconds:.0f} s", "",
         f"Spent on lists that had to be rewritten: {share(mended, calls)}.",
-        *table(("file", "rows"), [(f"{name}.jsonl", len(rows)) for name, rows in files.items()]),
+        *table(("file", "rows"), [(f"{name}.jsonl", one["rows"]) for name, one in written.items()]),
         *table(("prompts", "kept"), sorted(Counter(q.kind for q in questions).items())),
         *table(("dropped at", "why", "rows"), [(*key, n) for key, n in sorted(reasons.items())]),
         *table(("stage", "answers", "prompt tokens", "new tokens", "seconds"), spent), "",
         f"Judge: {p.cfg.judge}. Both orders agree: {agree}; the first answer wins: {first}; no "
         f"verdict: {c['judge: no verdict']}; agrees with ground truth: {right}.", "",
+        *["![lengths and topics](histograms.png)"] * drawn,
     ]  # fmt: skip
-    if draw_histograms(p.cfg.out / "histograms.png", files, questions):
-        lines += ["![lengths and topics](histograms.png)", ""]
-    put(p.cfg.out / "report.md", "\n".join(lines))
+    put(p.cfg.out / "report.md", lines)
     log.info("\n".join(lines))
 
 
