@@ -538,7 +538,8 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
     odd.odd |= {
         "none": (200, {"choices": []}), "null": says(None), "half": says("a \ud83d b"),
         "parts": says([{"type": "text", "text": "x"}]), "long": (413, {"error": "too long"}),
-        "shape": (422, {"error": "shape \ud83d"}), "filtered": says("", finish_reason="content_filter"),
+        "filtered": says("", finish_reason="content_filter"),
+        "shape": (422, {"error": "shape \ud83d"}),
     }  # fmt: skip
     p = Pipeline(config(odd, tmp_path / "out", retries=0))
     asked = [(name, Request([generate.user(name)])) for name in odd.odd]
