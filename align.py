@@ -43,9 +43,7 @@ from data import (
     best_and_worst,
     draw_task,
     draw_text,
-    json_object,
     load_tokenizer,
-    numbered_lines,
     pack,
     permute,
     preference_rows,
@@ -61,11 +59,14 @@ from data import (
 from generate import (
     Engine,
     EngineConfig,
+    Pipeline,
     SamplingParams,
     SynthesizeConfig,
     chat_stops,
     identity,
     load_engine,
+    own_prompts,
+    rate,
     synthesize,
 )
 from model import IGNORE, SHAPES, ModelConfig, count_params
@@ -1044,6 +1045,8 @@ class IterateConfig:
             raise ValueError(f"rounds={self.rounds}: at least 1")
         if not self.demo and not self.bases:
             raise ValueError("bases: name the model that is aligned in each round")
+        if self.held_out and not (self.referee or self.data.reward or self.demo):
+            raise ValueError("held_out: name the referee, or data.reward, that marks the answers")
 
 
 def weak_to_strong() -> IterateConfig:
@@ -1121,22 +1124,16 @@ def score_of(cfg: IterateConfig, run: Path) -> dict[str, float]:
         return mark(cfg.demo, run, Path(cfg.data.reward))
     if not cfg.held_out:
         return {}
-    lines = (json_object(line) for _, line in numbered_lines(cfg.held_out))
-    chats = [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in lines]
-    engine = load_engine(replace(cfg.data, model=run))
-    referee = load_engine(replace(cfg.data, model=Path(cfg.referee or cfg.data.reward)))
-    how = SamplingParams(
-        max_tokens=cfg.data.max_tokens, temperature=0, stop_ids=chat_stops(engine.tokenizer)
+    how = dict(
+        model=run, reward=cfg.referee or cfg.data.reward, out=cfg.out / "marks", answerers=()
     )
-    said = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in chats], how)
-    ids = [
-        render_reward(
-            [*chat, {"role": "assistant", "content": one.text.strip()}], referee.tokenizer
-        )
-        for chat, one in zip(chats, said, strict=True)
-    ]
-    scored = referee.generate(ids, SamplingParams(max_tokens=0))
-    return {"reward": mean(float(aggregate(one.scores)) for one in scored)}
+    p = Pipeline(replace(cfg.data, recipe="prompts", prompts=(cfg.held_out,), **how))
+    asked = own_prompts(p.cfg)
+    said = p.ask("held_out", [q.request() for q in asked], temperature=0.0)
+    both = zip(asked, said, strict=True)
+    chats = [q.grown("assistant", a["text"], a["id"]) for q, a in both]
+    rewards = [float(aggregate(x)) for x in rate(p, "held_out_ratings", chats) if x]
+    return {"reward": mean(rewards)} if rewards else {}
 
 
 def main() -> None:

@@ -14,9 +14,19 @@ from pathlib import Path
 import pytest
 from conftest import SERVER
 
+import align
 import data
 import generate
-from generate import TEMPLATES, Pipeline, Question, Request, SynthesizeConfig, synthesize
+from generate import (
+    TEMPLATES,
+    Pipeline,
+    Question,
+    Reply,
+    Request,
+    SynthesizeConfig,
+    choose,
+    synthesize,
+)
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
 
@@ -50,6 +60,7 @@ class Teacher(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.delay, self.busy, self.calls, self.refused = delay, busy, Counter(), set()
         self.lock, self.under_way, self.most = threading.Lock(), 0, 0
+        self.odd = {"PLEASE REFUSE": (400, {"error": {"message": "refused"}})}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -130,8 +141,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(teacher.delay * (int(key, 16) % 7))
         try:
             body = json.loads(raw)
-            if "PLEASE REFUSE" in raw.decode():
-                return self.answer(400, {"error": {"message": "refused"}})
+            for words, (status, answer) in teacher.odd.items():
+                if words in raw.decode():
+                    return self.answer(status, answer)
             if busy:
                 return self.answer(429 if int(key, 16) % 2 else 503, {"error": {"message": "busy"}})
             text, reason = teacher.reply(body)
@@ -192,6 +204,31 @@ def nano(tmp_path_factory, corpus):
 def config(teacher, out, **more):
     more.setdefault("min_helpfulness", 2.0)
     return SynthesizeConfig(model=Path("teacher"), endpoint=teacher.url, out=out, **more)
+
+
+class Says:
+    """A backend that says what a test wants: a function of the last message and of `want`."""
+
+    name = "says"
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def answers(self, asked, want):
+        for messages, _ in asked:
+            said = self.reply(messages[-1]["content"], want)
+            yield said if isinstance(said, Reply) else Reply(said)
+
+
+def said_by(reply, teacher, out, **more):
+    p = Pipeline(config(teacher, out, **more))
+    p.model = Says(reply)
+    p.answerers = [p.model]
+    return p
+
+
+def question(text, **more):
+    return Question("given", (generate.user(text),), **more)
 
 
 def contents(folder):
@@ -371,6 +408,8 @@ def test_a_dead_endpoint_keeps_what_was_there(made, teacher, tmp_path):
     [
         (dict(counts={"question": 3}), "counts 'question'"),
         (dict(counts={"questions": -1}), "none below 0"),
+        (dict(counts={"preference_share": 1.5}), "1.5 is above 1"),
+        (dict(counts={"materials": 11}), "11 is above 10"),
         (dict(concurrency=0), "concurrency=0"),
         (dict(model=Path("nowhere"), endpoint=""), "a model is a folder"),
         (dict(prompts=(Path("missing.jsonl"),)), "missing.jsonl"),
@@ -382,10 +421,18 @@ def test_what_cannot_be_done_is_said(teacher, tmp_path, change, what):
         synthesize(replace(config(teacher, tmp_path), **change))
 
 
-def test_a_bad_prompt_is_named_by_file_and_line(teacher, tmp_path):
-    (tmp_path / "own.jsonl").write_text('{"prompt": "Hello"}\n{"promt": "Hello"}\n')
-    with pytest.raises(ValueError, match=r"own\.jsonl:2: no text in field 'prompt'"):
+@pytest.mark.parametrize("line, what", [
+    ('{"promt": "Hello"}', "no text in field 'prompt'"), ("{", "not JSON"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', "has role 'assistant'"),
+])  # fmt: skip
+def test_a_bad_prompt_is_named_by_file_and_line_before_anything_is_asked(
+    teacher, tmp_path, line, what
+):
+    (tmp_path / "own.jsonl").write_text(f'{{"prompt": "Hello"}}\n{line}\n')
+    calls = sum(teacher.calls.values())
+    with pytest.raises(ValueError, match=rf"own\.jsonl:2: .*{what}"):
         synthesize(config(teacher, tmp_path / "out", prompts=(tmp_path / "own.jsonl",)))
+    assert sum(teacher.calls.values()) == calls
 
 
 def local(nano, out, **more):
@@ -407,6 +454,19 @@ def test_a_model_in_this_process_gives_the_same_whatever_its_batch(nano, tmp_pat
             for side in ("chosen_reward", "rejected_reward"):
                 assert a.pop(side, 0) == pytest.approx(b.pop(side, 0), abs=1e-4)
             assert a == b
+
+
+def test_two_processes_give_what_one_gives_and_the_first_writes_it(nano, tmp_path, on_ranks):
+    cfg = local(nano, tmp_path / "one", judge="logits")
+    one, two = synthesize(cfg), replace(cfg, out=tmp_path / "two", mesh=generate.Layout(tp=2))
+    file = two.out / "records" / "responses.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes((one / "records" / file.name).read_bytes()[:-40])  # a kill cut its last line
+    on_ranks(2, synthesize, two)
+    for f in one.glob("records/*.jsonl"):
+        lines = [[json.loads(x) for x in g.open("rb")] for g in (f, two.out / "records" / f.name)]
+        for a, b in zip(*lines, strict=True):
+            assert (a["id"], a["text"]) == (b["id"], b["text"]), f.stem
 
 
 def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teacher, nano, tmp_path):
@@ -449,6 +509,10 @@ def test_pleasantries_are_taken_out_of_what_a_played_user_says():
         "Great Britain is where?": "Great Britain is where?",
         "Surely not.": "Surely not.",
         '"And then?"': "And then?",
+        'Define "entropy"': 'Define "entropy"',
+        "Hi-fi systems: which?": "Hi-fi systems: which?",
+        "**User:** Great - why (x+1)?": "Why (x+1)?",
+        "<<USER>>\nWhy?\n<<ASSISTANT>>\nBecause.": "Why?",
     }.items():
         assert generate.clean(said) == left
 
@@ -461,3 +525,175 @@ def test_a_record_is_another_one_for_another_model_seed_or_sampling(teacher, tmp
                      else replace(config(teacher, tmp_path / "m"), **change))  # fmt: skip
         seen.add(p.ask("stage", [request])[0]["id"])
     assert len(seen) == 4
+
+
+def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run(tmp_path):
+    """The run goes on after what it would meet again: what a server refuses, or leaves empty."""
+    odd = Teacher(busy=0)
+
+    def says(content, **more):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"content": content}, **more}
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": None}}
+
+    odd.odd |= {
+        "none": (200, {"choices": []}), "null": says(None), "half": says("a \ud83d b"),
+        "parts": says([{"type": "text", "text": "x"}]), "long": (413, {"error": "too long"}),
+        "filtered": says("", finish_reason="content_filter"),
+        "shape": (422, {"error": "shape \ud83d"}),
+    }  # fmt: skip
+    p = Pipeline(config(odd, tmp_path / "out", retries=0))
+    asked = [(name, Request([generate.user(name)])) for name in odd.odd]
+    ((name, answer),) = p.answers("stage", asked)
+    assert (name, answer["text"], answer["tokens"]) == ("half", "a ? b", (3, 0))
+    reasons = Counter(row["reason"] for row in p.dropped)
+    assert reasons == {"no answer": 1, "empty": 2, "refused": 3, "content_filter": 1}
+    assert any("413" in row["evidence"] for row in p.dropped)
+    assert len(p.read(tmp_path / "out/records/stage.jsonl")) == len(asked)
+    for status, body in ((200, {"detail": "no such route"}), (200, "<html>"), (401, {})):
+        odd.odd["again"] = status, body
+        with pytest.raises(ValueError, match=rf"{odd.url}: teacher.*goes on from here"):
+            p.ask("stage", [Request([generate.user("again")])])
+    for want, rule in (("rewards", "of the attributes"), ("verdict", "another --judge")):
+        with pytest.raises(ValueError, match=rf"gives no log-probabilities.*{rule}"):
+            p.ask("stage", [Request([generate.user(want)])], want=want)
+    odd.shutdown()
+    odd.server_close()
+
+
+def test_what_does_not_fit_in_the_context_is_dropped_and_counted(nano, tmp_path):
+    long = " ".join(WORDS * 30)
+    p = Pipeline(local(nano, tmp_path / "one"))
+    chat = [generate.user(long), {"role": "assistant", "content": "x"}]
+    for want, backend, messages in (
+        ("text", p.model, chat[:1]), ("verdict", p.model, chat[:1]), ("rewards", p.reward, chat),
+    ):  # fmt: skip
+        (a,) = p.ask(want, [Request(messages)], backend, want)
+        assert (a["finish_reason"], a["scores"]) == ("too long", {}), want
+    assert p.answers("text", [(0, Request(chat[:1]))]) == []
+    assert p.counts["text: too long"] == 1
+    assert generate.compare(replace_judge(p, "logits"), [(question(long), "a", "b")]) == [0]
+    assert p.counts["judge: no verdict"] == 1
+    with pytest.raises(ValueError, match="is a language model, not a reward model"):
+        Pipeline(replace(local(nano, tmp_path / "two"), reward=str(nano[0])))
+
+
+def replace_judge(p, judge):
+    p.cfg = replace(p.cfg, judge=judge)
+    return p
+
+
+def test_a_list_that_was_cut_loses_its_last_item_and_is_topped_up(teacher, tmp_path):
+    def reply(text, want):
+        if "None of these again" in text:
+            return "1. three\n2. four"
+        return Reply("1. one\n2. two\n3. thr", "length")
+
+    p = said_by(reply, teacher, tmp_path)
+    (items,) = p.lists("macro_topics", 4, [{}])
+    assert [i.text for i in items] == ["one", "two", "three", "four"]
+    p = said_by(lambda text, want: Reply("", "refused: Error code: 400"), teacher, tmp_path / "b")
+    assert p.lists("macro_topics", 4, [{}]) == [[]]
+    assert p.counts["macro_topics: lists too short"] == 1 and "list" not in p.known.get("list", {})
+
+
+def test_documents_are_cut_and_each_question_about_one_is_kept(teacher, tmp_path):
+    """Two prompts with the same document are not near-duplicates of each other."""
+    document = " ".join(WORDS[:50] * 20)
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in [document, document, "short"]))
+    p = Pipeline(config(teacher, tmp_path / "out", documents=(file,)))
+    texts = generate.documents_of(p, 9)
+    assert [len(text) for text in texts] == [2000, 5] and p.counts["documents: duplicate"] == 1
+    prompts = generate.closed_questions(p, p.cfg.amounts(), texts)
+    assert len(generate.clean_prompts(p, prompts)) == len(prompts) == 4
+    assert all(texts[0] in q.messages[0]["content"] for q in prompts[:2])
+    assert len(generate.clean_prompts(p, [*prompts, prompts[0]])) == 4
+
+
+def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
+    p = Pipeline(config(teacher, tmp_path))
+    good, bad = [4.0] * 5, [1.0] * 5
+
+    def answers(*ratings, judge=None, **truth):
+        texts = [f"it is {i}" for i in range(len(ratings))]
+        scores = judge or [generate.reward_of(x) for x in ratings]
+        q = question("How many?", truth=truth)
+        return generate.Answers(q, texts, texts, scores, [*ratings])
+
+    assert choose(p, answers(None, bad, good)) == (2, 1, False)
+    assert choose(p, answers(None, good)) == "not rated"
+    assert choose(p, answers(good, good)) == "tie"
+    assert choose(p, answers(good)) == "fewer than two answers"
+    assert choose(p, answers(bad, None, good, answer="0")) == (0, 1, True)
+    assert p.counts["judge: pairs with a truth"] == 1  # of those that are rated
+    assert choose(p, answers(good, bad, answer="7")) == "all wrong"
+    # rewards are ratings, whoever chose, where they say the same
+    row = generate.preference_row(p, answers(good, bad, judge=[1.0, -1.0]))
+    assert row["chosen_reward"] == generate.reward_of(good)
+    for a in (answers(bad, good, judge=[1.0, -1.0]), answers(None, bad, judge=[1.0, -1.0])):
+        assert "chosen_reward" not in generate.preference_row(p, a)
+
+
+@pytest.mark.parametrize("scope, kept", [("single", 1), ("conversation", 0), ("revision", 1)])
+def test_dialogues_obey_their_instruction_where_it_reaches(teacher, tmp_path, scope, kept):
+    """The second answer has a comma. The ratings are 4, 1 and 4: 3 on average."""
+    answers = {"Why": "because", "And then": "well, this", "And after": "that"}
+
+    def reply(text, want):
+        if text.startswith("You play"):
+            return "And after?" if "well, this" in text else "And then?"
+        if text.endswith("name: number."):
+            value = 1 if text.count("<<ASSISTANT>>") == 2 else 4
+            return "\n".join(f"{a} (0-4): {value}.0" for a in data.ATTRIBUTES)
+        return answers[text.rstrip("?")]
+
+    p = said_by(reply, teacher, tmp_path)
+    no_comma = data.Instruction("punctuation:no_comma").to_json()
+    q = question("Why?", truth={"instructions": [no_comma], "scope": scope})
+    made = generate.dialogues(replace_judge(p, "reward"), [q], 3)
+    assert len(made) == kept and p.counts["dialogue: false"] == 1 - kept
+    assert [row["scores"] for row in made] == [[3.0] * 5] * kept
+    p.cfg = replace(p.cfg, min_helpfulness=3.1)
+    assert generate.dialogues(p, [q], 3) == generate.dialogues(p, [q], 0) == []
+    assert p.counts["dialogue: not helpful"] == kept
+
+
+def test_the_manifest_says_nothing_of_the_place(teacher, tmp_path):
+    outs = []
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        prompts = tmp_path / place / "own.jsonl"
+        prompts.write_text('{"prompt": "What is the capital of France today?"}\n')
+        how = dict(recipe="prompts", prompts=(prompts,), evaluations=(prompts,))
+        outs.append(synthesize(config(teacher, tmp_path / place / "out", **how)))
+    assert contents(outs[0]) == contents(outs[1])
+
+
+def test_topics_that_look_like_formulas_or_alike_are_drawn(tmp_path):
+    names = ("$\\frac{", "from $5 to $10", "x" * 30 + "1", "x" * 30 + "2")
+    prompts = [question("Why?", topic=name) for name in names]
+    files = dict(sft=[], preference=[])
+    assert generate.draw_histograms(tmp_path / "a.png", files, prompts)
+    assert generate.draw_histograms(tmp_path / "b.png", files, [])
+
+
+def test_other_weights_have_another_identity(tmp_path):
+    names = set()
+    for tail in (b"1", b"2"):  # with the same embedding before them
+        (tmp_path / "model.safetensors").write_bytes(bytes(4 << 20) + tail * (4 << 20))
+        names.add(generate.identity(tmp_path))
+    assert len(names) == 2
+
+
+def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
+    own = local(nano, tmp_path / "own")
+    (tmp_path / "long.jsonl").write_text(
+        own.prompts[0].read_text() + json.dumps({"prompt": " ".join(WORDS * 30)}) + "\n"
+    )
+    how = dict(bases=("base",), data=own, out=tmp_path, held_out=tmp_path / "long.jsonl")
+    marks = [align.score_of(align.IterateConfig(**how), nano[0], str(nano[1])) for _ in range(2)]
+    assert marks[0] == marks[1] and [*marks[0]] == ["reward"]
+    records = (tmp_path / "marks/records/held_out.jsonl").read_bytes().splitlines()
+    assert len(records) == 13 and json.loads(records[-1])["finish_reason"] == "too long"
+    with pytest.raises(ValueError, match="name the referee"):
+        align.IterateConfig(**how | dict(data=replace(own, reward="")))
