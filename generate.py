@@ -2478,7 +2478,7 @@ def write_manifest(p: Pipeline, written: dict[str, Record]) -> None:
     files by their contents."""
     elsewhere = {"out", "endpoint", "concurrency", "retries", "slots", "chunk", "compile", "mesh"}
     given = ("documents", "prompts", "evaluations")
-    names = dict(model=p.model.name, answerers=[one.name for one in p.answerers[1:]])
+    names = dict(model=p.model.name, answerers=[one.name for one in p.answerers])
     names["reward"] = p.reward.name if p.reward else ""
     read = {key: [f"{f.name} {digest_of(f)}" for f in getattr(p.cfg, key)] for key in given}
     config = {k: v for k, v in asdict(p.cfg).items() if k not in elsewhere}

@@ -691,7 +691,7 @@ def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
         own.prompts[0].read_text() + json.dumps({"prompt": " ".join(WORDS * 30)}) + "\n"
     )
     how = dict(bases=("base",), data=own, out=tmp_path, held_out=tmp_path / "long.jsonl")
-    marks = [align.score_of(align.IterateConfig(**how), nano[0], str(nano[1])) for _ in range(2)]
+    marks = [align.score_of(align.IterateConfig(**how), nano[0]) for _ in range(2)]
     assert marks[0] == marks[1] and [*marks[0]] == ["reward"]
     records = (tmp_path / "marks/records/held_out.jsonl").read_bytes().splitlines()
     assert len(records) == 13 and json.loads(records[-1])["finish_reason"] == "too long"
