@@ -8,6 +8,7 @@ same numbers on every mesh.
     python parallel.py export runs/nano out/hf
 """
 
+import ctypes
 import difflib
 import json
 import logging
@@ -17,7 +18,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -220,10 +221,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def keep_freed_memory() -> None:
+    """On a CPU, glibc hands a large tensor's memory back to the kernel and gets it again, zeroed
+    page by page: a quarter of a step's time. M_MMAP_MAX 0, M_TRIM_THRESHOLD -1: it keeps what it
+    has, as torch does on a GPU. Elsewhere than on Linux nothing happens."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, -1)
+
+
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
     """Join the job, or start a job of one; every axis is there, of size 1 where unused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    if device == "cpu":
+        keep_freed_memory()
+    else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
