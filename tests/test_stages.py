@@ -399,23 +399,40 @@ def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
         align.DemoConfig(scale=0)
 
 
+def write_answers(cfg):
+    """In synthesize's place, as what so small a model writes never ends: rows of the right kind."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    prompts = [json.loads(line)["prompt"] for line in cfg.prompts[0].read_text().splitlines()]
+    said = [{"messages": [{"role": "user", "content": text}]} for text in prompts]
+    pair = dict(chosen="7", rejected="8", chosen_reward=1.0, rejected_reward=0.0)
+    chats = [{"messages": [*r["messages"], {"role": "assistant", "content": "7"}]} for r in said]
+    pairs = [row | pair for row in said]
+    for name, rows in (("sft", chats), ("preference", pairs), ("rpo", pairs)):
+        (cfg.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return cfg.out
+
+
 @pytest.mark.slow
 def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
-    demo = align.DemoConfig(tmp_path / "demo", scale=0.1)
-    loop = align.weak_to_strong()
-    anything = dataclasses.replace(loop.data, min_helpfulness=-99.0, min_gap=0.0)
-    loop = dataclasses.replace(loop, out=tmp_path / "loop", demo=demo, data=anything)
-    align.iterate(dataclasses.replace(loop, rounds=1))
-    first = (tmp_path / "loop" / "lineage.json").read_text()
-    files = [*(tmp_path / "loop/round_1").rglob("*.jsonl"), *tmp_path.rglob("state.json")]
-    before = {file: file.read_bytes() for file in files}
-    align.iterate(loop)
-    assert len(before) > 20 and all(file.read_bytes() == text for file, text in before.items())
+    demo = align.DemoConfig(tmp_path / "demo", scale=0.004)
+    loop = dataclasses.replace(align.weak_to_strong(), out=tmp_path / "loop", demo=demo)
+    with mock.patch.object(align, "synthesize", side_effect=write_answers) as made:
+        align.iterate(dataclasses.replace(loop, rounds=1))
+        first = (tmp_path / "loop" / "lineage.json").read_text()
+        sealed = [*tmp_path.rglob("state.json"), *(tmp_path / "loop").rglob("metrics.jsonl")]
+        before = {file: file.read_bytes() for file in sealed}
+        align.iterate(loop)
+    assert len(before) > 10 and all(file.read_bytes() == text for file, text in before.items())
+    asked = [call.args[0] for call in made.call_args_list]
+    assert asked[:3] == asked[3:6] and len(asked) == 9
     lineage = json.loads((tmp_path / "loop" / "lineage.json").read_text())
     assert lineage[:3] == json.loads(first) and len(lineage) == 6
     assert [Path(row["generator"]).name for row in lineage] == ["weak"] * 3 + ["rpo"] * 3
     assert lineage[3]["generator"] == lineage[2]["run"]
     assert [Path(row["init"]).name for row in lineage] == ["base", "sft", "dpo"] * 2
+    for cfg, row in zip(asked[3:], lineage, strict=True):  # who wrote, who answered
+        assert str(cfg.model) == row["generator"]
+        assert cfg.answerers == (() if row["stage"] == "sft" else (row["init"],))
     table = (tmp_path / "loop" / "table.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 6 and "true reward" in table[0]
     with pytest.raises(ValueError, match="bases"):
