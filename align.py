@@ -68,6 +68,7 @@ from generate import (
     own_prompts,
     rate,
     synthesize,
+    table,
 )
 from model import IGNORE, SHAPES, ModelConfig, count_params
 from parallel import Batch, MeshConfig, Runner, init_mesh, read_config, world_size
@@ -901,8 +902,9 @@ OWN_ANSWERS = SynthesizeConfig(
 
 
 def demo_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
-    tasks = ({"prompt": task.prompt} for task in demo_tasks(cfg, name, n, 0.25))
-    return (write_rows(cfg.out / f"{name}_prompts.jsonl", lambda: tasks),)
+    tasks = partial(demo_tasks, cfg, name, n, 0.25)
+    rows = lambda: ({"prompt": task.prompt} for task in tasks())  # noqa: E731
+    return (write_rows(cfg.out / f"{name}_prompts.jsonl", rows),)
 
 
 def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
@@ -934,16 +936,15 @@ def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
         ids, trained = render_chat(scored_row(task, task.answer)["messages"], engine.tokenizer)
         n = int(trained.argmax())
         pairs.append((ids[:n].tolist(), ids[n:].tolist()))
-    said = zip(tasks, texts, strict=True)
+    said = [*zip(tasks, texts, strict=True)]
     chats = [render_reward(scored_row(t, x or "-")["messages"], engine.tokenizer) for t, x in said]
     judged = [
         aggregate(one.scores) for one in referee.generate(chats, SamplingParams(max_tokens=0))
     ]
-    met = [ok for task, text in zip(tasks, texts, strict=True) for ok in task.met(text)]
-    right = [task.right(text) for task, text in zip(tasks, texts, strict=True)]
-    calls = [ok for task, ok in zip(tasks, right, strict=True) if task.call]
-    words = [ok for task, ok in zip(tasks, right, strict=True) if not task.call]
-    true = [float(aggregate(task.labels(text))) for task, text in zip(tasks, texts, strict=True)]
+    met = [ok for task, text in said for ok in task.met(text)]
+    calls = [task.right(text) for task, text in said if task.call]
+    words = [task.right(text) for task, text in said if not task.call]
+    true = [float(aggregate(task.labels(text))) for task, text in said]
     return {
         "calls right": mean(calls), "words right": mean(words), "instructions met": mean(met),
         "true reward": mean(true), "model's reward": mean(map(float, judged)),
@@ -965,11 +966,9 @@ def whole(run: Path) -> Path:
 
 def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [f"| {' | '.join([first, *names])} |", "|---" * (len(names) + 1) + "|"]
-    for key, row in rows.items():
-        cells = (f"{row[name]:.3g}" if name in row else "" for name in names)
-        lines.append(f"| {' | '.join([key, *cells])} |")
-    return "\n".join(lines)
+    cells = ([f"{row[name]:.3g}" if name in row else "" for name in names] for row in rows.values())
+    body = ([key, *some] for key, some in zip(rows, cells, strict=True))
+    return "\n".join(table((first, *names), body)).strip()
 
 
 def demo_start(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
@@ -985,12 +984,8 @@ def demo_start(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
 
 def demo(cfg: DemoConfig) -> None:
     """All stages, and the table."""
-    begun, stages, policy, judge = (
-        time.monotonic(),
-        demo_start(cfg),
-        "general_sft",
-        cfg.out / "reward",
-    )
+    begun, stages = time.monotonic(), demo_start(cfg)
+    policy, judge = "general_sft", cfg.out / "reward"
     for name in ("dpo", "rpo_1", "rpo_2", "rpo_3"):
         stages[name] = partial(demo_preference, cfg, name, cfg.out / policy, judge)
         policy = name
@@ -1055,9 +1050,8 @@ def weak_to_strong() -> IterateConfig:
     sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
     # milder than the demo: what SFT on filtered answers leaves is harder to tell apart
     how = dict(beta=0.3, lr=5e-5, min_lr=5e-6, **stage)
-    both = (replace(demo_loss(name), **how) for name in ("dpo", "rpo"))
-    both = dict(zip(("dpo", "rpo"), both, strict=True))
-    return IterateConfig(data=OWN_ANSWERS, sft=sft, **both, demo=DemoConfig())
+    dpo, rpo = (replace(demo_loss(name), **how) for name in ("dpo", "rpo"))
+    return IterateConfig(data=OWN_ANSWERS, sft=sft, dpo=dpo, rpo=rpo, demo=DemoConfig())
 
 
 def report_loop() -> IterateConfig:

@@ -2448,8 +2448,8 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
     files = {
         "sft": dialogues(p, questions[n:], r.turns), "code_sft": genetic(p, r), "preference": pairs,
         "rpo": [row for row in pairs if "chosen_reward" in row], "reward": rated,
+        "dropped": p.dropped,
     }  # fmt: skip
-    files["dropped"] = p.dropped
     if p.leads:
         written, dump = {}, partial(json.dumps, ensure_ascii=False)
         for name, rows in files.items():
