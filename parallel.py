@@ -268,10 +268,21 @@ def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
 
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time. The (N, V) logits never exist:
-    backward begins with the last chunk, of which forward leaves the exponentials, and redoes the
-    others. Under tensor parallelism W is this rank's rows of the vocabulary."""
+    forward leaves the exponentials of the last tokens to backward, in h's precision, as that is
+    what its products take; those of the others are computed again. Under tensor parallelism W is
+    this rank's rows of the vocabulary."""
 
-    CHUNK = 1 << 25  # logits alive at once
+    CHUNK = 1 << 23  # fp32 logits alive at once, of FEWEST tokens at least
+    KEPT = 1 << 27  # exponentials left to backward
+    FEWEST = 256  # fewer make a slow product
+
+    @staticmethod
+    def chunks(n: int, V: int) -> tuple[list[slice], int]:
+        """(chunks of n tokens, the token from which exponentials are kept)."""
+        size = max(TokenLogProbs.FEWEST, TokenLogProbs.CHUNK // V)
+        kept_from = max(0, n - max(size, TokenLogProbs.KEPT // V))
+        spans = (0, kept_from), (kept_from, n)
+        return [slice(i, min(i + size, b)) for a, b in spans for i in range(a, b, size)], kept_from
 
     @staticmethod
     def forward(
@@ -282,16 +293,20 @@ class TokenLogProbs(torch.autograd.Function):
         mine = targets if tp is None else targets - tp.get_local_rank() * len(weight)
         here = (mine >= 0) & (mine < len(weight))
         mine = mine.clamp(0, len(weight) - 1)
-        ctx.chunk = max(1, TokenLogProbs.CHUNK // len(weight))
+        wide = weight if weight.is_cuda else weight.to(torch.promote_types(h.dtype, torch.float32))
+        chunks, kept_from = TokenLogProbs.chunks(len(h), len(weight))
+        ctx.kept = h.new_empty(len(h) - kept_from, len(weight))
         tops, sums, picked = [], [], []
-        for hc, mc in zip(h.split(ctx.chunk), mine.split(ctx.chunk), strict=True):
-            logits = fp32_logits(hc, weight)
-            picked.append(logits.gather(-1, mc[:, None])[:, 0])
+        for part in chunks:
+            logits = fp32_logits(h[part], wide)
+            picked.append(logits.gather(-1, mine[part, None])[:, 0])
             tops.append(logits.amax(-1))
-            ctx.last = logits.sub_(tops[-1][:, None]).exp_()
-            sums.append(ctx.last.sum(-1))
-        top, total, logit = torch.cat(tops), torch.cat(sums), torch.cat(picked) * here
-        norm = top + total.log()
+            logits.sub_(tops[-1][:, None]).exp_()
+            sums.append(logits.sum(-1))
+            if part.start >= kept_from:
+                ctx.kept[part.start - kept_from : part.stop - kept_from] = logits
+        top, total, logit = torch.cat(tops), torch.cat(sums), torch.cat(picked)
+        norm, logit = top + total.log(), logit * here
         if tp is not None:  # log of the ranks' summed exponentials, shifted by their maximum
             highest, group = norm.clone(), tp.get_group()
             dist.all_reduce(highest, dist.ReduceOp.MAX, group)
@@ -308,20 +323,24 @@ class TokenLogProbs(torch.autograd.Function):
         """Under tensor parallelism the gradient of h is this rank's part of a sum."""
         h, weight, mine, here, ignored, norm, top = ctx.saved_tensors
         shape = (*grad.shape, h.shape[-1])
-        grad = -grad.flatten().masked_fill(ignored, 0.0)[:, None]
+        # -d log p_target / d logits = softmax - onehot = scale (e - onehot / scale), e being the
+        # exponentials: what varies by token alone is multiplied in after the product, where there
+        # is less of it. At exp(-60) nothing of e is left, and 1 / scale is still a number.
+        scale = (top - norm).clamp_(min=-60.0).exp_()
+        grad = (-grad.flatten().masked_fill(ignored, 0.0) * scale)[:, None]
+        onehot = here / scale
         dh, dw = torch.empty_like(h), None
-        for at in reversed(range(0, len(h), ctx.chunk)):
-            part = slice(at, at + ctx.chunk)
-            if ctx.last is not None:
-                d, ctx.last = ctx.last.mul_((top[part] - norm[part]).exp_()[:, None]), None
+        chunks, kept_from = TokenLogProbs.chunks(len(h), len(weight))
+        for part in [slice(kept_from, len(h)), *(c for c in chunks if c.start < kept_from)]:
+            if part.start == kept_from and ctx.kept is not None:
+                e, ctx.kept = ctx.kept, None
             else:
-                d = fp32_logits(h[part], weight).sub_(norm[part, None]).exp_()
-            # -d log p_target / d logits = softmax - onehot; each token's own factor comes after the
-            # product, where there is less to multiply
-            d.scatter_add_(1, mine[part, None], -here[part, None].to(d.dtype))
-            d = d.to(h.dtype)
-            dh[part] = grad[part] * (d @ weight)
-            product = d.t() @ (grad[part] * h[part]).to(h.dtype)
+                e = fp32_logits(h[part], weight).sub_(top[part, None]).exp_().to(h.dtype)
+            # e of a likely target is 1, or nearly so: rounded before the subtraction, 0.001 is none
+            at_target = e.gather(1, mine[part, None]) - onehot[part, None]
+            e.scatter_(1, mine[part, None], at_target.to(e.dtype))
+            dh[part] = grad[part] * (e @ weight)
+            product = e.t() @ (grad[part] * h[part]).to(h.dtype)
             dw = product if dw is None else dw.to(norm.dtype).add_(product)
         return dh.view(shape), dw.to(weight.dtype), None, None
 
@@ -434,7 +453,7 @@ def fsdp_units(stage: nn.Module) -> list[FSDPModule]:
 
 
 def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
-    """FSDP2, a unit per block and one for the rest; gradients are summed, not averaged. The loss is
+    """FSDP2, a unit per block, embedding and head; gradients are summed, not averaged. The loss is
     already divided by a global count."""
     policy = MixedPrecisionPolicy(
         param_dtype=None if cfg.dtype == "fp32" else DTYPES[cfg.dtype],
@@ -443,8 +462,10 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
     )
     dp = mesh["dp_replicate", "dp_shard"]
     reshard = cfg.reshards and mesh["dp_shard"].size() > 1  # alone, it would only cast again
-    for module in (*stage.model.blocks.values(), stage):
-        fully_shard(module, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
+    model = stage.model
+    ends = [[model.embed]] * bool(model.embed) + [[model.norm, model.head]] * bool(model.head)
+    for unit in (*model.blocks.values(), *ends, stage):
+        fully_shard(unit, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
     for module in fsdp_units(stage) if dp.size() > 1 else ():  # alone, it would divide by one
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
@@ -709,8 +730,8 @@ class Runner:
         for name, p in self.trained().items():
             axes = dict(zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True))
             copies = self.cfg.tp if "tp" in axes and axes["tp"].is_replicate() else 1
-            norm = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64)
-            out[name] = norm.square() / copies
+            rows = torch.linalg.vector_norm(p.grad.to_local(), dim=-1)  # fp64 only of these
+            out[name] = rows.double().square().sum() / copies
         return out
 
     def grad_norms(self) -> dict[str, float]:
@@ -1203,10 +1224,10 @@ def rank_params(cfg: ModelConfig, how: MeshConfig, rank: int) -> tuple[int, int]
     block = cfg.dim * 2 * (cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + cfg.ffn_dim)
     block = block // how.tp + 4 * cfg.dim
     vocabulary, stages = cfg.vocab_size * cfg.dim // how.tp, how.stages_of(rank)
-    ends = vocabulary if 0 in stages else 0
-    if how.n_stages - 1 in stages:
-        ends += 2 * cfg.dim + (cfg.n_attributes * (cfg.dim + 1) or vocabulary)
-    return sum(layers_of(cfg, how)[rank]) * block + ends, max(block, ends)
+    embed = vocabulary if 0 in stages else 0
+    last = 2 * cfg.dim + (cfg.n_attributes * (cfg.dim + 1) or vocabulary)
+    head = last if how.n_stages - 1 in stages else 0
+    return sum(layers_of(cfg, how)[rank]) * block + embed + head, max(block, embed, head)
 
 
 def in_flight(how: MeshConfig, rank: int, n_micro: int) -> int:
@@ -1243,9 +1264,11 @@ def memory_of(c: PlanConfig, rank: int) -> dict[str, float]:
         "recomputed block": redone,
     }
     if how.n_stages - 1 in how.stages_of(rank):
-        logits = min(TokenLogProbs.CHUNK, B * cfg.seq_len * cfg.vocab_size // how.tp)
-        head = 4 * cfg.vocab_size * cfg.dim // how.tp + 2 * width * B * cfg.seq_len * cfg.dim
-        parts["logits and head gradient"] = 10 * logits + head
+        tokens, V = B * cfg.seq_len, cfg.vocab_size // how.tp
+        chunks, kept_from = TokenLogProbs.chunks(tokens, V)
+        logits = 4 * max(c.stop - c.start for c in chunks) + width * (tokens - kept_from)
+        head = 4 * V * cfg.dim + 2 * width * tokens * cfg.dim
+        parts["logits and head gradient"] = V * logits + head
     return parts
 
 

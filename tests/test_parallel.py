@@ -165,9 +165,10 @@ def test_initial_weights_are_the_same_on_every_mesh(on_ranks, n, replicate):
         assert got == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize("chunk", [1, 97 * 5, 1 << 20])
-def test_token_log_probs_and_their_gradients_equal_the_definition(monkeypatch, chunk):
-    monkeypatch.setattr(TokenLogProbs, "CHUNK", chunk)
+@pytest.mark.parametrize("chunk, kept", [(1, 1), (97 * 5, 97 * 7), (97 * 4, 1 << 20), (1 << 20, 1)])
+def test_token_log_probs_and_their_gradients_equal_the_definition(monkeypatch, chunk, kept):
+    for name, value in {"CHUNK": chunk, "KEPT": kept, "FEWEST": 1}.items():
+        monkeypatch.setattr(TokenLogProbs, name, value)
     g = torch.Generator().manual_seed(0)
     h = torch.randn(2, 9, 16, generator=g, dtype=torch.float64, requires_grad=True)
     w = torch.randn(97, 16, generator=g, dtype=torch.float64, requires_grad=True)
@@ -194,6 +195,29 @@ def test_log_probs_of_bf16_states_are_not_rounded_to_bf16():
     assert (
         TokenLogProbs.apply(h, w, targets, None).sum() - exact.sum()
     ).abs() < 1e-3  # bf16 logits: off by 0.1 and more
+
+
+@pytest.mark.parametrize("kept", [1, 1 << 20])
+def test_gradients_of_bf16_log_probs_keep_what_is_left_of_near_certainty(monkeypatch, kept):
+    """Where the target has probability 0.999, softmax - onehot is 0.001: a softmax rounded first
+    would leave none of it."""
+    monkeypatch.setattr(TokenLogProbs, "KEPT", kept)
+    g = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 64, generator=g).bfloat16() * std for n, std in ((512, 1), (1024, 0.1)))
+    targets = torch.randint(0, 1024, (512,), generator=g)
+    w[targets[:256]] = 0.2 * h[:256]  # logits near 13, the others' within 4
+    got, want = [], []
+    for fp, grads in ((torch.bfloat16, got), (torch.float64, want)):
+        a, b = (t.detach().to(fp).requires_grad_() for t in (h, w))
+        if fp == torch.bfloat16:
+            TokenLogProbs.apply(a, b, targets, None).sum().backward()
+        else:
+            (-F.cross_entropy(a @ b.t(), targets, reduction="sum")).backward()
+        grads += [a.grad.double(), b.grad.double()]
+    certain = (h.double() @ w.double().t()).softmax(-1).gather(1, targets[:, None])[:, 0] > 0.99
+    assert certain.sum() > 50
+    for a, b in ((got[0][certain], want[0][certain]), (got[0], want[0]), (got[1], want[1])):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 def bf16_run(cfg):
