@@ -81,6 +81,7 @@ from parallel import (
     MeshConfig,
     fp32_logits,
     init_mesh,
+    linear,
     load_parts,
     on_meta,
     read_config,
@@ -97,20 +98,6 @@ log = logging.getLogger("nemotron4")
 # ---- the model, laid out for inference -----------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
-    one thread: oneDNN divides them, and a single row is best as one batched product."""
-    ours = x.dtype == torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available()
-    if torch.compiler.is_compiling() or not ours:
-        return F.linear(x, weight)
-    threads, (rows, width) = torch.get_num_threads(), weight.shape
-    if x.numel() == width and rows % threads == 0:
-        # as a transposed row: MKL is eight times slower with strides (1, 1)
-        column = x.reshape(1, width).t().expand(threads, width, 1)
-        return torch.bmm(weight.view(threads, -1, width), column).view(*x.shape[:-1], rows)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
 class Linear(nn.Module):
     """A matrix, or its share; weight-only int8 or float8 with a scale for each row, if quantized.
     summed: over these processes, the last part of a tensor-parallel pair."""
@@ -123,7 +110,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
-            y = product(x, self.weight)
+            y = linear(x, self.weight)
         elif self.weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and not x.is_cuda:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             y = y.view(*x.shape[:-1], -1)
@@ -188,7 +175,8 @@ class Cache:
 
     def __init__(self, model: Nemotron, like: Tensor, tp: int, slots: int, context: int) -> None:
         cfg, n = model.cfg, len(model.blocks)
-        shape = (n, 2, slots, context + 1, cfg.n_kv_heads // tp, cfg.head_dim)
+        # heads before positions: each reads its own from one stretch of memory
+        shape = (n, 2, slots, cfg.n_kv_heads // tp, context + 1, cfg.head_dim)
         # CPUs attend faster in fp32; zeros, as a masked slot must hold a number: 0 x NaN is NaN
         self.dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         self.kv = torch.zeros(shape, dtype=self.dtype, device=like.device)
@@ -200,9 +188,10 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.kv[self.layers[layer]]
-        keys[self.index, positions] = k.to(self.dtype)
-        values[self.index, positions] = v.to(self.dtype)
-        return keys[self.rows, : self.n_keys], values[self.rows, : self.n_keys]
+        keys[self.index, :, positions] = k.to(self.dtype)
+        values[self.index, :, positions] = v.to(self.dtype)
+        keys, values = (t[self.rows, :, : self.n_keys].transpose(1, 2) for t in (keys, values))
+        return keys, values
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -552,7 +541,7 @@ class Engine:
             oldest = slot + int(self.freed[slot:].argmin())
             self.swap(oldest, slot)
             source = oldest if source == slot else slot if source == oldest else source
-            self.cache.kv[:, :, slot, :shared] = self.cache.kv[:, :, source, :shared]
+            self.cache.kv[:, :, slot, :, :shared] = self.cache.kv[:, :, source, :, :shared]
         self.slots[slot], row.done, row.out.cached = row, shared, shared
         self.computed[slot] = shared
         self.tokens[slot, : len(ids)] = ids
@@ -563,7 +552,7 @@ class Engine:
     def swap(self, i: int, j: int) -> None:
         if i != j:
             n, kv = int(self.computed[[i, j]].max()), self.cache.kv
-            kv[:, :, [i, j], :n] = kv[:, :, [j, i], :n]
+            kv[:, :, [i, j], :, :n] = kv[:, :, [j, i], :, :n]
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
             for table in (self.tokens, self.computed, self.freed):
                 table[[i, j]] = table[[j, i]]
@@ -718,7 +707,7 @@ class Engine:
         """States (n, D) → at least fp32 (n, V). exact: without rounding to bf16 on the way, which
         does for a sample but not for a log-probability to report (see fp32_logits)."""
         weight = self.model.head.weight
-        logits = fp32_logits(h, weight) if exact or h.is_cuda else product(h, weight)
+        logits = fp32_logits(h, weight) if exact or h.is_cuda else linear(h, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.tp == 1:
             return logits

@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -407,11 +407,6 @@ def preference(shape: str, o: argparse.Namespace) -> list[Result]:
     return table_of(in_turns(runs, o.rounds), tokens, flops, rates, f"dpo {shape}")
 
 
-CONTENDERS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (ours_train, forward_backward, their_train, ours_dpo, their_dpo)
-}
-
-
 # ---- growth --------------------------------------------------------------------------------------
 
 SMALL = model.ModelConfig(256, 4, 4, 4, 64, 1024, vocab_size=2048, seq_len=256)
@@ -645,87 +640,70 @@ def one_kernel(
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def drain(engine: generate.Engine, batch: int, prompt: int, new: int) -> tuple[float, float]:
-    """Seconds of the prefill and of one decode step of the whole batch."""
-    params = generate.SamplingParams(max_tokens=new, temperature=0, stop_ids=())
-    rng = torch.Generator().manual_seed(0)
-    engine.computed[:] = 0
-    for _ in range(batch):
-        ids = torch.randint(7, engine.cfg.vocab_size, (prompt,), generator=rng)
-        engine.submit(ids.tolist(), params)
-    begun = time.perf_counter()
-    while engine.waiting or engine.decoding < engine.active:
-        engine.step()
-    prefill, steps = time.perf_counter() - begun, engine.steps
-    while engine.busy:
-        engine.step()
-    return prefill, (time.perf_counter() - begun - prefill) / (engine.steps - steps)
+def ours_generate(
+    turn: Turn, folder: Path, cfg: model.ModelConfig, dtype: torch.dtype, ids: Any, new: int
+) -> None:
+    """In turns: the first token of every row, then `new` of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        parallel.keep_freed_memory()  # as load_engine does
+    engine = generate.Engine(model.Nemotron(cfg).to(device, dtype), slots=len(ids))
+    for n in cycle((1, new)):
+        turn()
+        engine.computed[:] = 0  # no prefix is known
+        how = dict(max_tokens=n, temperature=0, stop_ids=())
+        engine.generate(ids.tolist(), generate.SamplingParams(**how))
 
 
-def decode(shape: str, o: argparse.Namespace, prompt: int = 64, new: int = 25) -> list[Result]:
-    """Prefill and decode, ours and transformers' generate, a batch of 1 and of many, in turns."""
-    from transformers import NemotronForCausalLM
+def their_generate(
+    turn: Turn, folder: Path, cfg: model.ModelConfig, dtype: torch.dtype, ids: Any, new: int
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer, ids = their_model(cfg).to(device, dtype).eval(), ids.to(device)
+    for n in cycle((1, new)):
+        turn()
+        peer.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    cfg, results, many = SHAPES[shape], [], 64 if o.device == "cuda" else 32
+
+def decode(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Prefill and decode, ours and transformers' generate, a batch of 1 and of many."""
+    cfg, rows, many, new = SHAPES[shape], [], 64 if o.device == "cuda" else 32, 25
     # a step reads all but the embedding; FLOPs of a token are twice that, attention left out
     weights = sum(model.count_params(cfg)) - cfg.vocab_size * cfg.dim
-    with tempfile.TemporaryDirectory() as folder:
-        parallel.save_hf(model.Nemotron(cfg), folder)
-        for name, dtype in parallel.DTYPES.items():
-            read, flops = read_rate(dtype, o.device), product_rate(dtype, o.device)
-            limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.3f} TFLOP/s"
-            print(f"generate {shape} {name}: this machine {limits}")
-            ours = generate.Engine(parallel.load_hf(folder, dtype).to(o.device), slots=many)
-            peer = NemotronForCausalLM.from_pretrained(folder, dtype=dtype).to(o.device).eval()
-            for batch in (1, many):
-                row = {"what": f"generate {shape}", "dtype": name, "batch": batch}
-                row |= compare(ours, peer, batch, o.rounds, prompt, new)
-                row["share_of_bandwidth"] = row["decode"] / batch * weights * dtype.itemsize / read
-                row["share_of_products"] = row["prefill"] * weights * 2 / flops
-                row["prefill_mfu"] = row["prefill"] * weights * 2 / peak_of(o.device)
-                results.append(row)
-                for kind in ("decode", "prefill"):
-                    print(
-                        f"  batch {batch:2}: {kind} {row[kind]:7.0f} tokens/s, transformers "
-                        f"{row[f'their_{kind}']:7.0f}, ratio {row[f'{kind}_ratio']:.2f} "
-                        f"({row[f'{kind}_ratio_min']:.2f} to {row[f'{kind}_ratio_max']:.2f})"
-                    )
-                print(
-                    f"            reads {row['share_of_bandwidth']:.0%} of the bandwidth; prefill "
-                    f"has {row['share_of_products']:.0%} of the products' rate",
-                    flush=True,
-                )
-    return results
-
-
-def compare(ours, peer, batch: int, rounds: int, prompt: int, new: int) -> dict[str, float]:
-    """Median tokens/s of each, and of the ratios of the pairs."""
-    ids = torch.randint(7, ours.cfg.vocab_size, (batch, prompt), device=peer.device)
-    how = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-    figures: dict[str, list[float]] = {
-        "decode": [],
-        "prefill": [],
-        "their_decode": [],
-        "their_prefill": [],
-    }
-    for _ in range(rounds + 1):  # the first warms up
-        prefill, step = drain(ours, batch, prompt, new)
-        begun = time.perf_counter()
-        peer.generate(ids, max_new_tokens=1, **how)
-        middle = time.perf_counter()
-        peer.generate(ids, max_new_tokens=new, **how)
-        their_step = (time.perf_counter() - middle - (middle - begun)) / (new - 1)
-        figures["decode"].append(batch / step)
-        figures["their_decode"].append(batch / their_step)
-        figures["prefill"].append(batch * prompt / prefill)
-        figures["their_prefill"].append(batch * prompt / (middle - begun))
-    figures = {key: values[1:] for key, values in figures.items()}
-    out = {key: statistics.median(values) for key, values in figures.items()}
-    for kind in ("decode", "prefill"):
-        ratios = [a / b for a, b in zip(figures[kind], figures[f"their_{kind}"], strict=True)]
-        out |= {f"{kind}_ratio": statistics.median(ratios), f"{kind}_ratio_min": min(ratios)}
-        out[f"{kind}_ratio_max"] = max(ratios)
-    return out
+    for (name, dtype), batch in product(parallel.DTYPES.items(), (1, many)):
+        read, flops = read_rate(dtype, o.device), product_rate(dtype, o.device)
+        limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.3f} TFLOP/s"
+        print(f"generate {shape} {name}, batch {batch}: this machine {limits}", flush=True)
+        ids = torch.randint(7, cfg.vocab_size, (batch, o.prompt))
+        how, whose = dict(cfg=cfg, dtype=dtype, ids=ids, new=new), ("ours", "their")
+        runs = {who: (f"{who}_generate", how, 1) for who in whose}
+        seconds = {
+            who: [s["seconds"] for s in some] for who, some in in_turns(runs, 2 * o.rounds).items()
+        }
+        rates: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
+        for who, some in seconds.items():
+            first, both = some[::2], zip(some[::2], some[1::2], strict=True)
+            rates["prefill"][who] = [batch * o.prompt / s for s in first]
+            rates["decode"][who] = [batch * (new - 1) / (s - f) for f, s in both]
+        row: Result = {"what": f"generate {shape}", "dtype": name, "batch": batch}
+        for kind, of in rates.items():
+            row |= {f"{who}_{kind}": statistics.median(some) for who, some in of.items()}
+            pairs = [a / b for a, b in zip(of["ours"], of["their"], strict=True)]
+            row |= {kind: statistics.median(pairs), f"{kind}_min": min(pairs)}
+            row[f"{kind}_max"] = max(pairs)
+            spread = f"({row[f'{kind}_min']:.2f} to {row[f'{kind}_max']:.2f})"
+            ours, theirs = row[f"ours_{kind}"], row[f"their_{kind}"]
+            both = f"{ours:7.0f} tokens/s, transformers {theirs:7.0f}"
+            print(f"  {kind} {both}, ratio {row[kind]:.2f} {spread}")
+        row["share_of_bandwidth"] = row["ours_decode"] / batch * weights * dtype.itemsize / read
+        row["share_of_products"] = row["ours_prefill"] * weights * 2 / flops
+        row["prefill_mfu"] = row["ours_prefill"] * weights * 2 / peak_of(o.device)
+        print(
+            f"  decode reads {row['share_of_bandwidth']:.0%} of the bandwidth; prefill has "
+            f"{row['share_of_products']:.0%} of the products' rate"
+        )
+        rows.append(row)
+    return rows
 
 
 # ---- tokenising ----------------------------------------------------------------------------------
@@ -765,6 +743,13 @@ def tokenize(shape: str, o: argparse.Namespace, vocab_size: int = 16_384) -> lis
 
 # ---- command line --------------------------------------------------------------------------------
 
+CONTENDERS: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (
+        ours_train, forward_backward, ours_dpo, ours_generate,
+        their_train, their_dpo, their_generate,
+    )
+}  # fmt: skip
 WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
     "tokenize": tokenize, "generate": decode, "train": training, "dpo": preference,
     "growth": growth, "slice": slices, "attention": attention,
@@ -782,6 +767,7 @@ def main() -> None:
     parser.add_argument("shape", nargs="?", default="40M", choices=list(SHAPES))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens, of generate")
     parser.add_argument("--out", type=Path, help="PNG of growth")
     o = parser.parse_args()
     logging.disable(logging.WARNING)
