@@ -667,19 +667,22 @@ def fit(
         log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
     step, recent, skipped = state["step"], state["recent"], state["skipped"]
     metrics, asked = Metrics(cfg, step, last, runner.device), asked_to_stop()
+    micro = batches(step) if step < last else []
     with profiled(cfg) as tick:
         while step < last:
             begun, lr = time.monotonic(), course.lr(step)
-            loss = runner.step(batches(step), loss_fn).item()
+            loss = runner.step(micro, loss_fn)
             groups = runner.grad_norms() if cfg.grad_norms else {}
-            norm = runner.clip_grad_norm(cfg.clip).item()
+            norm = runner.clip_grad_norm(cfg.clip)
+            micro = batches(step + 1) if step + 1 < last else []  # while a GPU still computes
+            # the one wait of a step: nothing is updated before its loss is known to be good
+            loss, norm = loss.item(), norm.item()
             values = {"loss": loss, "grad_norm": norm, "lr": lr, **groups, **observe()}
             if wrong := what_is_wrong(cfg, loss, norm, recent):
                 skipped += 1
                 handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
-                finite = lambda v: v is None or math.isfinite(v)  # noqa: E731
-                values = {k: v if finite(v) else None for k, v in values.items()}
-                values["skipped"] = skipped
+                shown = {k: v if math.isfinite(v or 0) else None for k, v in values.items()}
+                values = shown | {"skipped": skipped}
             else:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -694,8 +697,8 @@ def fit(
             metrics.step(step, seconds, values)
             stop = asked()
             if stop or due(step, cfg.save_every, last) or course.ends_a_stretch(step):
-                saved = {"step": step, "recent": recent, "skipped": skipped}
-                saved["pin"] = course.ends_a_stretch(step) and step < course.steps
+                pin = course.ends_a_stretch(step) and step < course.steps
+                saved = {"step": step, "recent": recent, "skipped": skipped, "pin": pin}
                 checkpoints.save(step, training_state(runner, optimizer), saved)
             checkpoints.poll()
             tick()

@@ -4,6 +4,8 @@ python tests/bench.py all                          what this machine can measure
 python tests/bench.py tokenize                     MB/s against `tokenizers`
 python tests/bench.py generate 40M                 prefill and decode against transformers
 python tests/bench.py train 40M                    a training step against transformers' Nemotron
+python tests/bench.py where 40M                    what the time of our step goes to
+python tests/bench.py where 40M                    what the time of our training step goes to
 python tests/bench.py dpo 40M                      a DPO step against TRL's trainer
 python tests/bench.py growth --out growth.png      cost of a token against length, batch, ...
 python tests/bench.py slice 340b --device cuda     true blocks: MFU; head and loss by themselves
@@ -20,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -290,13 +293,21 @@ def rates_of(device: str) -> dict[str, float]:
     return rates
 
 
+def at_length(shape: str, device: str) -> tuple[model.ModelConfig, int]:
+    """The shape at a length that fits, and the sequences of a step."""
+    length, tokens = (4096, 1 << 15) if device == "cuda" else (512, 2048)
+    cfg = replace(SHAPES[shape], seq_len=min(SHAPES[shape].seq_len, length))
+    return cfg, max(1, tokens // cfg.seq_len)
+
+
 def training(shape: str, o: argparse.Namespace) -> list[Result]:
     """Tokens/s of a whole step: forward, backward, clipping, AdamW, logging."""
-    cuda = o.device == "cuda"
-    cfg = replace(SHAPES[shape], seq_len=min(SHAPES[shape].seq_len, 4096 if cuda else 512))
-    batch, runs = max(1, (1 << 15 if cuda else 2048) // cfg.seq_len), {}
+    (cfg, batch), runs = at_length(shape, o.device), {}
     how = {"cfg": cfg, "batch": batch}
-    for dtype, compiled in (("bf16", ""), ("bf16", " compiled") if cuda else ("fp32", "")):
+    for dtype, compiled in (
+        ("bf16", ""),
+        ("bf16", " compiled") if o.device == "cuda" else ("fp32", ""),
+    ):
         mesh = {"mesh": parallel.MeshConfig(dtype=dtype, compile=bool(compiled))}
         runs[f"ours {dtype}{compiled}"] = ("ours_train", how | mesh, 1)
         runs[f"transformers {dtype}{compiled}"] = ("their_train", how | mesh, 1)
@@ -304,6 +315,47 @@ def training(shape: str, o: argparse.Namespace) -> list[Result]:
     rates, flops = rates_of(o.device), model.flops_per_token(cfg)
     steps = in_turns(runs, o.rounds)
     return table_of(steps, batch * cfg.seq_len, flops, rates, f"train {shape}")
+
+
+KINDS = {
+    "matrix products": r"aten::(mm|bmm|addmm)$|mkldnn|gemm|nvjet|cutlass",
+    "attention": r"attention|_attn|flash|fmha",
+    "optimizer and clipping": r"adam|Optimizer|vector_norm|foreach",
+    "copies and casts": r"copy|aten::cat|fill_|Memcpy|Memset",
+}
+
+
+def where(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Each operator's own share of a training step's time, by kind of work."""
+    (cfg, batch), out = at_length(shape, o.device), []
+    clock = "self_device_time_total" if o.device == "cuda" else "self_cpu_time_total"
+    for dtype in ("bf16",) if o.device == "cuda" else ("bf16", "fp32"):
+        mesh = parallel.MeshConfig(dtype=dtype)
+        run = train.PretrainConfig(model=cfg, mesh=mesh, batch=batch, micro_batch=batch)
+        runner = parallel.Runner(cfg, mesh, parallel.init_mesh(mesh), batch, 0)
+        optimizer = train.make_optimizer(run, runner)
+        ids = torch.randint(7, cfg.vocab_size, (batch, cfg.seq_len + 1))
+        rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "count": batch * cfg.seq_len}
+        profiler = torch.profiler.profile()
+        for i in range(3 + o.rounds):
+            if i == 3:  # steps that warm up
+                profiler.start()
+            runner.step([rows], train.lm_loss)
+            runner.clip_grad_norm(run.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        profiler.stop()
+        seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+        for event in profiler.key_averages():
+            kind = next(
+                (k for k, named in KINDS.items() if re.search(named, event.key)), "the rest"
+            )
+            seconds[kind] += getattr(event, clock) / 1e6 / o.rounds
+        for kind, some in seconds.items():
+            row = {"what": f"where {shape} {dtype}", "kind": kind, "seconds": some}
+            out.append(row | {"share": some / sum(seconds.values())})
+            print(f"  {dtype} {kind:24} {some * 1e3:9.1f} ms {out[-1]['share']:5.0%}")
+    return out
 
 
 def peak_of(device: str) -> float:
@@ -640,19 +692,23 @@ def one_kernel(
 # ---- decoding ------------------------------------------------------------------------------------
 
 
+TIMES = 4  # a turn begins with cold caches
+
+
 def ours_generate(
     turn: Turn, folder: Path, cfg: model.ModelConfig, dtype: torch.dtype, ids: Any, new: int
 ) -> None:
-    """In turns: the first token of every row, then `new` of them."""
+    """In turns: the first token of every row, then `new` of them, each some TIMES."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         parallel.keep_freed_memory()  # as load_engine does
     engine = generate.Engine(model.Nemotron(cfg).to(device, dtype), slots=len(ids))
     for n in cycle((1, new)):
         turn()
-        engine.computed[:] = 0  # no prefix is known
-        how = dict(max_tokens=n, temperature=0, stop_ids=())
-        engine.generate(ids.tolist(), generate.SamplingParams(**how))
+        for _ in range(TIMES):
+            engine.computed[:] = 0  # no prefix is known
+            how = dict(max_tokens=n, temperature=0, stop_ids=())
+            engine.generate(ids.tolist(), generate.SamplingParams(**how))
 
 
 def their_generate(
@@ -662,7 +718,8 @@ def their_generate(
     peer, ids = their_model(cfg).to(device, dtype).eval(), ids.to(device)
     for n in cycle((1, new)):
         turn()
-        peer.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for _ in range(TIMES):
+            peer.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def decode(shape: str, o: argparse.Namespace) -> list[Result]:
@@ -678,7 +735,8 @@ def decode(shape: str, o: argparse.Namespace) -> list[Result]:
         how, whose = dict(cfg=cfg, dtype=dtype, ids=ids, new=new), ("ours", "their")
         runs = {who: (f"{who}_generate", how, 1) for who in whose}
         seconds = {
-            who: [s["seconds"] for s in some] for who, some in in_turns(runs, 2 * o.rounds).items()
+            who: [s["seconds"] / TIMES for s in some]
+            for who, some in in_turns(runs, 2 * o.rounds).items()
         }
         rates: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
         for who, some in seconds.items():
@@ -751,7 +809,7 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     )
 }  # fmt: skip
 WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
-    "tokenize": tokenize, "generate": decode, "train": training, "dpo": preference,
+    "tokenize": tokenize, "generate": decode, "train": training, "where": where, "dpo": preference,
     "growth": growth, "slice": slices, "attention": attention,
 }  # fmt: skip
 ALL = {
