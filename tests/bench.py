@@ -4,15 +4,14 @@ python tests/bench.py all                          what this machine can measure
 python tests/bench.py tokenize                     MB/s against `tokenizers`
 python tests/bench.py generate 40M                 prefill and decode against transformers
 python tests/bench.py train 40M                    a training step against transformers' Nemotron
-python tests/bench.py where 40M                    what the time of our step goes to
 python tests/bench.py where 40M                    what the time of our training step goes to
 python tests/bench.py dpo 40M                      a DPO step against TRL's trainer
 python tests/bench.py growth --out growth.png      cost of a token against length, batch, ...
 python tests/bench.py slice 340b --device cuda     true blocks: MFU; head and loss by themselves
 python tests/bench.py attention --device cuda      kernels against each other and float64
 
-A table, and a last line of JSON. Training contenders are processes of their own (so that peak
-memory is their own) that take steps in turns; ratios are of steps next to each other.
+A table, and a last line of JSON. Contenders are processes of their own (so that peak memory is
+their own) that take steps in turns; ratios are of steps next to each other.
 """
 
 import argparse
@@ -813,9 +812,9 @@ WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
     "growth": growth, "slice": slices, "attention": attention,
 }  # fmt: skip
 ALL = {
-    "cpu": "tokenize generate:40M generate:125M train:40M train:125M dpo:40M growth",
-    "cuda": "slice:340b slice:15b attention:340b attention:15b train:125M train:1B generate:125M "
-    "generate:1B dpo:125M",
+    "cpu": "tokenize generate:40M generate:125M train:40M train:125M where:40M dpo:40M growth",
+    "cuda": "slice:340b slice:15b attention:340b attention:15b train:125M train:1B where:1B "
+    "generate:125M generate:1B dpo:125M",
 }
 
 

