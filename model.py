@@ -222,8 +222,8 @@ class Attention(nn.Module):
 
 
 class SquaredRelu(torch.autograd.Function):
-    """relu(x)², whose derivative is 2 relu(x), the root of the result doubled. The root undoes a
-    square's rounding exactly, so nothing is kept but what the next product keeps anyway."""
+    """relu(x)², whose derivative is 2 relu(x), the root of the result doubled. The root undoes the
+    square's rounding, so that nothing is kept but what the next product keeps anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
