@@ -81,9 +81,9 @@ from parallel import (
     MeshConfig,
     fp32_logits,
     init_mesh,
-    linear,
     load_parts,
     on_meta,
+    project,
     read_config,
     shut_down,
     split_layers,
@@ -110,7 +110,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
-            y = linear(x, self.weight)
+            y = project(x, self.weight)
         elif self.weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and not x.is_cuda:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             y = y.view(*x.shape[:-1], -1)
@@ -190,8 +190,7 @@ class Cache:
         keys, values = self.kv[self.layers[layer]]
         keys[self.index, :, positions] = k.to(self.dtype)
         values[self.index, :, positions] = v.to(self.dtype)
-        keys, values = (t[self.rows, :, : self.n_keys].transpose(1, 2) for t in (keys, values))
-        return keys, values
+        return tuple(t[self.rows, :, : self.n_keys].transpose(1, 2) for t in (keys, values))
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -707,7 +706,7 @@ class Engine:
         """States (n, D) → at least fp32 (n, V). exact: without rounding to bf16 on the way, which
         does for a sample but not for a log-probability to report (see fp32_logits)."""
         weight = self.model.head.weight
-        logits = fp32_logits(h, weight) if exact or h.is_cuda else linear(h, weight)
+        logits = fp32_logits(h, weight) if exact or h.is_cuda else project(h, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.tp == 1:
             return logits

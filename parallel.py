@@ -258,9 +258,10 @@ def shut_down() -> None:
 # ---- token log-probabilities ---------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
-    one thread: oneDNN divides them, and a single row is best as one batched product."""
+    one thread: oneDNN divides them, and does many faster; a single row is best as one batched
+    product. No gradients."""
     ours = x.dtype == torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available()
     if torch.compiler.is_compiling() or not ours:
         return F.linear(x, weight)
@@ -277,7 +278,7 @@ def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
     if h.dtype == torch.bfloat16 and h.is_cuda:
         return torch.mm(h, weight.t(), out_dtype=torch.float32)
     fp = torch.promote_types(h.dtype, torch.float32)
-    return linear(h.to(fp), weight.to(fp))
+    return project(h.to(fp), weight.to(fp))
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -477,9 +478,10 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
     dp = mesh["dp_replicate", "dp_shard"]
     reshard = cfg.reshards and mesh["dp_shard"].size() > 1  # alone, it would only cast again
     model = stage.model
-    ends = [[model.embed]] * bool(model.embed) + [[model.norm, model.head]] * bool(model.head)
-    for unit in (*model.blocks.values(), *ends, stage):
-        fully_shard(unit, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
+    last = [model.norm, model.head] if model.head is not None else None
+    for unit in (*model.blocks.values(), model.embed, last, stage):
+        if unit is not None:  # another pipeline stage's
+            fully_shard(unit, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
     for module in fsdp_units(stage) if dp.size() > 1 else ():  # alone, it would divide by one
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum

@@ -28,8 +28,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from itertools import cycle, product
+from itertools import count, cycle, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -324,32 +325,31 @@ KINDS = {
 }
 
 
+class Enough(Exception):
+    """Ends a contender that runs in this process."""
+
+
 def where(shape: str, o: argparse.Namespace) -> list[Result]:
     """Each operator's own share of a training step's time, by kind of work."""
     (cfg, batch), out = at_length(shape, o.device), []
     clock = "self_device_time_total" if o.device == "cuda" else "self_cpu_time_total"
     for dtype in ("bf16",) if o.device == "cuda" else ("bf16", "fp32"):
-        mesh = parallel.MeshConfig(dtype=dtype)
-        run = train.PretrainConfig(model=cfg, mesh=mesh, batch=batch, micro_batch=batch)
-        runner = parallel.Runner(cfg, mesh, parallel.init_mesh(mesh), batch, 0)
-        optimizer = train.make_optimizer(run, runner)
-        ids = torch.randint(7, cfg.vocab_size, (batch, cfg.seq_len + 1))
-        rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "count": batch * cfg.seq_len}
-        profiler = torch.profiler.profile()
-        for i in range(3 + o.rounds):
-            if i == 3:  # steps that warm up
+        profiler, turns = torch.profiler.profile(), count()
+
+        def turn(profiler: Any = profiler, turns: Any = turns) -> None:
+            n = next(turns) - 3  # three steps warm up
+            if n == 0:
                 profiler.start()
-            runner.step([rows], train.lm_loss)
-            runner.clip_grad_norm(run.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        profiler.stop()
+            if n == o.rounds:
+                profiler.stop()
+                raise Enough
+
+        with tempfile.TemporaryDirectory() as folder, suppress(Enough):
+            ours_train(turn, Path(folder), cfg, parallel.MeshConfig(dtype=dtype), batch)
         seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
         for event in profiler.key_averages():
-            kind = next(
-                (k for k, named in KINDS.items() if re.search(named, event.key)), "the rest"
-            )
-            seconds[kind] += getattr(event, clock) / 1e6 / o.rounds
+            kinds = (kind for kind, named in KINDS.items() if re.search(named, event.key))
+            seconds[next(kinds, "the rest")] += getattr(event, clock) / 1e6 / o.rounds
         for kind, some in seconds.items():
             row = {"what": f"where {shape} {dtype}", "kind": kind, "seconds": some}
             out.append(row | {"share": some / sum(seconds.values())})
@@ -731,27 +731,23 @@ def decode(shape: str, o: argparse.Namespace) -> list[Result]:
         limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.3f} TFLOP/s"
         print(f"generate {shape} {name}, batch {batch}: this machine {limits}", flush=True)
         ids = torch.randint(7, cfg.vocab_size, (batch, o.prompt))
-        how, whose = dict(cfg=cfg, dtype=dtype, ids=ids, new=new), ("ours", "their")
-        runs = {who: (f"{who}_generate", how, 1) for who in whose}
-        seconds = {
-            who: [s["seconds"] / TIMES for s in some]
-            for who, some in in_turns(runs, 2 * o.rounds).items()
-        }
-        rates: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
-        for who, some in seconds.items():
-            first, both = some[::2], zip(some[::2], some[1::2], strict=True)
-            rates["prefill"][who] = [batch * o.prompt / s for s in first]
-            rates["decode"][who] = [batch * (new - 1) / (s - f) for f, s in both]
+        how = dict(cfg=cfg, dtype=dtype, ids=ids, new=new)
+        runs = {who: (f"{who}_generate", how, 1) for who in ("ours", "their")}
+        steps = in_turns(runs, 2 * o.rounds)
+        if len(steps) < 2:
+            continue  # who did not run has been named
         row: Result = {"what": f"generate {shape}", "dtype": name, "batch": batch}
-        for kind, of in rates.items():
-            row |= {f"{who}_{kind}": statistics.median(some) for who, some in of.items()}
-            pairs = [a / b for a, b in zip(of["ours"], of["their"], strict=True)]
-            row |= {kind: statistics.median(pairs), f"{kind}_min": min(pairs)}
-            row[f"{kind}_max"] = max(pairs)
-            spread = f"({row[f'{kind}_min']:.2f} to {row[f'{kind}_max']:.2f})"
-            ours, theirs = row[f"ours_{kind}"], row[f"their_{kind}"]
-            both = f"{ours:7.0f} tokens/s, transformers {theirs:7.0f}"
-            print(f"  {kind} {both}, ratio {row[kind]:.2f} {spread}")
+        for kind, tokens in (("prefill", o.prompt), ("decode", new - 1)):
+            turns = {who: turns_of(kind, some) for who, some in steps.items()}
+            for who, some in turns.items():
+                seconds = statistics.median(t["seconds"] for t in some) / TIMES
+                row[f"{who}_{kind}"] = batch * tokens / seconds
+            row |= {f"{kind}_{k}": v for k, v in ratio(turns["ours"], turns["their"]).items()}
+            print(
+                f"  {kind} {row[f'ours_{kind}']:7.0f} tokens/s, transformers "
+                f"{row[f'their_{kind}']:7.0f}, ratio {row[f'{kind}_ratio']:.2f} "
+                f"({row[f'{kind}_ratio_min']:.2f} to {row[f'{kind}_ratio_max']:.2f})"
+            )
         row["share_of_bandwidth"] = row["ours_decode"] / batch * weights * dtype.itemsize / read
         row["share_of_products"] = row["ours_prefill"] * weights * 2 / flops
         row["prefill_mfu"] = row["ours_prefill"] * weights * 2 / peak_of(o.device)
@@ -761,6 +757,15 @@ def decode(shape: str, o: argparse.Namespace) -> list[Result]:
         )
         rows.append(row)
     return rows
+
+
+def turns_of(kind: str, steps: list[Result]) -> list[Result]:
+    """Of alternating turns, the first token's, or what the other tokens took beyond it."""
+    first, all_tokens = steps[::2], steps[1::2]
+    if kind == "prefill":
+        return first
+    both = zip(first, all_tokens, strict=True)
+    return [{"seconds": b["seconds"] - a["seconds"]} for a, b in both]
 
 
 # ---- tokenising ----------------------------------------------------------------------------------
