@@ -15,65 +15,35 @@ import hashlib
 import json
 import logging
 import math
-import random
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from data import (
     NINE_ATTRIBUTES,
-    REWARD_SYSTEM,
-    PrepareConfig,
-    Row,
-    Task,
+    Example,
     Tokenizer,
     aggregate,
-    best_and_worst,
-    draw_task,
-    draw_text,
     load_tokenizer,
     pack,
     permute,
     preference_rows,
-    prepare,
-    render_chat,
-    render_reward,
     reward_rows,
-    scored_row,
     sft_rows,
     show_row,
-    train_bpe,
-)
-from generate import (
-    Engine,
-    EngineConfig,
-    Pipeline,
-    SamplingParams,
-    SynthesizeConfig,
-    chat_stops,
-    identity,
-    load_engine,
-    own_prompts,
-    rate,
-    synthesize,
-    table,
 )
 from model import IGNORE, SHAPES, ModelConfig, count_params
-from parallel import Batch, MeshConfig, Runner, init_mesh, read_config, world_size
+from parallel import Batch, Runner, init_mesh, read_config, world_size
 from train import (
-    PretrainConfig,
     RunConfig,
     check_init,
     choose_config,
@@ -81,7 +51,6 @@ from train import (
     free_folder,
     load_init,
     open_folder,
-    pretrain,
     run,
     set_up_logging,
     step_folders,
@@ -522,7 +491,7 @@ def preference_objective(cfg: PreferenceConfig, rewards: bool) -> Objective:
 # ---- a stage -------------------------------------------------------------------------------------
 
 
-class Tally:
+class MetricSums:
     """An objective as a loss function, whose sums are added up over micro-batches and processes."""
 
     def __init__(self, objective: Objective, runner: Runner) -> None:
@@ -553,7 +522,7 @@ def unit(cfg: AlignConfig, dp: int) -> int:
 def batches_of(
     cfg: AlignConfig,
     runner: Runner,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     count: Callable[[Batch], int],
     extra: dict[str, np.ndarray],
 ) -> list[Batch]:
@@ -582,7 +551,7 @@ def row_order(n: int, seed: int, first: int, batch: int) -> list[int]:
     return out
 
 
-def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Row]:
+def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Example]:
     how = dict(seq_len=cfg.model.seq_len, skip_bad=cfg.skip_bad, shorten=cfg.shorten)
     if isinstance(cfg, SftConfig):
         rows, _ = sft_rows(path, tokenizer, **how)
@@ -601,7 +570,7 @@ def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Row
     return rows
 
 
-def check_rows(rows: list[Row], path: Path, scored: bool) -> None:
+def check_rows(rows: list[Example], path: Path, scored: bool) -> None:
     """The template's self-check on the real data: a trained share of none or all of the tokens is a
     wrong mask. Only a reward model trains none."""
     share = sum(t.sum() for row in rows for t in row.trained) / sum(row.length for row in rows)
@@ -612,7 +581,7 @@ def check_rows(rows: list[Row], path: Path, scored: bool) -> None:
 
 
 def reference_log_probs(
-    cfg: PreferenceConfig, runner: Runner, rows: list[Row], path: Path
+    cfg: PreferenceConfig, runner: Runner, rows: list[Example], path: Path
 ) -> np.ndarray:
     """log π_ref of each row's two answers, (rows, 2) fp64, of the weights the runner holds now.
     Kept in a file beside the rows, so that another rate or beta does not compute them again."""
@@ -702,7 +671,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     objective, extra = objective_of(cfg, rows), {}
     if isinstance(cfg, PreferenceConfig):
         extra = {"reference": reference_log_probs(cfg, runner, rows, cfg.data)}
-    tally = Tally(objective, runner)
+    tally = MetricSums(objective, runner)
 
     def batches(step: int) -> list[Batch]:
         order = row_order(len(rows), cfg.seed, step * cfg.batch, cfg.batch)
@@ -721,7 +690,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     return cfg.out
 
 
-def objective_of(cfg: AlignConfig, rows: list[Row]) -> Objective:
+def objective_of(cfg: AlignConfig, rows: list[Example]) -> Objective:
     if isinstance(cfg, PreferenceConfig):
         return preference_objective(cfg, rewards=rows[0].values is not None)
     return reward_objective(cfg) if isinstance(cfg, RewardConfig) else sft_objective(cfg)
@@ -732,7 +701,7 @@ def evaluator(
 ) -> Callable[[int], dict[str, float | None]]:
     """evaluate(step) → the loss and the objective's values on the validation rows, and a reward
     model's accuracy on --pairs."""
-    sets: dict[str, tuple[list[Row], Objective, dict[str, np.ndarray]]] = {}
+    sets: dict[str, tuple[list[Example], Objective, dict[str, np.ndarray]]] = {}
     if cfg.val:
         rows, extra = read_rows_of(cfg, cfg.val, tokenizer), {}
         if isinstance(cfg, PreferenceConfig):
@@ -747,7 +716,7 @@ def evaluator(
         out = {}
         for name, (rows, objective, extra) in sets.items():
             n = min(len(rows), cfg.eval_batches * cfg.batch)
-            tally = Tally(objective, runner)
+            tally = MetricSums(objective, runner)
             own = {key: values[:n] for key, values in extra.items()}
             part = batches_of(cfg, runner, rows[:n], objective.count, own)
             loss = runner.eval(part, tally.loss_fn).item()
@@ -770,376 +739,11 @@ def pair_accuracy(cfg: RewardConfig) -> Objective:
     return Objective(measure, n_rows, accuracy, dict.fromkeys(("won", "pairs"), torch.zeros(())))
 
 
-# ---- the demo ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """A base model, two SFTs, a reward model, DPO and three RPOs, on small computations that a
-    program can mark (data.py's tasks), on two cores; and a table of what each stage brought."""
-
-    out: Path = Path("runs/demo")
-    """Runs, rows and table.md; a demo that was stopped goes on where it was."""
-    seed: int = 0
-    scale: float = 1.0
-    """Share of the tasks and of the pretraining steps: 0.01 is a test of the machinery."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"scale={self.scale}: must be above 0 and at most 1")
-
-
-# every detail of the 340B's architecture, at a size that learns the tasks in minutes
-DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=480, seq_len=192, init_std=0.09)
-FP32 = MeshConfig(dtype="fp32")
-
-
-def write_rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> Path:
-    """A file of rows, whole or not there, once."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in make()))
-        path.with_suffix(".tmp").rename(path)
-    return path
-
-
-def demo_tasks(
-    cfg: DemoConfig, name: str, n: int, calls: float, held_out: bool = False
-) -> list[Task]:
-    rng = random.Random(f"{cfg.seed}/{name}")
-    return [
-        draw_task(rng, rng.random() < calls, held_out) for _ in range(max(40, round(n * cfg.scale)))
-    ]
-
-
-def demo_base(cfg: DemoConfig) -> Path:
-    """A tokenizer, and pretraining on calls and their results, which nobody asks for."""
-    rng, tokens = random.Random(f"{cfg.seed}/base"), cfg.out / "tokens"
-    if not tokens.exists():
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        texts = [draw_text(rng) for _ in range(max(3000, round(70_000 * cfg.scale)))]
-        tasks = [draw_task(rng, call=False) for _ in range(3000)]
-        asked = [text for t in tasks for text in (t.prompt, t.answer, t.flawed(rng))]
-        words = [*texts[:2000], *asked, REWARD_SYSTEM * 50]
-        file = train_bpe(words, DEMO.vocab_size).save(cfg.out)
-        rows = write_rows(cfg.out / "texts.jsonl", lambda: ({"text": text} for text in texts))
-        how = dict(sources=(f"calls={rows}",), tokenizer=str(cfg.out / file), val_fraction=0.01)
-        prepare(PrepareConfig(out=tokens, **how))
-    pretrain("base", PretrainConfig(
-        model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", batch=16, micro_batch=16,
-        steps=max(8, round(600 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
-        eval_every=400, isolate=True,
-    ))  # fmt: skip
-    return cfg.out / "base"
-
-
-def demo_sft(cfg: DemoConfig, name: str, init: Path, calls: float, n: int) -> Path:
-    """SFT on answers of which a third have chatter before them, or miss their instruction: what
-    preferences can mend."""
-
-    def rows() -> Iterator[dict[str, Any]]:
-        rng = random.Random(f"{cfg.seed}/{name}/flaws")
-        for task in demo_tasks(cfg, name, n, calls):
-            flawed = rng.random() < 0.35
-            yield scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
-
-    return align(name, SftConfig(
-        data=write_rows(cfg.out / f"{name}.jsonl", rows), **demo_stage(cfg.out / name, init),
-        lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1,
-    ))  # fmt: skip
-
-
-def demo_stage(out: Path, init: Path) -> dict[str, Any]:
-    """What all stages have in common."""
-    return dict(
-        init=str(init), out=out, seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16,
-        eval_every=1 << 30, save_every=1 << 30,
-    )  # fmt: skip
-
-
-def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[str]]:
-    """n sampled answers of each task."""
-    how = SamplingParams(max_tokens=40, n=n, seed=seed, stop_ids=chat_stops(engine.tokenizer))
-    asked = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    done = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in asked], how)
-    return [[one.text.strip() for one in done[i : i + n]] for i in range(0, len(done), n)]
-
-
-def demo_reward(cfg: DemoConfig, init: Path) -> Path:
-    """The reward model: sampled, right and flawed answers, marked by the program."""
-
-    def texts_of(tasks: list[Task]) -> Iterator[tuple[Task, list[str]]]:
-        rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
-        for task, sampled in zip(tasks, answers(engine, tasks, 2, cfg.seed), strict=True):
-            # two faults at a time: what misses its form must not be right more often
-            flawed = (task.flawed(rng), task.flawed(rng, n=2))
-            made = dict.fromkeys([*sampled, task.answer, *flawed])
-            yield task, [text for text in made if text]
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for task, texts in texts_of(demo_tasks(cfg, "reward", 5000, 0.25)):
-            yield from (scored_row(task, text) for text in texts)
-
-    def pairs() -> Iterator[dict[str, Any]]:
-        for task, texts in texts_of(demo_tasks(cfg, "reward pairs", 400, 0.25, held_out=True)):
-            true = [float(aggregate(task.labels(text))) for text in texts]
-            if found := best_and_worst(texts, true, [True] * len(texts)):
-                sides = dict(zip(("chosen", "rejected"), (texts[i] for i in found), strict=True))
-                yield {"messages": [{"role": "user", "content": task.prompt}], **sides}
-
-    return align("reward", RewardConfig(
-        data=write_rows(cfg.out / "reward.jsonl", rows),
-        pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs),
-        **demo_stage(cfg.out / "reward", init), lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64,
-    ))  # fmt: skip
-
-
-# a model's own answers to given prompts, which the reward model ranks
-OWN_ANSWERS = SynthesizeConfig(
-    recipe="prompts", counts=dict(samples=6, preference_share=1, turns=1), max_tokens=40, slots=64,
-    min_gap=0.3,
-)  # fmt: skip
-
-
-def demo_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
-    tasks = partial(demo_tasks, cfg, name, n, 0.25)
-    rows = lambda: ({"prompt": task.prompt} for task in tasks())  # noqa: E731
-    return (write_rows(cfg.out / f"{name}_prompts.jsonl", rows),)
-
-
-def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
-    """The policy's own answers, the best and the worst by the reward model, then DPO or RPO."""
-    prompts = demo_prompts(cfg, name, 1000)
-    how = dict(prompts=prompts, out=cfg.out / f"{name}_data", seed=cfg.seed)
-    made = synthesize(replace(OWN_ANSWERS, model=init, reward=str(judge), **how))
-    stage = demo_stage(cfg.out / name, init)
-    return align(name, replace(demo_loss(name), data=made / "rpo.jsonl", **stage))
-
-
-def demo_loss(name: str) -> PreferenceConfig:
-    how = dict(loss="dpo", beta=0.1) if name == "dpo" else dict(loss="rpo_bwd", beta=0.1, eta=1.0)
-    return PreferenceConfig(sft_weight=1e-3, lr=1e-4, warmup=16 * 4, batch=32, **how)
-
-
-def demo_engine(run: Path) -> Engine:
-    return load_engine(EngineConfig(run, slots=64))
-
-
-def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
-    """What a run's model does with the held-out tasks, sampled once each at temperature 1, by the
-    program, which no training has seen, and by the reward model, which made the preferences."""
-    tasks = demo_tasks(cfg, "marks", 1000, 0.5, held_out=True)
-    engine, referee = demo_engine(run), demo_engine(judge)
-    texts = [some[0] for some in answers(engine, tasks, 1, cfg.seed)]
-    pairs = []
-    for task in tasks:
-        ids, trained = render_chat(scored_row(task, task.answer)["messages"], engine.tokenizer)
-        n = int(trained.argmax())
-        pairs.append((ids[:n].tolist(), ids[n:].tolist()))
-    said = [*zip(tasks, texts, strict=True)]
-    chats = [render_reward(scored_row(t, x or "-")["messages"], engine.tokenizer) for t, x in said]
-    judged = [
-        aggregate(one.scores) for one in referee.generate(chats, SamplingParams(max_tokens=0))
-    ]
-    met = [ok for task, text in said for ok in task.met(text)]
-    calls = [task.right(text) for task, text in said if task.call]
-    words = [task.right(text) for task, text in said if not task.call]
-    true = [float(aggregate(task.labels(text))) for task, text in said]
-    return {
-        "calls right": mean(calls), "words right": mean(words), "instructions met": mean(met),
-        "true reward": mean(true), "model's reward": mean(map(float, judged)),
-        "log p(ideal)": mean(sum(done.logprobs) for done in engine.score(pairs)),
-    }  # fmt: skip
-
-
-def last_metrics(run: Path) -> dict[str, Any]:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-def whole(run: Path) -> Path:
-    """A run that has come to its end: SIGTERM ends a stage, and what would follow with it."""
-    last = last_metrics(run)["step"]
-    if last < (steps := json.loads((run / "config.json").read_text())["steps"]):
-        raise ValueError(f"{run} was stopped at step {last} of {steps}: start the same again")
-    return run
-
-
-def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = ([f"{row[name]:.3g}" if name in row else "" for name in names] for row in rows.values())
-    body = ([key, *some] for key, some in zip(rows, cells, strict=True))
-    return "\n".join(table((first, *names), body)).strip()
-
-
-def demo_start(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
-    """The stages before preferences, each of which makes what it needs."""
-    at = {name: cfg.out / name for name in ("base", "code_sft", "general_sft", "reward")}
-    return {
-        "base": lambda: demo_base(cfg),
-        "code_sft": lambda: demo_sft(cfg, "code_sft", at["base"], 1.0, 6_000),
-        "general_sft": lambda: demo_sft(cfg, "general_sft", at["code_sft"], 0.15, 16_000),
-        "reward": lambda: demo_reward(cfg, at["general_sft"]),
-    }
-
-
-def demo(cfg: DemoConfig) -> None:
-    """All stages, and the table."""
-    begun, stages = time.monotonic(), demo_start(cfg)
-    policy, judge = "general_sft", cfg.out / "reward"
-    for name in ("dpo", "rpo_1", "rpo_2", "rpo_3"):
-        stages[name] = partial(demo_preference, cfg, name, cfg.out / policy, judge)
-        policy = name
-    seconds = {}
-    for name, make in stages.items():
-        start = time.monotonic()
-        whole(make())
-        seconds[name] = time.monotonic() - start
-    rows = {name: mark(cfg, cfg.out / name, judge) for name in stages if name != "reward"}
-    for name, row in rows.items():
-        if (drift := last_metrics(cfg.out / name).get("drift_chosen")) is not None:
-            row["chosen drift"] = drift
-        row["seconds"] = seconds[name]
-    accuracy = last_metrics(judge)["pairs_accuracy"]
-    about = (
-        f"Reward model: {accuracy:.3f} of held-out pairs, {seconds['reward']:.0f} s; "
-        f"{(time.monotonic() - begun) / 60:.1f} minutes in all; seed {cfg.seed}."
-    )
-    text = f"{markdown(rows, 'stage')}\n\n{about}\n"
-    (cfg.out / "table.md").write_text(text)
-    log.info(text)
-
-
-# ---- from weak to strong -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class IterateConfig:
-    """The generator of round k makes data, with which SFT, DPO and RPO align the base; the better
-    model generates round k + 1 (SPEC 5.5)."""
-
-    rounds: int = 2
-    out: Path = Path("runs/iterate")
-    """Each round's data and runs, lineage.json, table.md; it goes on where it was stopped."""
-    bases: tuple[str, ...] = ()
-    """What is aligned in each round; the last one in those that follow as well."""
-    data: SynthesizeConfig = field(default_factory=SynthesizeConfig)
-    """How each round makes its data; its model is the first generator."""
-    sft: SftConfig = field(default_factory=SftConfig)
-    dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
-    rpo: PreferenceConfig = field(default_factory=PreferenceConfig)
-    held_out: Path | None = None
-    """Prompts (JSON lines) that no round sees, on which the referee marks every model."""
-    referee: str = ""
-    """A reward model's folder; default: data.reward, which has chosen the data as well."""
-    demo: DemoConfig | None = None
-    """The demo's tasks instead of data's prompts, its base and reward model, and as first generator
-    a fifth of its SFT; what is not there is made first. The program marks each round."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds}: at least 1")
-        if not self.demo and not self.bases:
-            raise ValueError("bases: name the model that is aligned in each round")
-        if self.held_out and not (self.referee or self.data.reward or self.demo):
-            raise ValueError("held_out: name the referee, or data.reward, that marks the answers")
-
-
-def weak_to_strong() -> IterateConfig:
-    """the demo's tasks and models, on a laptop"""
-    stage = demo_stage(Path(), Path())
-    sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
-    # milder than the demo: what SFT on filtered answers leaves is harder to tell apart
-    how = dict(beta=0.3, lr=5e-5, min_lr=5e-6, **stage)
-    dpo, rpo = (replace(demo_loss(name), **how) for name in ("dpo", "rpo"))
-    return IterateConfig(data=OWN_ANSWERS, sft=sft, dpo=dpo, rpo=rpo, demo=DemoConfig())
-
-
-def report_loop() -> IterateConfig:
-    """the report's stages with models of yours: set --bases, --data.model and --data.reward"""
-    data = SynthesizeConfig(recipe="report")
-    return IterateConfig(bases=("base",), data=data, sft=general_sft(), dpo=dpo(), rpo=rpo_1())
-
-
-LOOPS = {"demo": weak_to_strong, "report": report_loop}
-
-
-# a round's stages, the file that each reads, the share of its prompts that are for preferences, and
-# how many of the demo's tasks
-ROUND = (("sft", "sft", 0, 5000), ("dpo", "preference", 1, 1000), ("rpo", "rpo", 1, 1000))
-
-
-def round_data(cfg: IterateConfig, k: int, i: int, generator: Path, policy: Path) -> Path:
-    """The rows of a round's i-th stage: the generator writes prompts and dialogues; to preference
-    prompts the policy itself answers, for of others' answers it learns less."""
-    name, file, share, n = ROUND[i]
-    data = replace(
-        cfg.data, model=generator, answerers=(str(policy),) if share else (),
-        counts=cfg.data.counts | {"preference_share": share}, seed=cfg.data.seed + 3 * k + i,
-        out=cfg.out / f"round_{k}" / f"{name}_data",
-    )  # fmt: skip
-    if cfg.demo:
-        tasks = replace(cfg.demo, out=cfg.out / f"round_{k}", seed=cfg.demo.seed + k)
-        data = replace(data, prompts=demo_prompts(tasks, name, n))
-    return synthesize(data) / f"{file}.jsonl"
-
-
-def iterate(cfg: IterateConfig) -> None:
-    """Every step is skipped that is done; lineage.json says what came from what."""
-    if world_size() > 1:
-        raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
-    if cfg.demo:
-        at, stages = cfg.demo.out, demo_start(cfg.demo)
-        stages["weak"] = partial(demo_sft, cfg.demo, "weak", at / "code_sft", 0.15, 3_500)
-        for make in stages.values():
-            whole(make())
-        data = replace(cfg.data, model=at / "weak", reward=str(at / "reward"))
-        cfg = replace(cfg, bases=cfg.bases or (str(at / "base"),), data=data)
-    generator, lineage = cfg.data.model, []
-    rows = {"the first generator": score_of(cfg, generator)}
-    for k in range(1, cfg.rounds + 1):
-        run = Path(cfg.bases[min(k, len(cfg.bases)) - 1])
-        for i, stage in enumerate((cfg.sft, cfg.dpo, cfg.rpo)):
-            name, data = ROUND[i][0], round_data(cfg, k, i, generator, run)
-            out = cfg.out / f"round_{k}" / name
-            came = dict(init=str(run), data=str(data), generator=str(generator))
-            run = whole(align(name, replace(stage, init=str(run), data=data, out=out)))
-            lineage.append(dict(round=k, stage=name, **came, run=str(run), model=identity(run)))
-            rows[f"round {k}, {name}"] = score_of(cfg, run)
-        generator = run
-        (cfg.out / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
-    text = markdown(rows, "model") + "\n"
-    (cfg.out / "table.md").write_text(text)
-    log.info(text)
-
-
-def score_of(cfg: IterateConfig, run: Path) -> dict[str, float]:
-    """The program's marks, or the referee's mean reward of answers to the held-out prompts."""
-    if cfg.demo:
-        return mark(cfg.demo, run, Path(cfg.data.reward))
-    if not cfg.held_out:
-        return {}
-    how = dict(
-        model=run, reward=cfg.referee or cfg.data.reward, out=cfg.out / "marks", answerers=()
-    )
-    p = Pipeline(replace(cfg.data, recipe="prompts", prompts=(cfg.held_out,), **how))
-    asked = own_prompts(p.cfg)
-    said = p.ask("held_out", [q.request() for q in asked], temperature=0.0)
-    both = zip(asked, said, strict=True)
-    chats = [q.grown("assistant", a["text"], a["id"]) for q, a in both]
-    rewards = [float(aggregate(x)) for x in rate(p, "held_out_ratings", chats) if x]
-    return {"reward": mean(rewards)} if rewards else {}
-
-
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in ("demo", "iterate"):
+        sys.exit(f"align.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     set_up_logging()
-    command, args = sys.argv[1:2], sys.argv[2:]
-    if command == ["demo"]:
-        return run(lambda: demo(tyro.cli(DemoConfig, args=args, prog="align.py demo")))
-    if command == ["iterate"]:
-        args = args if args[:1] and args[0] in LOOPS else ["demo", *args]
-        return run(lambda: iterate(choose_config(args, LOOPS, IterateConfig.__doc__)[1]))
-    about = "Align a model: a preset, changed by options. Also `demo` (all stages in small) and "
-    about += "`iterate` (rounds of data and alignment)."
+    about = "Align a model: a preset, changed by options."
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))
 
 

@@ -190,7 +190,7 @@ class LoraLinear(nn.Linear):
         return super().forward(x) + self.factor * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def linear(cfg: ModelConfig, name: str, n_in: int, n_out: int) -> nn.Linear:
+def make_linear(cfg: ModelConfig, name: str, n_in: int, n_out: int) -> nn.Linear:
     if cfg.lora_rank and name in cfg.lora_targets.split():
         return LoraLinear(n_in, n_out, cfg.lora_rank, cfg.lora_alpha)
     return nn.Linear(n_in, n_out, bias=False)
@@ -203,10 +203,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = cfg.head_dim
-        self.wq = linear(cfg, "wq", cfg.dim, cfg.n_heads * cfg.head_dim)
-        self.wk = linear(cfg, "wk", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
-        self.wv = linear(cfg, "wv", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
-        self.wo = linear(cfg, "wo", cfg.n_heads * cfg.head_dim, cfg.dim)
+        self.wq = make_linear(cfg, "wq", cfg.dim, cfg.n_heads * cfg.head_dim)
+        self.wk = make_linear(cfg, "wk", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.wv = make_linear(cfg, "wv", cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.wo = make_linear(cfg, "wo", cfg.n_heads * cfg.head_dim, cfg.dim)
 
     def forward(
         self, x: Tensor, rope: Rope, visible: Tensor | None, positions: Tensor, cache: Any
@@ -242,8 +242,8 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.up = linear(cfg, "up", cfg.dim, cfg.ffn_dim)
-        self.down = linear(cfg, "down", cfg.ffn_dim, cfg.dim)
+        self.up = make_linear(cfg, "up", cfg.dim, cfg.ffn_dim)
+        self.down = make_linear(cfg, "down", cfg.ffn_dim, cfg.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(SquaredRelu.apply(self.up(x)))
@@ -362,13 +362,13 @@ def gaussian(seed: int, name: str, index: Tensor) -> Tensor:
     return ((-2 * u.log()).sqrt() * (2 * math.pi * w).cos()).float()
 
 
-def whole(p: Tensor) -> tuple[Tensor, list[Tensor]]:
+def all_of(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A parameter's storage here and the indices it holds along each dimension: all of them."""
     return p.data, [torch.arange(n, device=p.device) for n in p.shape]
 
 
 @torch.no_grad()
-def init_weights(model: Nemotron, seed: int, local: Callable = whole) -> None:
+def init_weights(model: Nemotron, seed: int, local: Callable = all_of) -> None:
     """Normal(0, init_std), output projections over sqrt(2 n_layers); norms at gain 1, bias 0.
 
     `local` says which part of a parameter lives here: parallel.py passes its own, and every mesh

@@ -102,7 +102,7 @@ class Phase:
         return self.warmup + math.ceil(math.acos(cosine) / math.pi * (self.samples - self.warmup))
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Consecutive steps of one batch size."""
 
     first_step: int
@@ -113,22 +113,22 @@ class Stretch(NamedTuple):
     phase_sample: int  # where its phase begins
 
 
-class Course:
+class Schedule:
     """A run's phases, laid out over its steps: what each step needs is a function of its number."""
 
     def __init__(self, phases: tuple[Phase, ...]) -> None:
-        self.stretches: list[Stretch] = []
+        self.segments: list[Segment] = []
         step = sample = 0
         for phase in phases:
             begins = sample
             for samples, batch in phase.ramp:
                 steps = max(1, round(samples / batch))  # whole steps, as in the report's Table 2
-                self.stretches.append(Stretch(step, steps, sample, batch, phase, begins))
+                self.segments.append(Segment(step, steps, sample, batch, phase, begins))
                 step, sample = step + steps, sample + steps * batch
         self.steps = step
 
-    def at(self, step: int) -> Stretch:
-        return self.stretches[bisect(self.stretches, step, key=lambda s: s.first_step) - 1]
+    def at(self, step: int) -> Segment:
+        return self.segments[bisect(self.segments, step, key=lambda s: s.first_step) - 1]
 
     def samples(self, step: int) -> int:
         """Samples consumed before the step."""
@@ -139,14 +139,14 @@ class Course:
         s = self.at(step)
         return s.phase.lr_at(self.samples(step) - s.phase_sample, s.batch)
 
-    def ends_a_stretch(self, step: int) -> bool:
+    def ends_a_segment(self, step: int) -> bool:
         """After `step` steps the batch grows or a phase ends: a good place for a checkpoint."""
-        return any(step == s.first_step + s.steps for s in self.stretches)
+        return any(step == s.first_step + s.steps for s in self.segments)
 
     def blends(self) -> dict[int, dict[str, float]]:
         """First sample → blend, aligned to steps."""
         out, late = {}, set()
-        for s in self.stretches:
+        for s in self.segments:
             if s.first_sample == s.phase_sample:
                 out[s.first_sample] = s.phase.blend
             if s.phase.late_blend and s.phase_sample not in late:
@@ -223,11 +223,11 @@ class RunConfig:
             raise ValueError(f"spike={self.spike}: a factor above 1, or 0 for none")
         if self.clip <= 0:
             raise ValueError(f"clip={self.clip}: the largest norm is positive; inf clips nothing")
-        self.course()
+        self.schedule()
 
-    def course(self) -> Course:
+    def schedule(self) -> Schedule:
         ramp = ((self.steps * self.batch, self.batch),)
-        return Course((Phase(ramp, self.lr, self.min_lr, self.warmup),))
+        return Schedule((Phase(ramp, self.lr, self.min_lr, self.warmup),))
 
 
 @dataclass(frozen=True)
@@ -252,11 +252,11 @@ class PretrainConfig(RunConfig):
                 what = f"{f.name}={getattr(self, f.name)}"
                 raise ValueError(f"{what}: this run has phases: set --phases.0.{f.name} and so on")
 
-    def course(self) -> Course:
+    def schedule(self) -> Schedule:
         if self.phases:
-            return Course(self.phases)
+            return Schedule(self.phases)
         ramp = ((self.steps * self.batch, self.batch),)
-        return Course((Phase(ramp, self.lr, self.min_lr, self.warmup, self.blend),))
+        return Schedule((Phase(ramp, self.lr, self.min_lr, self.warmup, self.blend),))
 
 
 # ---- presets -------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def nano_two_phase() -> PretrainConfig:
         model=SHAPES["nano"],
         mesh=MeshConfig(dtype="fp32"),
         phases=phases,
-        steps=Course(phases).steps,
+        steps=Schedule(phases).steps,
         micro_batch=2,
         eval_every=20,
     )
@@ -349,7 +349,7 @@ def nemotron4_340b() -> PretrainConfig:
         mesh=MeshConfig(tp=8, pp=12, vp=8, recompute="selective"),  # report section 2.3, SPEC 3.3
         data=Path("data/nemotron4"),
         phases=phases,
-        steps=Course(phases).steps,
+        steps=Schedule(phases).steps,
         micro_batch=1,
         save_in_background=True,
     )
@@ -364,7 +364,7 @@ def nemotron4_15b() -> PretrainConfig:
         mesh=MeshConfig(tp=8, recompute="selective"),
         data=Path("data/nemotron4"),
         phases=phases,
-        steps=Course(phases).steps,
+        steps=Schedule(phases).steps,
         micro_batch=1,  # not printed
         save_in_background=True,
     )
@@ -379,7 +379,7 @@ def minitron_8b() -> PretrainConfig:
         mesh=MeshConfig(tp=2, recompute="selective"),
         data=Path("data/nemotron4"),
         phases=phases,
-        steps=Course(phases).steps,
+        steps=Schedule(phases).steps,
         micro_batch=1,
         save_in_background=True,
     )
@@ -523,7 +523,7 @@ class Metrics:
         from torchtitan.components.metrics import TensorBoardLogger  # slow to import
 
         self.seq_len, self.device, self.start, self.last = cfg.model.seq_len, device, step, last
-        self.course, self.begun = cfg.course(), time.monotonic()
+        self.schedule, self.begun = cfg.schedule(), time.monotonic()
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
         self.writes = dist.get_rank() == 0
@@ -538,15 +538,15 @@ class Metrics:
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """values: loss, grad_norm, lr, and what this step measured beside them."""
-        batch, done = self.course.at(step - 1).batch, self.course.samples(step)
+        batch, done = self.schedule.at(step - 1).batch, self.schedule.samples(step)
         rate = batch * self.seq_len / seconds
         mfu = 100 * self.flops * rate if self.flops else None
         row = {"step": step} | {key: values[key] for key in ("loss", "grad_norm", "lr")}
         row |= {"tokens": done * self.seq_len, "tokens_per_s": rate, "mfu": mfu}
         row |= {"tokens_per_s_per_gpu": rate / world_size(), "memory_gib": memory_gib(self.device)}
         row |= {"batch": batch} | values
-        pace = (time.monotonic() - self.begun) / (done - self.course.samples(self.start))
-        eta = pace * (self.course.samples(self.last) - done)
+        pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start))
+        eta = pace * (self.schedule.samples(self.last) - done)
         number = {k: float("nan") if row[k] is None else row[k] for k in ("loss", "grad_norm")}
         log.info(
             f"step {step:6d}/{self.last}  loss {number['loss']:7.4f}  "
@@ -655,8 +655,8 @@ def fit(
     describe(step) → the batch in words, for the log when something is wrong with it; observe() →
     what loss_fn has noted of the step, to be logged too.
     """
-    optimizer, course = make_optimizer(cfg, runner), cfg.course()
-    last = min(cfg.steps, course.steps)
+    optimizer, schedule = make_optimizer(cfg, runner), cfg.schedule()
+    last = min(cfg.steps, schedule.steps)
     checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
     state = checkpoints.load(training_state(runner, optimizer))
     if state is None:
@@ -670,7 +670,7 @@ def fit(
     micro = batches(step) if step < last else []
     with profiled(cfg) as tick:
         while step < last:
-            begun, lr = time.monotonic(), course.lr(step)
+            begun, lr = time.monotonic(), schedule.lr(step)
             loss = runner.step(micro, loss_fn)
             groups = runner.grad_norms() if cfg.grad_norms else {}
             norm = runner.clip_grad_norm(cfg.clip)
@@ -696,8 +696,8 @@ def fit(
                 values |= evaluate(step)
             metrics.step(step, seconds, values)
             stop = asked()
-            if stop or due(step, cfg.save_every, last) or course.ends_a_stretch(step):
-                pin = course.ends_a_stretch(step) and step < course.steps
+            if stop or due(step, cfg.save_every, last) or schedule.ends_a_segment(step):
+                pin = schedule.ends_a_segment(step) and step < schedule.steps
                 saved = {"step": step, "recent": recent, "skipped": skipped, "pin": pin}
                 checkpoints.save(step, training_state(runner, optimizer), saved)
             checkpoints.poll()
@@ -752,10 +752,10 @@ def open_data(cfg: PretrainConfig) -> TokenData:
 def check_mesh(cfg: RunConfig) -> None:
     """Refuse what cannot run from here on; what the folder has behind it ran on another mesh."""
     done = [int(p.name[5:]) for p in step_folders(cfg.out / "checkpoints")] if cfg.out else []
-    stretches = cfg.course().stretches
-    for s in stretches:
+    segments = cfg.schedule().segments
+    for s in segments:
         ahead = max(done, default=0) < s.first_step + s.steps and s.first_step < cfg.steps
-        if ahead or s is stretches[-1]:  # validation takes the last batch size throughout
+        if ahead or s is segments[-1]:  # validation takes the last batch size throughout
             cfg.mesh.check(cfg.model, world_size(), s.batch, cfg.micro_batch)
 
 
@@ -764,8 +764,8 @@ def evaluator(
 ) -> Callable[[int], dict[str, float]]:
     """evaluate(step) → validation loss and bits per byte of each source, and the loss weighted by
     the blend of the step."""
-    course, make = cfg.course(), partial(Sampler, data, split="val", isolate=cfg.isolate)
-    batch = course.stretches[-1].batch  # of every validation: a ramp must not change the set
+    schedule, make = cfg.schedule(), partial(Sampler, data, split="val", isolate=cfg.isolate)
+    batch = schedule.segments[-1].batch  # of every validation: a ramp must not change the set
     sources = list(dict.fromkeys(s for blend in blends.values() for s in blend))
     if without := [s for s in sources if data.n_tokens(s, "val") < 2]:
         log.warning(f"no validation data in {', '.join(without)}: prepare with more documents")
@@ -773,7 +773,7 @@ def evaluator(
     val = {s: make(blend={s: 1.0}, seq_len=cfg.model.seq_len, seed=0) for s in sources}
 
     def evaluate(step: int) -> dict[str, float]:
-        first, out, losses = course.samples(step - 1), {}, {}
+        first, out, losses = schedule.samples(step - 1), {}, {}
         for source, sampler in val.items():
             n = min(cfg.eval_batches, max(1, sampler.windows[source] // batch))
             micro = [
@@ -798,8 +798,8 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     check_mesh(cfg)
     mesh = init_mesh(cfg.mesh)
     cfg = replace(cfg, out=cfg.out or free_folder(preset))
-    data, course = open_data(cfg), cfg.course()
-    blends = {first: data.blend(blend) for first, blend in course.blends().items()}
+    data, schedule = open_data(cfg), cfg.schedule()
+    blends = {first: data.blend(blend) for first, blend in schedule.blends().items()}
     sampler = Sampler(
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
     )
@@ -814,83 +814,21 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     for first, blend in blends.items():
         parts = ", ".join(f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items())
         log.info(f"blend from sample {first:,}: {parts}")
-    epochs = sampler.epochs(course.samples(min(cfg.steps, course.steps)))
+    epochs = sampler.epochs(schedule.samples(min(cfg.steps, schedule.steps)))
     log.info("epochs by the end: " + ", ".join(f"{s} {e:.2f}" for s, e in epochs.items()))
     log.info(f"folder: {cfg.out}")
 
     def batches(step: int) -> list[Batch]:
-        return micro_batches(cfg, runner, sampler, course.samples(step), course.at(step).batch)
+        return micro_batches(cfg, runner, sampler, schedule.samples(step), schedule.at(step).batch)
 
     def describe(step: int) -> str:
-        first = course.samples(step)
-        return sampler.describe(range(first, first + course.at(step).batch))
+        first = schedule.samples(step)
+        return sampler.describe(range(first, first + schedule.at(step).batch))
 
     fit(cfg, runner, batches, lm_loss, evaluate, describe)
 
 
-# ---- report --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Draw loss, learning rate, batch size and speed of one or several runs into one PNG."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
-    out: Path = Path("report.png")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    path, rows = run / "metrics.jsonl", []
-    if not path.exists():
-        raise ValueError(f"{run}: no metrics.jsonl: not a run's folder")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in ("tokens", "batch", "mfu", "lr", "loss")} | row)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: not a row of this program's metrics") from None
-    return rows
-
-
-def report(cfg: ReportConfig) -> None:
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise ValueError("the report needs matplotlib: pip install -e '.[report]'") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    if not cfg.runs:
-        raise ValueError("no run given: train.py report RUN ...")
-    fig, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    loss, rate, batch, speed = panels.flat
-    histories = {run: read_metrics(run) for run in cfg.runs}
-    measured = all(row["mfu"] is not None for rows in histories.values() for row in rows)
-    for i, (run, rows) in enumerate(histories.items()):
-        tokens = [r["tokens"] / 1e6 for r in rows]
-        look = dict(color=f"C{i % 10}", lw=1 + 1.5 * (len(cfg.runs) - 1 - i), alpha=0.8)
-        losses = [float("nan") if r["loss"] is None else r["loss"] for r in rows]
-        loss.plot(tokens, losses, label=run.name, **look)
-        val = [(r["tokens"] / 1e6, r["val_loss"]) for r in rows if "val_loss" in r]
-        loss.plot(*zip(*val, strict=True), "o", ms=5, color=look["color"]) if val else None
-        rate.plot(tokens, [r["lr"] for r in rows], label=run.name, **look)
-        batch.plot(tokens, [r["batch"] for r in rows], drawstyle="steps-post", **look)
-        ys = [r["mfu"] if measured else r["tokens_per_s"] / 1e3 for r in rows]
-        speed.plot(tokens, ys, **{**look, "lw": 1})
-    speed.set_title("MFU, %" if measured else "thousand tokens/s (a device has no known peak)")
-    loss.set_title("loss (points: validation)")
-    rate.set_title("learning rate")
-    batch.set_title("batch, sequences")
-    for panel in panels.flat:
-        panel.set_xlabel("million tokens")
-        panel.grid(alpha=0.3)
-    batch.set_ylim(bottom=0)
-    speed.set_ylim(bottom=0)
-    loss.legend()
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(cfg.out, dpi=110)
-    log.info(f"wrote {cfg.out}")
+# ---- entry points -------------------------------------------------------------------------------
 
 
 def choose_config(
@@ -918,7 +856,7 @@ def run(main: Callable[[], None]) -> None:
             shut_down()
     except (ValueError, FloatingPointError, OSError) as e:
         raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        if isinstance(e, ValueError) and raised_in.parent != Path(__file__).parent:
+        if isinstance(e, ValueError) and Path(__file__).parent not in raised_in.parents:
             traceback.print_exc()  # torch's or a bug of ours, not the user's
         log.error(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
         os._exit(2)
@@ -930,13 +868,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    set_up_logging()
     if sys.argv[1:2] == ["report"]:
-        args = dict(args=sys.argv[2:], prog="train.py report")
-        run(lambda: report(tyro.cli(ReportConfig, **args)))
-    else:
-        about = "Pretrain a preset, changed by options. `train.py report RUN ...` draws runs."
-        run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))
+        sys.exit("train.py report is now `python -m recipes.report`")
+    set_up_logging()
+    about = "Pretrain a preset, changed by options."
+    run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))
 
 
 if __name__ == "__main__":

@@ -642,7 +642,7 @@ def test_a_change_in_one_row_leaves_the_others_in_its_window_bit_equal(models, p
 
 
 def test_swapping_the_sides_of_every_pair_changes_no_rpo_loss(models, pairs):
-    swapped = [data.Row(r.ids[::-1], r.trained[::-1], r.values[::-1], "") for r in pairs]
+    swapped = [data.Example(r.ids[::-1], r.trained[::-1], r.values[::-1], "") for r in pairs]
     losses = []
     for rows in (pairs, swapped):
         batch = tensors(rows, window=64)
@@ -671,7 +671,7 @@ def test_packed_conversations_train_as_one_by_one(models):
 def test_the_first_token_of_a_response_is_counted_and_none_after_its_end():
     ids = np.array([8, 9, 10, 11, 12], np.int32)
     trained = np.array([False, False, True, True, False])
-    batch = tensors([data.Row((ids,), (trained,), None, "")], window=8)
+    batch = tensors([data.Example((ids,), (trained,), None, "")], window=8)
     assert batch["targets"].tolist() == [[IGNORE, 10, 11] + [IGNORE] * 5]
     log_probs = torch.where(batch["targets"] != IGNORE, -batch["targets"].double(), 0)
     assert response_sums(log_probs, batch).tolist() == [[-21.0]]

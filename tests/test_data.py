@@ -24,6 +24,7 @@ from data import (
     prepare,
     shares_of,
 )
+from recipes import demo
 
 ROOT = Path(__file__).parents[1]
 UGLY = [
@@ -937,10 +938,10 @@ def test_a_rows_key_depends_on_its_tokens_and_on_which_are_trained(tmp_path, tok
     (a,) = rows_of("preference", tmp_path, tokenizer, {**PAIR, "chosen_reward": 1.0,
                    "rejected_reward": 2.0})  # fmt: skip
     assert len({*keys, judged.key}) == 4 and a.key == keys[0]
-    mask = data.Row(a.ids, (a.trained[0], ~a.trained[1]), None, "")
+    mask = data.Example(a.ids, (a.trained[0], ~a.trained[1]), None, "")
     moved = [np.concatenate(a.ids)[: len(a.ids[0]) + 1], np.concatenate(a.ids)[len(a.ids[0]) + 1 :]]
     tm = np.concatenate(a.trained)
-    moved = data.Row(tuple(moved), (tm[: len(moved[0])], tm[len(moved[0]) :]), None, "")
+    moved = data.Example(tuple(moved), (tm[: len(moved[0])], tm[len(moved[0]) :]), None, "")
     assert len({a.key, mask.key, moved.key}) == 3
 
 
@@ -1000,7 +1001,7 @@ def random_rows(n, kind="sft", seed=0, longest=30):
         trained = tuple(rng.random(len(s)) < (0 if kind == "reward" else 0.5) for s in ids)
         width = {"sft": 0, "preference": 2, "reward": 5}[kind]
         values = rng.normal(size=width).astype(np.float32) if width else None
-        rows.append(data.Row(ids, trained, values, f"r.jsonl:{i}"))
+        rows.append(data.Example(ids, trained, values, f"r.jsonl:{i}"))
     return rows
 
 
@@ -1009,21 +1010,21 @@ def test_filling_uses_each_row_once_and_few_windows():
     for _ in range(100):
         room = int(rng.integers(5, 200))
         lengths = rng.integers(1, room + 1, rng.integers(1, 80)).tolist()
-        windows = data.fill(lengths, room)
+        windows = data.best_fit(lengths, room)
         used = [sum(lengths[i] for i in w) for w in windows]
         assert sorted(i for w in windows for i in w) == list(range(len(lengths)))
-        assert max(used) <= room and windows == data.fill(lengths, room)
+        assert max(used) <= room and windows == data.best_fit(lengths, room)
         best = -(-sum(lengths) // room)
         assert len(windows) <= 1.3 * best + 1  # best fit, longest first: 11/9 of the best at worst
         # any two windows are together fuller than one
         assert all(a + b > room for i, a in enumerate(used) for b in used[:i])
-    assert data.fill([6, 4, 5, 5, 10], 10) == [[4], [0, 1], [2, 3]]
+    assert data.best_fit([6, 4, 5, 5, 10], 10) == [[4], [0, 1], [2, 3]]
 
 
 def test_a_large_epoch_is_filled_in_a_moment():
     lengths = np.random.default_rng(0).integers(1, 4000, 50_000).tolist()
     begun = time.monotonic()
-    windows = data.fill(lengths, 4096)
+    windows = data.best_fit(lengths, 4096)
     assert time.monotonic() - begun < 5
     assert sum(lengths) / (4096 * len(windows)) > 0.95
 
@@ -1083,7 +1084,7 @@ def test_a_row_that_fits_no_window_is_named():
 
 def test_pairs_without_rewards_have_none_in_their_windows():
     rows = random_rows(3, "preference")
-    rows[1] = data.Row(rows[1].ids, rows[1].trained, None, "")
+    rows[1] = data.Example(rows[1].ids, rows[1].trained, None, "")
     assert "rewards" not in data.pack(rows, 64)
 
 
@@ -1092,7 +1093,7 @@ def test_pairs_without_rewards_have_none_in_their_windows():
 
 def tasks(n, seed=0, **how):
     rng = random.Random(seed)
-    return [data.draw_task(rng, call=i % 2 == 0, **how) for i in range(n)]
+    return [demo.draw_task(rng, call=i % 2 == 0, **how) for i in range(n)]
 
 
 def true_reward(task, text):
@@ -1101,11 +1102,11 @@ def true_reward(task, text):
 
 def test_a_tasks_answer_is_right_by_hand():
     results = {"sort": "0347", "first": "7", "last": "3", "largest": "7", "smallest": "0"}
-    assert {name: data.Task(name, "7403").result for name in data.OPERATIONS} == results
-    task = data.Task("sort", "209", ("mark", "words", "sure", "brackets"))
+    assert {name: demo.Task(name, "7403").result for name in demo.OPERATIONS} == results
+    task = demo.Task("sort", "209", ("mark", "words", "sure", "brackets"))
     assert task.answer == "Sure: (zero two nine)!"
     assert task.prompt == "Sort 209 upwards. End with ! In words. Begin with Sure: In brackets."
-    assert data.Task("sort", "209", call=True).prompt == "sort(209)"
+    assert demo.Task("sort", "209", call=True).prompt == "sort(209)"
 
 
 def test_the_best_answer_is_the_ideal_one_and_every_fault_costs():
@@ -1121,7 +1122,7 @@ def test_the_best_answer_is_the_ideal_one_and_every_fault_costs():
 
 
 def test_marks_follow_what_is_wrong():
-    task = data.Task("sort", "312", ("words", "mark"))
+    task = demo.Task("sort", "312", ("words", "mark"))
     graded = {
         "one two three!": (True, [True, True]),
         "one two three": (True, [True, False]),
@@ -1142,21 +1143,21 @@ def test_no_held_out_task_is_trained_on():
     asked = [{(t.operation, t.digits) for t in tasks(3000, held_out=h)} for h in (False, True)]
     assert not asked[0] & asked[1] and len(asked[1]) > 1000
     rng = random.Random(0)
-    for text in (data.draw_text(rng) for _ in range(1000)):
+    for text in (demo.draw_text(rng) for _ in range(1000)):
         calls = re.findall(r"(\w+)\((\d+)\)", text)
-        assert not any(data.Task(*call).held_out for call in calls)
+        assert not any(demo.Task(*call).held_out for call in calls)
 
 
 def test_the_demos_rows_are_what_the_stages_read(tmp_path, tokenizer):
     rng, scored = random.Random(2), []
     for task in tasks(20):
         texts = [task.answer, task.flawed(rng), task.flawed(rng)]
-        scored += [data.scored_row(task, text) for text in texts]
+        scored += [demo.scored_row(task, text) for text in texts]
     for kind in ("sft", "reward"):
         assert len(rows_of(kind, tmp_path, tokenizer, *scored)) == len(scored)
 
 
 def test_the_demos_data_is_a_function_of_its_seed():
     assert tasks(50, seed=3) == tasks(50, seed=3) != tasks(50, seed=4)
-    texts = [[data.draw_text(random.Random(s)) for _ in range(3)] for s in (5, 5, 6)]
+    texts = [[demo.draw_text(random.Random(s)) for _ in range(3)] for s in (5, 5, 6)]
     assert texts[0] == texts[1] != texts[2]

@@ -16,23 +16,19 @@ from model import IGNORE, SHAPES, ModelConfig, Nemotron, count_params, init_weig
 from parallel import (
     Checkpoints,
     MeshConfig,
-    PlanConfig,
     Runner,
     TokenLogProbs,
-    activation_bytes,
     build_stage,
-    built_params,
     damage,
     init_mesh,
     load_hf,
     peak_flops,
-    rank_params,
     save_hf,
-    search,
     split_layers,
     step_folders,
 )
-from parallel import main as parallel_main
+from recipes.plan import PlanConfig, activation_bytes, built_params, rank_params, search
+from recipes.plan import main as plan_main
 from train import lm_loss, make_optimizer, nano, training_state
 
 TINY = ModelConfig(64, 4, 8, 4, 8, 128, vocab_size=96, seq_len=16, init_std=0.1)
@@ -512,8 +508,8 @@ def test_what_the_ranks_hold_sums_to_the_model(on_ranks, axes):
 
 
 def plan_says(capsys, *args):
-    with patch.object(sys, "argv", ["parallel.py", "plan", *args]):
-        parallel_main()
+    with patch.object(sys, "argv", ["recipes.plan", *args]):
+        plan_main()
     return capsys.readouterr().out
 
 

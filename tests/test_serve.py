@@ -23,7 +23,15 @@ import uvicorn
 
 import data
 import generate
-from generate import Choice, Completion, Driver, Engine, SamplingParams, ServeConfig, make_app
+from generate import (
+    Completion,
+    Driver,
+    Engine,
+    ResponseWriter,
+    SamplingParams,
+    ServeConfig,
+    make_app,
+)
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
 
@@ -298,11 +306,11 @@ def test_tokens_are_spelt_with_their_spaces_by_every_tokenizer(tmp_path, corpus)
     )
     for tokenizer in (data.load_tokenizer(tmp_path), data.TokenData(corpus).tokenizer()):
         ids = tokenizer.encode("the list of lists")
-        spelt = "".join(Choice(tokenizer, False).spell(int(i)) for i in ids)
+        spelt = "".join(ResponseWriter(tokenizer, False).spell(int(i)) for i in ids)
         assert spelt.lstrip() == "the list of lists"
         n = len(ids)
         out = Completion(0, 0, ids.tolist(), logprobs=[-1.0] * n, tops=[[]] * n)
-        got = Choice(tokenizer, False).write(out, 0, n, "")["logprobs"]
+        got = ResponseWriter(tokenizer, False).write(out, 0, n, "")["logprobs"]
         for token, at in zip(got["tokens"][1:], got["text_offset"][1:], strict=True):
             assert "the list of lists"[at:].startswith(token)
 
@@ -621,7 +629,7 @@ def serve_rank(folder, port):
                 return client()
 
     threading.Thread(target=patiently if leads else bystander, daemon=True).start()
-    generate.serve(ServeConfig(folder, port=port, mesh=generate.Layout(tp=2)))
+    serve(ServeConfig(folder, port=port, mesh=generate.Layout(tp=2)))
     return answers
 
 

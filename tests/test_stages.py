@@ -19,6 +19,7 @@ import generate
 import parallel
 from model import SHAPES, Nemotron, init_weights
 from parallel import MeshConfig, save_hf
+from recipes import demo, iterate
 
 TINY = dataclasses.replace(
     SHAPES["nano"], dim=32, n_layers=4, head_dim=8, ffn_dim=64, vocab_size=512, seq_len=256,
@@ -380,7 +381,7 @@ def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_pa
 
 @pytest.mark.slow
 def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
-    align.demo(align.DemoConfig(tmp_path / "demo", scale=0.004))
+    demo.demo(demo.DemoConfig(tmp_path / "demo", scale=0.004))
     lines = (tmp_path / "demo" / "table.md").read_text().splitlines()
     stages = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert stages == [
@@ -396,7 +397,7 @@ def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
         cfg = json.loads((tmp_path / "demo" / name / "config.json").read_text())
         assert cfg["init"].endswith(f"demo/{init}")
     with pytest.raises(ValueError, match="scale"):
-        align.DemoConfig(scale=0)
+        demo.DemoConfig(scale=0)
 
 
 def write_answers(cfg):
@@ -414,14 +415,14 @@ def write_answers(cfg):
 
 @pytest.mark.slow
 def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
-    demo = align.DemoConfig(tmp_path / "demo", scale=0.004)
-    loop = dataclasses.replace(align.weak_to_strong(), out=tmp_path / "loop", demo=demo)
-    with mock.patch.object(align, "synthesize", side_effect=write_answers) as made:
-        align.iterate(dataclasses.replace(loop, rounds=1))
+    toys = demo.DemoConfig(tmp_path / "demo", scale=0.004)
+    loop = dataclasses.replace(iterate.weak_to_strong(), out=tmp_path / "loop", demo=toys)
+    with mock.patch.object(iterate, "synthesize", side_effect=write_answers) as made:
+        iterate.iterate(dataclasses.replace(loop, rounds=1))
         first = (tmp_path / "loop" / "lineage.json").read_text()
         sealed = [*tmp_path.rglob("state.json"), *(tmp_path / "loop").rglob("metrics.jsonl")]
         before = {file: file.read_bytes() for file in sealed}
-        align.iterate(loop)
+        iterate.iterate(loop)
     assert len(before) > 10 and all(file.read_bytes() == text for file, text in before.items())
     asked = [call.args[0] for call in made.call_args_list]
     assert asked[:3] == asked[3:6] and len(asked) == 9
@@ -436,6 +437,6 @@ def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
     table = (tmp_path / "loop" / "table.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 6 and "true reward" in table[0]
     with pytest.raises(ValueError, match="bases"):
-        align.IterateConfig()
+        iterate.IterateConfig()
     with pytest.raises(ValueError, match="rounds=0"):
         dataclasses.replace(loop, rounds=0)

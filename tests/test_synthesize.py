@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 from conftest import SERVER
 
-import align
 import data
 import generate
-from generate import (
+from model import SHAPES, Nemotron, init_weights
+from parallel import save_hf
+from recipes import synthesize as pipeline
+from recipes import verify
+from recipes.iterate import IterateConfig, score_of
+from recipes.synthesize import (
     TEMPLATES,
     Pipeline,
     Question,
@@ -27,8 +31,6 @@ from generate import (
     choose,
     synthesize,
 )
-from model import SHAPES, Nemotron, init_weights
-from parallel import save_hf
 
 WORDS = [w for w in re.findall(r"[a-z]{4,9}", data.REWARD_SYSTEM + next(data.embedded_english()))]
 WORDS = sorted({*WORDS})
@@ -46,7 +48,7 @@ def form_of(template):
 
 
 FORMS = {name: form_of(text) for name, text in TEMPLATES.items()}
-LISTS = [name for name, text in TEMPLATES.items() if text.endswith(generate.AS_LIST)]
+LISTS = [name for name, text in TEMPLATES.items() if text.endswith(pipeline.AS_LIST)]
 
 
 class Teacher(ThreadingHTTPServer):
@@ -228,7 +230,7 @@ def said_by(reply, teacher, out, **more):
 
 
 def question(text, **more):
-    return Question("given", (generate.user(text),), **more)
+    return Question("given", (pipeline.user(text),), **more)
 
 
 def contents(folder):
@@ -353,7 +355,7 @@ def test_chosen_and_rejected_are_never_a_tie(made):
 def test_ground_truth_decides_where_there_is_one(made, teacher, tmp_path):
     """A number, and unit tests that are run."""
     prompts = tmp_path / "own.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in generate.TRUTHS * 1))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in pipeline.TRUTHS * 1))
     how = dict(recipe="prompts", prompts=(prompts,), counts=dict(samples=8, preference_share=1))
     out = synthesize(config(teacher, tmp_path / "out", **how))
     found = {row["messages"][0]["content"]: row for row in rows(out, "preference")}
@@ -475,7 +477,7 @@ def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teach
     out = synthesize(config(teacher, tmp_path / "out", min_helpfulness=-99.0, **both))
     lines = (out / "records" / "responses.jsonl").read_text().splitlines()
     models = Counter(json.loads(line)["model"] for line in lines)
-    assert models["teacher"] == models[generate.identity(nano[0])] > 20
+    assert models["teacher"] == models[pipeline.identity(nano[0])] > 20
     rated = rows(out, "reward")
     assert len({tuple(row["label"]) for row in rated}) == len({*map(str, rated)}) > 20
     assert len(rows(out, "preference")) >= len(rows(out, "rpo")) > 5
@@ -486,8 +488,8 @@ def test_the_judge_by_logits_is_antisymmetric_bit_by_bit(nano, tmp_path):
     p = Pipeline(local(nano, tmp_path / "out", judge="logits"))
     q = Question("given", ({"role": "user", "content": "Which one?"},))
     pairs = [(q, WORDS[i], WORDS[-i]) for i in range(1, 9)]
-    margins = generate.compare(p, pairs)
-    swapped = generate.compare(Pipeline(p.cfg), [(q, b, a) for q, a, b in pairs])
+    margins = pipeline.compare(p, pairs)
+    swapped = pipeline.compare(Pipeline(p.cfg), [(q, b, a) for q, a, b in pairs])
     assert margins == [-x for x in swapped] and len({*margins}) == len(margins)
 
 
@@ -495,10 +497,10 @@ def test_verdicts_count_when_both_orders_agree(teacher, tmp_path):
     p = Pipeline(config(teacher, tmp_path, judge="text"))
     q = Question("given", ({"role": "user", "content": "Which one?"},))
     # the teacher prefers the longer, and the first where the lengths sum to a multiple of five
-    assert generate.compare(p, [(q, "longer text", "text"), (q, "text", "longer text")]) == [0, 0]
-    assert generate.compare(p, [(q, "longer", "text!"), (q, "text!", "longer")]) == [1, -1]
+    assert pipeline.compare(p, [(q, "longer text", "text"), (q, "text", "longer text")]) == [0, 0]
+    assert pipeline.compare(p, [(q, "longer", "text!"), (q, "text!", "longer")]) == [1, -1]
     assert p.counts["judge: both orders agree"] == 2 and p.counts["judge: pairs"] == 4
-    assert generate.verdict_of("[[A]] or [[B]]") is generate.verdict_of("A") is None
+    assert pipeline.verdict_of("[[A]] or [[B]]") is pipeline.verdict_of("A") is None
 
 
 def test_pleasantries_are_taken_out_of_what_a_played_user_says():
@@ -514,7 +516,7 @@ def test_pleasantries_are_taken_out_of_what_a_played_user_says():
         "**User:** Great - why (x+1)?": "Why (x+1)?",
         "<<USER>>\nWhy?\n<<ASSISTANT>>\nBecause.": "Why?",
     }.items():
-        assert generate.clean(said) == left
+        assert pipeline.clean(said) == left
 
 
 def test_a_record_is_another_one_for_another_model_seed_or_sampling(teacher, tmp_path):
@@ -542,7 +544,7 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
         "shape": (422, {"error": "shape \ud83d"}),
     }  # fmt: skip
     p = Pipeline(config(odd, tmp_path / "out", retries=0))
-    asked = [(name, Request([generate.user(name)])) for name in odd.odd]
+    asked = [(name, Request([pipeline.user(name)])) for name in odd.odd]
     ((name, answer),) = p.answers("stage", asked)
     assert (name, answer["text"], answer["tokens"]) == ("half", "a ? b", (3, 0))
     reasons = Counter(row["reason"] for row in p.dropped)
@@ -552,10 +554,10 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
     for status, body in ((200, {"detail": "no such route"}), (200, "<html>"), (401, {})):
         odd.odd["again"] = status, body
         with pytest.raises(ValueError, match=rf"{odd.url}: teacher.*goes on from here"):
-            p.ask("stage", [Request([generate.user("again")])])
+            p.ask("stage", [Request([pipeline.user("again")])])
     for want, rule in (("rewards", "of the attributes"), ("verdict", "another --judge")):
         with pytest.raises(ValueError, match=rf"gives no log-probabilities.*{rule}"):
-            p.ask("stage", [Request([generate.user(want)])], want=want)
+            p.ask("stage", [Request([pipeline.user(want)])], want=want)
     odd.shutdown()
     odd.server_close()
 
@@ -563,7 +565,7 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
 def test_what_does_not_fit_in_the_context_is_dropped_and_counted(nano, tmp_path):
     long = " ".join(WORDS * 30)
     p = Pipeline(local(nano, tmp_path / "one"))
-    chat = [generate.user(long), {"role": "assistant", "content": "x"}]
+    chat = [pipeline.user(long), {"role": "assistant", "content": "x"}]
     for want, backend, messages in (
         ("text", p.model, chat[:1]), ("verdict", p.model, chat[:1]), ("rewards", p.reward, chat),
     ):  # fmt: skip
@@ -571,7 +573,7 @@ def test_what_does_not_fit_in_the_context_is_dropped_and_counted(nano, tmp_path)
         assert (a["finish_reason"], a["scores"]) == ("too long", {}), want
     assert p.answers("text", [(0, Request(chat[:1]))]) == []
     assert p.counts["text: too long"] == 1
-    assert generate.compare(replace_judge(p, "logits"), [(question(long), "a", "b")]) == [0]
+    assert pipeline.compare(replace_judge(p, "logits"), [(question(long), "a", "b")]) == [0]
     assert p.counts["judge: no verdict"] == 1
     with pytest.raises(ValueError, match="is a language model, not a reward model"):
         Pipeline(replace(local(nano, tmp_path / "two"), reward=str(nano[0])))
@@ -602,12 +604,12 @@ def test_documents_are_cut_and_each_question_about_one_is_kept(teacher, tmp_path
     file = tmp_path / "docs.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in [document, document, "short"]))
     p = Pipeline(config(teacher, tmp_path / "out", documents=(file,)))
-    texts = generate.documents_of(p, 9)
+    texts = pipeline.documents_of(p, 9)
     assert [len(text) for text in texts] == [2000, 5] and p.counts["documents: duplicate"] == 1
-    prompts = generate.closed_questions(p, p.cfg.amounts(), texts)
-    assert len(generate.clean_prompts(p, prompts)) == len(prompts) == 4
+    prompts = pipeline.closed_questions(p, p.cfg.amounts(), texts)
+    assert len(pipeline.clean_prompts(p, prompts)) == len(prompts) == 4
     assert all(texts[0] in q.messages[0]["content"] for q in prompts[:2])
-    assert len(generate.clean_prompts(p, [*prompts, prompts[0]])) == 4
+    assert len(pipeline.clean_prompts(p, [*prompts, prompts[0]])) == 4
 
 
 def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
@@ -616,9 +618,9 @@ def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
 
     def answers(*ratings, judge=None, **truth):
         texts = [f"it is {i}" for i in range(len(ratings))]
-        scores = judge or [generate.reward_of(x) for x in ratings]
+        scores = judge or [pipeline.reward_of(x) for x in ratings]
         q = question("How many?", truth=truth)
-        return generate.Answers(q, texts, texts, scores, [*ratings])
+        return pipeline.Answers(q, texts, texts, scores, [*ratings])
 
     assert choose(p, answers(None, bad, good)) == (2, 1, False)
     assert choose(p, answers(None, good)) == "not rated"
@@ -628,10 +630,10 @@ def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
     assert p.counts["judge: pairs with a truth"] == 1  # of those that are rated
     assert choose(p, answers(good, bad, answer="7")) == "all wrong"
     # rewards are ratings, whoever chose, where they say the same
-    row = generate.preference_row(p, answers(good, bad, judge=[1.0, -1.0]))
-    assert row["chosen_reward"] == generate.reward_of(good)
+    row = pipeline.preference_row(p, answers(good, bad, judge=[1.0, -1.0]))
+    assert row["chosen_reward"] == pipeline.reward_of(good)
     for a in (answers(bad, good, judge=[1.0, -1.0]), answers(None, bad, judge=[1.0, -1.0])):
-        assert "chosen_reward" not in generate.preference_row(p, a)
+        assert "chosen_reward" not in pipeline.preference_row(p, a)
 
 
 @pytest.mark.parametrize("scope, kept", [("single", 1), ("conversation", 0), ("revision", 1)])
@@ -648,13 +650,13 @@ def test_dialogues_obey_their_instruction_where_it_reaches(teacher, tmp_path, sc
         return answers[text.rstrip("?")]
 
     p = said_by(reply, teacher, tmp_path)
-    no_comma = data.Instruction("punctuation:no_comma").to_json()
+    no_comma = verify.Instruction("punctuation:no_comma").to_json()
     q = question("Why?", truth={"instructions": [no_comma], "scope": scope})
-    made = generate.dialogues(replace_judge(p, "reward"), [q], 3)
+    made = pipeline.dialogues(replace_judge(p, "reward"), [q], 3)
     assert len(made) == kept and p.counts["dialogue: false"] == 1 - kept
     assert [row["scores"] for row in made] == [[3.0] * 5] * kept
     p.cfg = replace(p.cfg, min_helpfulness=3.1)
-    assert generate.dialogues(p, [q], 3) == generate.dialogues(p, [q], 0) == []
+    assert pipeline.dialogues(p, [q], 3) == pipeline.dialogues(p, [q], 0) == []
     assert p.counts["dialogue: not helpful"] == kept
 
 
@@ -673,15 +675,15 @@ def test_topics_that_look_like_formulas_or_alike_are_drawn(tmp_path):
     names = ("$\\frac{", "from $5 to $10", "x" * 30 + "1", "x" * 30 + "2")
     prompts = [question("Why?", topic=name) for name in names]
     files = dict(sft=[], preference=[])
-    assert generate.draw_histograms(tmp_path / "a.png", files, prompts)
-    assert generate.draw_histograms(tmp_path / "b.png", files, [])
+    assert pipeline.draw_histograms(tmp_path / "a.png", files, prompts)
+    assert pipeline.draw_histograms(tmp_path / "b.png", files, [])
 
 
 def test_other_weights_have_another_identity(tmp_path):
     names = set()
     for tail in (b"1", b"2"):  # with the same embedding before them
         (tmp_path / "model.safetensors").write_bytes(bytes(4 << 20) + tail * (4 << 20))
-        names.add(generate.identity(tmp_path))
+        names.add(pipeline.identity(tmp_path))
     assert len(names) == 2
 
 
@@ -691,9 +693,9 @@ def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
         own.prompts[0].read_text() + json.dumps({"prompt": " ".join(WORDS * 30)}) + "\n"
     )
     how = dict(bases=("base",), data=own, out=tmp_path, held_out=tmp_path / "long.jsonl")
-    marks = [align.score_of(align.IterateConfig(**how), nano[0]) for _ in range(2)]
+    marks = [score_of(IterateConfig(**how), nano[0]) for _ in range(2)]
     assert marks[0] == marks[1] and [*marks[0]] == ["reward"]
     records = (tmp_path / "marks/records/held_out.jsonl").read_bytes().splitlines()
     assert len(records) == 13 and json.loads(records[-1])["finish_reason"] == "too long"
     with pytest.raises(ValueError, match="name the referee"):
-        align.IterateConfig(**how | dict(data=replace(own, reward="")))
+        IterateConfig(**how | dict(data=replace(own, reward="")))

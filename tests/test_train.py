@@ -20,7 +20,8 @@ import train
 from data import Sampler, TokenData
 from model import ModelConfig, hf_config
 from parallel import Checkpoints, MeshConfig, Runner, init_mesh, load_hf, save_hf
-from train import PRESETS, Course, Phase, PretrainConfig, choose_config, micro_batches, nano
+from recipes import report
+from train import PRESETS, Phase, PretrainConfig, Schedule, choose_config, micro_batches, nano
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, vocab_size=512, seq_len=32, init_std=0.05)
@@ -175,34 +176,34 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_in_samples():
 
 def test_the_340b_presets_totals_are_the_reports():
     cfg = PRESETS["nemotron4_340b"]()
-    course = cfg.course()
-    assert [s.steps for s in course.stretches] == [63_578, 31_789, 805_325, 105_964]
-    assert [s.batch for s in course.stretches] == [768, 1536, 2304, 2304]
+    schedule = cfg.schedule()
+    assert [s.steps for s in schedule.segments] == [63_578, 31_789, 805_325, 105_964]
+    assert [s.batch for s in schedule.segments] == [768, 1536, 2304, 2304]
     first, second = cfg.phases
     assert first.samples == 1_953_125_000 and first.samples * 4096 == 8.0e12
-    assert abs(course.stretches[3].first_sample / first.samples - 1) < 1e-6
+    assert abs(schedule.segments[3].first_sample / first.samples - 1) < 1e-6
     assert second.samples * 4096 == 1.0e12 and cfg.steps == 1_006_656
     assert first.warmup * 4096 == pytest.approx(16.0e9, rel=1e-6)
     assert first.samples - first.warmup == 1_949_218_748  # NVIDIA's decay samples
-    assert course.lr(63_578 + 31_789 + 805_325 - 1) == pytest.approx(1e-5)
-    assert course.lr(cfg.steps - 1) == pytest.approx(1e-7, rel=1e-3)
+    assert schedule.lr(63_578 + 31_789 + 805_325 - 1) == pytest.approx(1e-5)
+    assert schedule.lr(cfg.steps - 1) == pytest.approx(1e-7, rel=1e-3)
     assert second.late_from() / second.samples == pytest.approx(0.711, abs=5e-4)
 
 
 def test_the_15b_presets_totals_are_its_papers():
-    course = PRESETS["nemotron4_15b"]().course()
-    assert [s.batch for s in course.stretches] == [384, 768, 1152, 1152]
-    assert sum(s.steps * s.batch for s in course.stretches[:3]) * 4096 == pytest.approx(
+    schedule = PRESETS["nemotron4_15b"]().schedule()
+    assert [s.batch for s in schedule.segments] == [384, 768, 1152, 1152]
+    assert sum(s.steps * s.batch for s in schedule.segments[:3]) * 4096 == pytest.approx(
         8e12, rel=1e-6
     )
-    assert max(map(course.lr, range(0, 100_000, 999))) == pytest.approx(4.5e-4, rel=1e-3)
+    assert max(map(schedule.lr, range(0, 100_000, 999))) == pytest.approx(4.5e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_the_checks_on_some_number_of_processes(name):
     cfg = PRESETS[name]()
     worlds = {"nemotron4_340b": 6144, "nemotron4_15b": 768, "minitron_8b": 16}
-    for stretch in cfg.course().stretches:
+    for stretch in cfg.schedule().segments:
         world = worlds.get(name, 1)
         cfg.mesh.check(cfg.model, world, stretch.batch, cfg.micro_batch)
 
@@ -228,18 +229,18 @@ def test_steps_samples_batches_and_blends_of_a_course_agree():
         Phase(((40, 4), (80, 8)), 1.0, 0.1, 8, a),
         Phase(((120, 12),), 0.1, 0.001, 0, b, late, 0.02),
     )
-    course = Course(phases)
-    assert [(s.first_step, s.steps, s.first_sample) for s in course.stretches] == [
+    schedule = Schedule(phases)
+    assert [(s.first_step, s.steps, s.first_sample) for s in schedule.segments] == [
         (0, 10, 0), (10, 10, 40), (20, 10, 120)
     ]  # fmt: skip
     sample = 0
-    for step in range(course.steps):
-        assert course.samples(step) == sample
-        sample += course.at(step).batch
-    assert sample == course.samples(course.steps) == 240
-    assert [step for step in range(1, 31) if course.ends_a_stretch(step)] == [10, 20, 30]
-    switch = next(step for step in range(20, 30) if course.lr(step) <= 0.02)
-    assert course.blends() == {0: a, 120: b, course.samples(switch): late}
+    for step in range(schedule.steps):
+        assert schedule.samples(step) == sample
+        sample += schedule.at(step).batch
+    assert sample == schedule.samples(schedule.steps) == 240
+    assert [step for step in range(1, 31) if schedule.ends_a_segment(step)] == [10, 20, 30]
+    switch = next(step for step in range(20, 30) if schedule.lr(step) <= 0.02)
+    assert schedule.blends() == {0: a, 120: b, schedule.samples(switch): late}
 
 
 def two_phases(corpus, out, **changes):
@@ -254,12 +255,12 @@ def two_phases(corpus, out, **changes):
 
 
 def test_a_two_phase_run_logs_its_batches_rates_and_checkpoints(on_ranks, corpus, tmp_path):
-    cfg = two_phases(corpus, tmp_path / "a", save_every=3, keep=1)  # ends of stretches stay
+    cfg = two_phases(corpus, tmp_path / "a", save_every=3, keep=1)  # ends of segments stay
     on_ranks(2, pretrain, cfg)
-    got, course = rows(cfg.out), cfg.course()
+    got, schedule = rows(cfg.out), cfg.schedule()
     assert [r["batch"] for r in got] == [4] * 6 + [8] * 8
-    assert [r["tokens"] // 32 for r in got] == [course.samples(s) for s in range(1, 14)] + [88]
-    assert [r["lr"] for r in got] == pytest.approx([course.lr(s) for s in range(14)])
+    assert [r["tokens"] // 32 for r in got] == [schedule.samples(s) for s in range(1, 14)] + [88]
+    assert [r["lr"] for r in got] == pytest.approx([schedule.lr(s) for s in range(14)])
     saved = sorted(p.name for p in (cfg.out / "checkpoints").iterdir())
     assert saved == ["step_000006", "step_000010", "step_000014"]
     assert {"val_bpb/english", "val_bpb/code", "val_loss/english"} <= got[-1].keys()
@@ -280,12 +281,12 @@ def test_a_ramped_run_moved_to_more_ranks_gives_the_losses_of_one_that_was_not(
 
 def test_the_blend_changes_at_the_right_sample(corpus):
     cfg = two_phases(corpus, None)
-    course, data = cfg.course(), TokenData(corpus)
-    blends = {at: data.blend(b) for at, b in course.blends().items()}
+    schedule, data = cfg.schedule(), TokenData(corpus)
+    blends = {at: data.blend(b) for at, b in schedule.blends().items()}
     sampler = Sampler(data, blends[0], 32, 0, later=blends)
     names = [sampler.locate(i)[0] for i in range(88)]
     assert names[:56].count("code") == 14
-    switch = course.samples(next(s for s in range(10, 14) if course.lr(s) <= 6e-5))
+    switch = schedule.samples(next(s for s in range(10, 14) if schedule.lr(s) <= 6e-5))
     assert 56 < switch < 88 and set(names[switch:]) == {"code"}
     assert names[56:switch].count("english") == (switch - 56) // 2
 
@@ -482,10 +483,10 @@ def test_a_profile_window_writes_a_trace_and_groups_have_norms(on_ranks, corpus,
 def test_the_report_draws_runs_into_one_picture(on_ranks, corpus, tmp_path):
     on_ranks(1, pretrain, config(corpus, tmp_path / "a"))
     on_ranks(1, pretrain, two_phases(corpus, tmp_path / "b"))
-    train.report(train.ReportConfig((tmp_path / "a", tmp_path / "b"), tmp_path / "r.png"))
+    report.report(report.ReportConfig((tmp_path / "a", tmp_path / "b"), tmp_path / "r.png"))
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="not a run's folder"):
-        train.report(train.ReportConfig((tmp_path,), tmp_path / "r.png"))
+        report.report(report.ReportConfig((tmp_path,), tmp_path / "r.png"))
 
 
 def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):

@@ -20,7 +20,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data import (
+from recipes.verify import (
     COMMON,
     ENDINGS,
     KEYWORDS,
@@ -786,7 +786,7 @@ def refuse_ways_out():
 
 def test_nothing_that_a_program_started_outlives_it(monkeypatch):
     # as if the hook had a hole: a grandchild in a session of its own, which holds the output open
-    monkeypatch.setattr("data.refuse_ways_out", refuse_ways_out)
+    monkeypatch.setattr("recipes.verify.refuse_ways_out", refuse_ways_out)
     code = (
         "import subprocess, time\nsubprocess.Popen(['sleep', '3333.25'], start_new_session=True)\n"
     )
