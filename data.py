@@ -301,6 +301,40 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes | BadDocument]]:
         yield str(path), BadDocument(path, f"broken gzip stream ({e}): fetch it again")
 
 
+def read_jsonl(
+    file: str | Path, on_bad: Callable[[BadDocument], None] | None = None, text_field: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("FILE:LINE", object) of each line of a JSON Lines file, gzipped or not; "-" is stdin.
+
+    A line that is not a JSON object raises BadDocument, or is handed to `on_bad` and left out. With
+    `text_field`, a line that does not begin with { is a text, read as {text_field: line}.
+    """
+    if str(file) == "-":
+        lines = ((f"-:{n}", line.encode()) for n, line in enumerate(sys.stdin, 1) if line.strip())
+    else:
+        lines = numbered_lines(Path(file))
+    for where, line in lines:
+        if text_field and not isinstance(line, BadDocument) and not line.startswith(b"{"):
+            yield where, {text_field: line.decode().rstrip("\n")}
+            continue
+        try:
+            row = json_object(line)
+        except ValueError as e:
+            bad = e if isinstance(e, BadDocument) else BadDocument(where, f"{e}: mend the line")
+            if on_bad is None:
+                raise bad from None
+            on_bad(bad)
+            continue
+        yield where, row
+
+
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file, or the lines of one, so that a reader finds it whole or not at all."""
+    with path.with_name(path.name + ".tmp").open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else (f"{line}\n" for line in text))
+    path.with_name(path.name + ".tmp").rename(path)
+
+
 def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
     try:
         row = json.loads(line)

@@ -23,17 +23,10 @@ import uvicorn
 
 import data
 import generate
-from generate import (
-    Completion,
-    Driver,
-    Engine,
-    ResponseWriter,
-    SamplingParams,
-    ServeConfig,
-    make_app,
-)
+from generate import Completion, Driver, Engine, SamplingParams
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
+from recipes.serve import ResponseWriter, ServeConfig, make_app, serve
 
 TINY = dataclasses.replace(
     SHAPES["nano"], dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=128,
