@@ -720,13 +720,7 @@ class Runner:
     def load_hf(self, folder: str | Path) -> None:
         """Fill the shards from a Hugging Face folder; each rank reads the slices that it needs."""
         params, theirs = self.params(), read_hf_config(folder)
-        for key in vars(theirs):
-            # the weights fit all the same
-            free = key in ("seq_len", "init_std") or key.startswith("lora_")
-            # a reward model begins as a language model with a new head
-            free |= key == "n_attributes" and not theirs.n_attributes
-            if (a := getattr(theirs, key)) != (b := getattr(self.model, key)) and not free:
-                raise ValueError(f"{folder} has {key}={a}, this run {key}={b}: set --model.{key}")
+        check_same_model(theirs, self.model, folder)
         if theirs.n_attributes != self.model.n_attributes:
             params = {name: p for name, p in params.items() if not name.startswith("head.")}
         params = {name: p for name, p in params.items() if "lora_" not in name}
@@ -1015,6 +1009,18 @@ def read_config(folder: str | Path) -> ModelConfig:
         return config_from_hf(found)
     known = {f.name for f in fields(ModelConfig)}
     return ModelConfig(**{k: v for k, v in found["model"].items() if k in known})
+
+
+def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) -> None:
+    """Raise ValueError unless the weights of `theirs`, found at `where`, fit the model `mine`."""
+    free = {"seq_len", "init_std", "lora_rank", "lora_alpha", "lora_targets"}
+    if not theirs.n_attributes:
+        free.add("n_attributes")  # a reward model begins as a language model with a new head
+    for key in vars(mine).keys() - free:
+        found, wanted = getattr(theirs, key), getattr(mine, key)
+        if found != wanted:
+            rule = f"set --model.{key.replace('_', '-')}"
+            raise ValueError(f"{where} has {key}={found}, this run {key}={wanted}: {rule}")
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
