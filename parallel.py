@@ -1016,11 +1016,11 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
     free = {"seq_len", "init_std", "lora_rank", "lora_alpha", "lora_targets"}
     if not theirs.n_attributes:
         free.add("n_attributes")  # a reward model begins as a language model with a new head
-    for key in vars(mine).keys() - free:
+    for key in sorted(vars(mine).keys() - free):
         found, wanted = getattr(theirs, key), getattr(mine, key)
         if found != wanted:
             rule = f"set --model.{key.replace('_', '-')}"
-            raise ValueError(f"{where} has {key}={found}, this run {key}={wanted}: {rule}")
+            raise ValueError(f"{where} has {key}={found}, this run {wanted}: {rule}")
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
