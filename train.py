@@ -1,13 +1,11 @@
-"""Pretraining, and the one loop (`fit`) that every stage of the system runs through.
+"""Pretraining, and `fit`, the one loop that every stage of the system runs through.
 
 A preset is a function that returns a complete frozen config; the command line changes its fields.
 
     torchrun --nproc_per_node 2 train.py nano
     python train.py nano --steps 50 --out runs/try --lr 2e-3
-    python train.py report runs/nano runs/try
 """
 
-import dataclasses
 import difflib
 import json
 import logging
@@ -18,12 +16,11 @@ import signal
 import sys
 import time
 import traceback
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -33,7 +30,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from data import PrepareConfig, Sampler, TokenData, Tokenizer, prepare
+from data import PrepareConfig, Sampler, TokenData, Tokenizer, prepare, write_whole
 from model import SHAPES, ModelConfig, count_params, flops_per_token
 from parallel import (
     Batch,
@@ -41,9 +38,11 @@ from parallel import (
     LossFn,
     MeshConfig,
     Runner,
+    check_same_model,
     init_mesh,
     load_run,
     peak_flops,
+    read_config,
     shut_down,
     step_folders,
     world_size,
@@ -57,24 +56,25 @@ log = logging.getLogger("nemotron4")
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run with its own data and schedule; lengths in samples (sequences)."""
+    """Part of a run that has its own data and learning rate; lengths count samples (sequences)."""
 
     ramp: tuple[tuple[int, int], ...]
-    """(samples, batch), one after the other: the batch ramp, or one pair."""
+    """Pairs (samples, batch), one after the other; a single pair where the batch does not grow."""
     lr: float
     """Peak learning rate."""
     min_lr: float
-    """Where the cosine over the whole phase ends."""
+    """Learning rate at the end of the cosine, which spans the whole phase."""
     warmup: int = 0
     """Samples of linear warm-up."""
     blend: dict[str, float] = field(default_factory=dict)
     """Source weights; empty: the default blend."""
     late_blend: dict[str, float] = field(default_factory=dict)
-    """The blend once the rate has fallen below late_below."""
+    """Source weights once the learning rate has fallen below late_below; empty: no change."""
     late_below: float = 0.0
+    """Learning rate below which late_blend begins."""
 
     def __post_init__(self) -> None:
-        if not self.ramp or min(n for pair in self.ramp for n in pair) < 1:
+        if not self.ramp or any(min(pair) < 1 for pair in self.ramp):
             raise ValueError(f"ramp={self.ramp}: pairs of samples and batch, each at least 1")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"lr={self.lr}, min_lr={self.min_lr}: 0 <= min_lr <= lr is needed")
@@ -89,112 +89,115 @@ class Phase:
         return sum(samples for samples, _ in self.ramp)
 
     def lr_at(self, samples: int, batch: int) -> float:
-        """Linear warm-up, then cosine to min_lr, in samples of the phase (SPEC 3.4): a batch ramp
-        does not bend it."""
+        """Return the rate after so many samples of the phase: linear warm-up, then a cosine. It
+        counts samples, as NVIDIA's launch script does, so that a growing batch does not bend it."""
         if samples < self.warmup:
             return self.lr * (samples + batch) / (self.warmup + batch)
         progress = min(1.0, (samples - self.warmup) / max(1, self.samples - self.warmup))
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def late_from(self) -> int:
-        """The sample of the phase from which the rate is below late_below."""
+        """Return the sample of the phase at which the rate falls below late_below."""
         cosine = 2 * (self.late_below - self.min_lr) / (self.lr - self.min_lr) - 1
         return self.warmup + math.ceil(math.acos(cosine) / math.pi * (self.samples - self.warmup))
 
 
 class Segment(NamedTuple):
-    """Consecutive steps of one batch size."""
+    """Consecutive steps that share a phase and a batch size."""
 
     first_step: int
     steps: int
     first_sample: int
     batch: int
     phase: Phase
-    phase_sample: int  # where its phase begins
+    phase_sample: int  # first sample of the phase
 
 
 class Schedule:
-    """A run's phases, laid out over its steps: what each step needs is a function of its number."""
+    """Phases laid out over steps: all that a step needs is a function of its number."""
 
     def __init__(self, phases: tuple[Phase, ...]) -> None:
         self.segments: list[Segment] = []
-        step = sample = 0
+        step = 0
+        sample = 0
         for phase in phases:
-            begins = sample
+            phase_sample = sample
             for samples, batch in phase.ramp:
                 steps = max(1, round(samples / batch))  # whole steps, as in the report's Table 2
-                self.segments.append(Segment(step, steps, sample, batch, phase, begins))
-                step, sample = step + steps, sample + steps * batch
+                self.segments.append(Segment(step, steps, sample, batch, phase, phase_sample))
+                step += steps
+                sample += steps * batch
         self.steps = step
 
     def at(self, step: int) -> Segment:
+        """Return the segment of a step."""
         return self.segments[bisect(self.segments, step, key=lambda s: s.first_step) - 1]
 
     def samples(self, step: int) -> int:
-        """Samples consumed before the step."""
-        s = self.at(step)
-        return s.first_sample + (step - s.first_step) * s.batch
+        """Count the samples consumed before a step."""
+        segment = self.at(step)
+        return segment.first_sample + (step - segment.first_step) * segment.batch
 
     def lr(self, step: int) -> float:
-        s = self.at(step)
-        return s.phase.lr_at(self.samples(step) - s.phase_sample, s.batch)
+        segment = self.at(step)
+        return segment.phase.lr_at(self.samples(step) - segment.phase_sample, segment.batch)
 
     def ends_a_segment(self, step: int) -> bool:
-        """After `step` steps the batch grows or a phase ends: a good place for a checkpoint."""
+        """Tell whether after `step` steps the batch grows or a phase ends, a time to save."""
         return any(step == s.first_step + s.steps for s in self.segments)
 
     def blends(self) -> dict[int, dict[str, float]]:
-        """First sample → blend, aligned to steps."""
-        out, late = {}, set()
-        for s in self.segments:
-            if s.first_sample == s.phase_sample:
-                out[s.first_sample] = s.phase.blend
-            if s.phase.late_blend and s.phase_sample not in late:
-                ahead = s.phase_sample + s.phase.late_from() - s.first_sample
-                steps = max(0, -(-ahead // s.batch))
-                if steps < s.steps:
-                    out[s.first_sample + steps * s.batch] = s.phase.late_blend
-                    late.add(s.phase_sample)
-        return out
+        """Map the sample at which each blend begins, always the first of a step, to the blend."""
+        begins = {}
+        for segment in self.segments:
+            if segment.first_sample == segment.phase_sample:
+                phase = segment.phase
+                begins[segment.first_sample] = phase.blend
+                if phase.late_blend:
+                    switch = segment.phase_sample + phase.late_from()
+                    step = bisect_left(range(self.steps), switch, key=self.samples)
+                    begins[self.samples(step)] = phase.late_blend
+        return begins
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `fit` needs, whatever the stage."""
+    """Settings that `fit` needs, shared by all stages."""
 
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     out: Path | None = None
-    """The run's folder; what it holds of the same run is continued. Default: the first unused of
-    runs/PRESET, -2, -3 ..."""
+    """Folder of the run; a run that is in it already is continued. Default: runs/PRESET, or the
+    first unused of runs/PRESET-2, -3 ..."""
     init: str = ""
     """Weights to start from, with a fresh optimizer: hf:FOLDER (a Hugging Face Nemotron), or the
     FOLDER of another run. Empty: random."""
     steps: int = 1000
     """Optimizer steps."""
     seed: int = 0
-    """Of the initial weights and of the data order."""
+    """Seed of the initial weights and of the data order."""
     batch: int = 16
     """Sequences per optimizer step, over all processes: the result does not depend on the mesh."""
     micro_batch: int = 4
-    """Sequences per forward pass of one process; changes memory and speed alone."""
+    """Sequences per forward pass of one process; affects memory and speed only."""
     lr: float = 1e-4
     """Peak learning rate."""
-    min_lr: float = 1e-5
-    """Where the cosine ends."""
+    min_lr: float | None = 1e-5
+    """Learning rate at the end of the cosine; None: a constant rate."""
     warmup: int = 0
     """Samples of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW, as eps (which no source prints)."""
+    """AdamW's betas."""
     eps: float = 1e-8
+    """AdamW's epsilon; no source prints it."""
     weight_decay: float = 0.1
-    """On matrices; norms and biases have none."""
+    """Weight decay of matrices; norms and biases have none."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite, or a spike: end the run, or leave the update out."""
+    """Reaction to a non-finite loss or gradient, or to a spike: end the run, or skip the update."""
     spike: float = 0.0
-    """A loss this many times the median of the last 32 is a spike; 0: none is."""
+    """Factor over the median of the last 32 losses above which a loss is a spike; 0: no check."""
     max_skips: int = 10
     """Skipped steps after which the run ends all the same."""
     eval_every: int = 100
@@ -204,206 +207,182 @@ class RunConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step and the end of a phase save too."""
     save_in_background: bool = False
-    """Train on while a checkpoint is being written."""
+    """Training goes on while a checkpoint is being written."""
     keep: int = 2
-    """Newest checkpoints kept, beside those where a phase ends or the batch grows."""
-    grad_norms: bool = False
-    """Also log the gradient norm of embedding, attention, MLP, norms and head."""
+    """Newest checkpoints to keep, beside those where a phase ends or the batch grows."""
     profile: int = 0
-    """Steps to profile, from this start's third on; the trace goes to OUT/trace."""
+    """Steps to profile, from the third of this start on; the trace goes to OUT/trace."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "eval_batches", "save_every", "keep"):
+        for name in ("eval_every", "eval_batches", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("max_skips", "profile", "eps", "weight_decay"):
+        for name in ("steps", "max_skips", "profile", "eps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.spike and self.spike <= 1:
             raise ValueError(f"spike={self.spike}: a factor above 1, or 0 for none")
         if self.clip <= 0:
             raise ValueError(f"clip={self.clip}: the largest norm is positive; inf clips nothing")
-        self.schedule()
+        self.schedule()  # raises what is wrong with the phases
 
     def schedule(self) -> Schedule:
+        return Schedule((self.only_phase({}),))
+
+    def only_phase(self, blend: dict[str, float]) -> Phase:
+        """Return the phase of a run that has just one."""
         ramp = ((self.steps * self.batch, self.batch),)
-        return Schedule((Phase(ramp, self.lr, self.min_lr, self.warmup),))
+        min_lr = self.lr if self.min_lr is None else self.min_lr
+        return Phase(ramp, self.lr, min_lr, self.warmup, blend)
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
+    """Settings of a pretraining run."""
+
     data: Path = Path("data/python")
-    """A folder made by data.py prepare."""
+    """Folder made by data.py prepare."""
     blend: dict[str, float] = field(default_factory=dict)
     """Source weights; empty: 70/15/15 for english, multilingual, code (report section 2.1), else by
     tokens."""
     isolate: bool = False
-    """Keep packed documents from seeing each other (the report's run did not)."""
+    """Attention within a document only, where several share a window (not so in the report)."""
     phases: tuple[Phase, ...] = ()
-    """The recipe; where given, batch, lr, min_lr, warmup and blend are the phases', and the run may
-    end sooner, at steps."""
+    """Phases, which own batch, lr, min_lr, warmup and blend; the run may end sooner, at steps."""
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: must be at least 1")
         super().__post_init__()
-        for f in dataclasses.fields(self):
-            of_phases = f.name in ("batch", "lr", "min_lr", "warmup", "blend")
-            default = {} if f.name == "blend" else f.default
-            if self.phases and of_phases and getattr(self, f.name) != default:
-                what = f"{f.name}={getattr(self, f.name)}"
-                raise ValueError(f"{what}: this run has phases: set --phases.0.{f.name} and so on")
+        for name in ("batch", "lr", "min_lr", "warmup", "blend"):
+            default = getattr(PretrainConfig, name, {})  # blend's is no attribute of the class
+            if self.phases and getattr(self, name) != default:
+                what = f"{name}={getattr(self, name)}"
+                raise ValueError(f"{what}: this run has phases: set --phases.0.{name} and so on")
 
     def schedule(self) -> Schedule:
-        if self.phases:
-            return Schedule(self.phases)
-        ramp = ((self.steps * self.batch, self.batch),)
-        return Schedule((Phase(ramp, self.lr, self.min_lr, self.warmup, self.blend),))
+        return Schedule(self.phases or (self.only_phase(self.blend),))
 
 
 # ---- presets -------------------------------------------------------------------------------------
 
 
 def nano() -> PretrainConfig:
-    """A laptop CPU, about two minutes: every detail of the architecture, on Python's own library
-    and documentation."""
-    # optimizer of the 8T phase (SPEC 3.4); rate, warm-up, batch and length are ours, for this size
+    """Train on a laptop CPU in about two minutes: every detail of the architecture, on Python's own
+    library and documentation."""
+    # optimizer of the 8T phase (see `pretraining`); rate, warm-up, batch and length fit this size
     return PretrainConfig(
-        model=SHAPES["nano"],
-        mesh=MeshConfig(dtype="fp32"),
-        steps=250,
-        batch=8,
-        micro_batch=2,
-        lr=1.5e-3,
-        min_lr=1.5e-4,
-        warmup=160,
-        eval_every=50,
-        save_every=100,
-    )
+        model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), steps=250, batch=8, micro_batch=2,
+        lr=1.5e-3, min_lr=1.5e-4, warmup=160, eval_every=50, save_every=100,
+    )  # fmt: skip
 
 
 def nano_two_phase() -> PretrainConfig:
-    """The full recipe in miniature, under five minutes on a laptop: batch ramp, two phases, three
-    blends."""
-    # the report's proportions: batch 1 : 2 : 3, rate to a tenth, then to a hundredth of that, the
-    # last blend below a fifth of the phase's first rate; sizes are ours. The embedded corpus has no
-    # question-answering data: its source code stands in for what the second phase weighs up.
+    """Run the full recipe in miniature, under five minutes on a laptop: batch ramp, two phases,
+    three blends."""
+    # The proportions are the report's: batch 1 : 2 : 3, rate to a tenth, then to a hundredth of
+    # that, the last blend below a fifth of the phase's first rate. The sizes are ours. The embedded
+    # corpus has no question-answering data: its source code takes that role in the second phase.
+    ramp = ((240, 4), (480, 8), (1200, 12))
     first = {"english": 0.85, "code": 0.15}
+    second = {"english": 0.5, "code": 0.5}
+    late = {"english": 0.2, "code": 0.8}
     phases = (
-        Phase(((240, 4), (480, 8), (1200, 12)), 1.5e-3, 1.5e-4, 160, first),
-        Phase(
-            ((720, 12),), 1.5e-4, 1.5e-6, 0, {"english": 0.5, "code": 0.5},
-            late_blend={"english": 0.2, "code": 0.8}, late_below=3e-5,
-        ),
-    )  # fmt: skip
-    return PretrainConfig(
-        model=SHAPES["nano"],
-        mesh=MeshConfig(dtype="fp32"),
-        phases=phases,
-        steps=Schedule(phases).steps,
-        micro_batch=2,
-        eval_every=20,
+        Phase(ramp, lr=1.5e-3, min_lr=1.5e-4, warmup=160, blend=first),
+        Phase(((720, 12),), 1.5e-4, 1.5e-6, blend=second, late_blend=late, late_below=3e-5),
     )
+    return PretrainConfig(
+        model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), phases=phases,
+        steps=Schedule(phases).steps, micro_batch=2, eval_every=20,
+    )  # fmt: skip
 
 
 def small() -> PretrainConfig:
-    """One GPU, 126M parameters, 2.6B tokens: a real run in hours. Prepare data/small with
+    """Train 126M parameters on 2.6B tokens on one GPU, in hours. Prepare data/small with
     --vocab-size 32768 first."""
     # the report is silent at this size: rate, batch and length are common choices, not NVIDIA's
     return PretrainConfig(
-        model=SHAPES["small"],
-        data=Path("data/small"),
-        steps=10_000,
-        batch=256,
-        micro_batch=32,
-        lr=6e-4,
-        min_lr=6e-5,
-        warmup=256 * 500,
-    )
+        model=SHAPES["small"], data=Path("data/small"), steps=10_000, batch=256, micro_batch=32,
+        lr=6e-4, min_lr=6e-5, warmup=256 * 500,
+    )  # fmt: skip
 
 
-def pretraining(lr: float, scale: int) -> tuple[Phase, ...]:
-    """The two phases of the 340B and the 15B. Batches are `scale` times 384, 768, 1152.
+def pretraining(lr: float, batch: int) -> tuple[Phase, ...]:
+    """Return the two phases of the 340B and the 15B; the batch grows from `batch` to 2 and 3 times.
 
-    8T tokens: ramp of report Table 2 and arXiv 2402.16819 Table 2; warm-up 3,906,252 samples and
-    cosine to a tenth from NVIDIA's launch script (SPEC 3.4). 1T more: the report gives no numbers;
-    from the minimum rate to its hundredth, the second blend below a fifth of the first rate, is
-    "Reuse, Don't Retrain" (arXiv 2407.07263), by the same team on the 15B. Blends: the report's
-    70/15/15; the two of the second phase are unpublished, these are ours.
+    8T tokens: batch ramp of the report's Table 2 and of arXiv 2402.16819, Table 2; warm-up of
+    3,906,252 samples and cosine to a tenth from NVIDIA's Megatron-LM launch script. 1T more: the
+    report prints no numbers; "Reuse, Don't Retrain" (arXiv 2407.07263), by the same team on the
+    15B, goes from the minimum rate to its hundredth, with the second blend below a fifth of the
+    first rate. The first blend is the report's (section 2.1); the others, unpublished, are ours.
     """
+    # 200, 200 and 7600 B tokens, then 1000 B
+    ramp = ((48_828_125, batch), (48_828_125, 2 * batch), (1_855_468_750, 3 * batch))
+    second_ramp = ((244_140_625, 3 * batch),)
     first = {"english": 0.70, "multilingual": 0.15, "code": 0.15}
-    quality = {"english": 0.60, "multilingual": 0.10, "code": 0.20, "quality": 0.10}
-    answers = {"english": 0.50, "multilingual": 0.10, "code": 0.20, "quality": 0.10, "qa": 0.10}
-    b = 384 * scale
-    ramp = ((48_828_125, b), (48_828_125, 2 * b), (1_855_468_750, 3 * b))  # 200 + 200 + 7600 B
+    second = {"english": 0.60, "multilingual": 0.10, "code": 0.20, "quality": 0.10}
+    late = second | {"english": 0.50, "qa": 0.10}
     return (
-        Phase(ramp, lr, lr / 10, 3_906_252, first),
-        Phase(((244_140_625, 3 * b),), lr / 10, lr / 1000, 0, quality, answers, lr / 50),
+        Phase(ramp, lr, lr / 10, warmup=3_906_252, blend=first),
+        Phase(second_ramp, lr / 10, lr / 1000, 0, second, late_blend=late, late_below=lr / 50),
     )
+
+
+def on_many_gpus(shape: str, mesh: MeshConfig, phases: tuple[Phase, ...]) -> PretrainConfig:
+    """Return a config with the settings that all large models share."""
+    # micro_batch=1 is the launch script's for the 340B; for the others it is not printed
+    return PretrainConfig(
+        model=SHAPES[shape], mesh=mesh, data=Path("data/nemotron4"), phases=phases,
+        steps=Schedule(phases).steps, micro_batch=1, save_in_background=True,
+    )  # fmt: skip
 
 
 def nemotron4_340b() -> PretrainConfig:
-    """The report: 9T tokens, tp 8, pp 12 interleaved by 8, on 1,536 to 6,144 H100s. Start it with
-    --steps 63578 on 1,536, then --steps 95367 on 3,072, then the rest on 6,144."""
-    phases = pretraining(1e-4, 2)  # 1e-4: NVIDIA's launch script (SPEC 3.4), not in the report
-    return PretrainConfig(
-        model=SHAPES["nemotron4-340b"],
-        mesh=MeshConfig(tp=8, pp=12, vp=8, recompute="selective"),  # report section 2.3, SPEC 3.3
-        data=Path("data/nemotron4"),
-        phases=phases,
-        steps=Schedule(phases).steps,
-        micro_batch=1,
-        save_in_background=True,
-    )
+    """Pretrain as the report does: 9T tokens, tp 8, pp 12 interleaved by 8, 1,536 to 6,144 H100s.
+    Start it with --steps 63578 on 1,536, then --steps 95367 on 3,072, then the rest on 6,144."""
+    # report section 2.3; the rate, vp and selective recompute are the launch script's
+    mesh = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
+    return on_many_gpus("nemotron4-340b", mesh, pretraining(lr=1e-4, batch=768))
 
 
 def nemotron4_15b() -> PretrainConfig:
-    """The 15B (arXiv 2402.16819): tp 8, 96 to 288-way data parallel; its second phase as the
-    340B's."""
-    phases = pretraining(4.5e-4, 1)  # 4.5e-4: launch script and arXiv 2407.07263
-    return PretrainConfig(
-        model=SHAPES["nemotron4-15b"],
-        mesh=MeshConfig(tp=8, recompute="selective"),
-        data=Path("data/nemotron4"),
-        phases=phases,
-        steps=Schedule(phases).steps,
-        micro_batch=1,  # not printed
-        save_in_background=True,
-    )
+    """Pretrain the 15B (arXiv 2402.16819): tp 8, 96 to 288-way data parallel; its second phase is
+    that of the 340B."""
+    mesh = MeshConfig(tp=8, recompute="selective")
+    # the rate: NVIDIA's launch script and arXiv 2407.07263
+    return on_many_gpus("nemotron4-15b", mesh, pretraining(lr=4.5e-4, batch=384))
+
+
+# No source prints a recipe for this: 10 B tokens from the 15B's minimum rate, without warm-up, with
+# a steep decay.
+CONTINUED = (Phase(((2_441_406, 1152),), lr=4.5e-5, min_lr=4.5e-7),)
 
 
 def minitron_8b() -> PretrainConfig:
     """Continue the 8B on your own data, from its weights: --init hf:FOLDER."""
-    # no source prints a recipe for this: the 15B's minimum rate, no warm-up, a steep decay
-    phases = (Phase(((2_441_406, 1152),), 4.5e-5, 4.5e-7),)  # 10 B tokens
-    return PretrainConfig(
-        model=SHAPES["minitron-8b"],
-        mesh=MeshConfig(tp=2, recompute="selective"),
-        data=Path("data/nemotron4"),
-        phases=phases,
-        steps=Schedule(phases).steps,
-        micro_batch=1,
-        save_in_background=True,
-    )
+    return on_many_gpus("minitron-8b", MeshConfig(tp=2, recompute="selective"), CONTINUED)
 
 
 def minitron_4b() -> PretrainConfig:
     """Continue the 4B (Nemotron-Mini) on your own data, from its weights: --init hf:FOLDER."""
-    mesh = MeshConfig(recompute="selective")
-    return replace(minitron_8b(), model=SHAPES["minitron-4b"], mesh=mesh)
+    return on_many_gpus("minitron-4b", MeshConfig(recompute="selective"), CONTINUED)
 
 
 RECIPES = (nano, nano_two_phase, small, minitron_4b, minitron_8b, nemotron4_15b, nemotron4_340b)
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in RECIPES}
 
 
-# ---- optimizer -----------------------------------------------------------------------------------
+# ---- weights and optimizer -----------------------------------------------------------------------
 
 
 def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
-    """AdamW over matrices (decayed) and norms and biases (not)."""
-    params = runner.trained().values()
+    """Return AdamW with weight decay on matrices only; its state exists before the first step."""
+    params = list(runner.trained().values())
+    matrices = [p for p in params if p.ndim >= 2]
+    vectors = [p for p in params if p.ndim < 2]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
     for p in params:  # AdamW makes these at its first step; a checkpoint needs them before
@@ -413,117 +392,112 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
 
 
 def check_init(cfg: RunConfig) -> None:
-    """Refuse an init that is not there, or another model's; what transformers wrote is checked as
-    it is read."""
-    if not cfg.init or cfg.init.startswith("hf:"):
-        return
-    file = Path(cfg.init) / "config.json"
-    if not file.exists() or not step_folders(Path(cfg.init) / "checkpoints"):
-        raise ValueError(
-            f"init={cfg.init}: no run with a checkpoint there (hf:FOLDER is for others)"
-        )
-    theirs, mine = json.loads(file.read_text())["model"], as_json(cfg)["model"]
-    free = {"seq_len", "init_std"}
-    if mine["n_attributes"] and not theirs.get("n_attributes"):
-        free.add("n_attributes")  # a reward model begins as a language model with a new head
-    for key in sorted(k for k in mine.keys() - free if not k.startswith("lora_")):
-        if theirs.get(key) != mine[key]:
-            raise ValueError(
-                f"init={cfg.init} has {key}={theirs.get(key)}, this run {mine[key]}: "
-                f"set --model.{key.replace('_', '-')}"
-            )
+    """Refuse an init that is missing or holds another model, before the run's folder is made. A
+    Hugging Face folder is checked while it is read."""
+    if cfg.init and not cfg.init.startswith("hf:"):
+        folder = Path(cfg.init)
+        if not (folder / "config.json").exists() or not step_folders(folder / "checkpoints"):
+            other = "hf:FOLDER is for Hugging Face folders"
+            raise ValueError(f"init={cfg.init}: no run with a checkpoint there ({other})")
+        check_same_model(read_config(folder), cfg.model, f"init={cfg.init}")
 
 
 def load_init(cfg: RunConfig, runner: Runner) -> None:
-    """Fill the weights from cfg.init: hf:FOLDER, or another run's newest checkpoint."""
+    """Fill the weights from cfg.init, if any; adapters and a head of another kind stay new."""
     if cfg.init.startswith("hf:"):
-        runner.load_hf(cfg.init[3:])
+        runner.load_hf(cfg.init.removeprefix("hf:"))
     elif cfg.init:
-        theirs = json.loads((Path(cfg.init) / "config.json").read_text())["model"]
-        same_head = theirs.get("n_attributes", 0) == cfg.model.n_attributes
-        weights = {
-            name: p
-            for name, p in runner.params().items()
-            if "lora_" not in name and (same_head or not name.startswith("head."))
-        }
+        same_head = read_config(cfg.init).n_attributes == cfg.model.n_attributes
+        weights = {}
+        for name, p in runner.params().items():
+            if "lora_" not in name and (same_head or not name.startswith("head.")):
+                weights[name] = p
         load_run(Path(cfg.init), weights)
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
-# What may change between two starts of one run: where and how fast it runs, how often it reports,
-# when it ends, and what it does about a bad step.
-FREE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
-FREE |= {"save_in_background", "keep", "grad_norms", "profile", "on_bad_step", "spike", "max_skips"}
-
-
-def as_json(cfg: RunConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+# Settings that may change between two starts of one run: where and how fast it runs, how often it
+# reports, when it ends, and how it treats a bad step.
+MAY_CHANGE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
+MAY_CHANGE |= {"save_in_background", "keep", "profile", "on_bad_step", "spike", "max_skips"}
 
 
 def free_folder(name: str) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, -3 ... that does not exist; the same answer on every
-    rank."""
-    root = Path("runs")
-    taken = lambda n: (root / (name if n == 1 else f"{name}-{n}")).exists()  # noqa: E731
-    n = torch.tensor(next(n for n in range(1, 1 << 20) if not taken(n)))
-    dist.broadcast(n, src=0)
-    return root / (name if n == 1 else f"{name}-{n}")
+    """Return runs/NAME, or the first new one of runs/NAME-2, -3 ...; rank 0 decides for all."""
+    folder = Path("runs") / name
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    answer = [folder]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def open_folder(cfg: RunConfig, data: str, tokenizer: Tokenizer) -> None:
-    """Write config.json and the tokenizer into the run's folder, or refuse a folder that holds
-    another run. data: the fingerprint of what it trains on."""
-    file, mine = cfg.out / "config.json", as_json(cfg) | {"data_fingerprint": data}
+    """Write config.json and the tokenizer into the run's folder, which must be new, empty or hold
+    the same run. data: the fingerprint of the training data."""
+    file = cfg.out / "config.json"
+    settings = json.loads(json.dumps(asdict(cfg), default=str)) | {"data_fingerprint": data}
     begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
     if file.exists() and begun:
-        try:
-            theirs = json.loads(file.read_text())
-        except ValueError as e:
-            raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
-        keys = sorted((mine.keys() | theirs.keys()) - FREE)
-        if differ := [k for k in keys if mine.get(k) != theirs.get(k)]:
-            what = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in differ)
-            raise ValueError(f"{cfg.out} holds another run ({what}): choose another --out")
-        if theirs["steps"] != cfg.steps and not mine.get("phases"):
-            both = f"{theirs['steps']} steps before, {cfg.steps} now"
-            log.warning(f"{cfg.out}: {both}: from here on the learning rate is that of {cfg.steps}")
-    elif not file.exists() and any(p.name != "config.tmp" for p in cfg.out.glob("*")):
+        check_same_run(file, settings)
+    elif not file.exists() and any(p.name != "config.json.tmp" for p in cfg.out.glob("*")):
         raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2))
-        file.with_suffix(".tmp").rename(file)
+        write_whole(file, json.dumps(settings, indent=2))
         tokenizer.save(cfg.out)  # generate.py needs no more than this folder
+
+
+def check_same_run(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue a run whose config.json differs in more than what may change."""
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
+    keys = sorted(settings.keys() - MAY_CHANGE)
+    changed = [key for key in keys if settings[key] != before.get(key)]
+    if changed:
+        what = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
+        raise ValueError(f"{file.parent} holds another run ({what}): choose another --out")
+    steps = settings["steps"]
+    if before["steps"] != steps and not settings.get("phases"):
+        both = f"{before['steps']} steps before, {steps} now"
+        log.warning(f"{file.parent}: {both}: from here on the learning rate is that of {steps}")
 
 
 # ---- logging -------------------------------------------------------------------------------------
 
 
 def set_up_logging() -> None:
-    """The log is heard on rank 0 alone; nothing else asks for the rank before it speaks."""
+    """Let rank 0 alone write the log, so that nothing else asks for the rank before it speaks."""
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
     log.propagate = False
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: the device's, or the resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+def memory_gib() -> float:
+    """Return the peak memory of this process: its GPU's, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Metrics:
-    """One line per step in the log, one object per step in metrics.jsonl, the same scalars for
-    TensorBoard."""
+    """Writer of each step: a line in the log, an object in metrics.jsonl, and TensorBoard."""
 
-    def __init__(self, cfg: RunConfig, step: int, last: int, device: torch.device) -> None:
+    def __init__(self, cfg: RunConfig, start: int, last: int, device: torch.device) -> None:
+        """Open the files; rows of metrics.jsonl after step `start`, which a crash left, go."""
         from torchtitan.components.metrics import TensorBoardLogger  # slow to import
 
-        self.seq_len, self.device, self.start, self.last = cfg.model.seq_len, device, step, last
-        self.schedule, self.begun = cfg.schedule(), time.monotonic()
+        self.seq_len = cfg.model.seq_len
+        self.schedule = cfg.schedule()
+        self.start = start
+        self.last = last
+        self.begun = time.monotonic()
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
         self.writes = dist.get_rank() == 0
@@ -531,40 +505,46 @@ class Metrics:
             self.tensorboard = TensorBoardLogger(str(cfg.out / "tensorboard"))
             path = cfg.out / "metrics.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = (r for r in old if r.endswith("}\n") and json.loads(r)["step"] <= step)
-            path.with_suffix(".tmp").write_text("".join(kept))
-            path.with_suffix(".tmp").rename(path)
+            kept = [row for row in old if row.endswith("}\n") and json.loads(row)["step"] <= start]
+            write_whole(path, "".join(kept))
             self.file = path.open("a", buffering=1)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        """values: loss, grad_norm, lr, and what this step measured beside them."""
-        batch, done = self.schedule.at(step - 1).batch, self.schedule.samples(step)
+        """Write a step of so many seconds. values: loss, grad_norm, lr, and what else it found."""
+        batch = self.schedule.at(step - 1).batch
         rate = batch * self.seq_len / seconds
-        mfu = 100 * self.flops * rate if self.flops else None
-        row = {"step": step} | {key: values[key] for key in ("loss", "grad_norm", "lr")}
-        row |= {"tokens": done * self.seq_len, "tokens_per_s": rate, "mfu": mfu}
-        row |= {"tokens_per_s_per_gpu": rate / world_size(), "memory_gib": memory_gib(self.device)}
-        row |= {"batch": batch} | values
-        pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start))
-        eta = pace * (self.schedule.samples(self.last) - done)
-        number = {k: float("nan") if row[k] is None else row[k] for k in ("loss", "grad_norm")}
-        log.info(
-            f"step {step:6d}/{self.last}  loss {number['loss']:7.4f}  "
-            f"norm {number['grad_norm']:8.4f}  lr {row['lr']:.2e}  {rate / 1e3:8.1f}k tok/s  "
-            f"mfu {'  --' if mfu is None else f'{mfu:4.1f}'}  {row['memory_gib']:5.1f} GiB  "
-            f"eta {timedelta(seconds=round(eta))}"
-        )
-        if "val_loss" in values:
-            by_source = {k.split("/")[1]: v for k, v in values.items() if k.startswith("val_loss/")}
-            parts = "  ".join(
-                f"{source} {loss:.4f} ({values[f'val_bpb/{source}']:.3f} bits/byte)"
-                for source, loss in by_source.items()
-            )
-            log.info(f"step {step:6d}/{self.last}  val  {values['val_loss']:7.4f}  {parts}")
+        row = {"step": step, **values, "batch": batch}
+        row["tokens"] = self.schedule.samples(step) * self.seq_len
+        row["tokens_per_s"] = rate
+        row["mfu"] = 100 * self.flops * rate if self.flops else None
+        row["memory_gib"] = memory_gib()
+        self.log_step(row)
         if self.writes:
+            # JSON has no word for a number that is not finite
+            row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
             self.file.write(json.dumps(row) + "\n")
             scalars = {k: v for k, v in row.items() if k != "step" and v is not None}
             self.tensorboard.log(scalars, step)
+
+    def log_step(self, row: dict[str, Any]) -> None:
+        """Say a row in a line of the log, and its validation losses in another."""
+        done = self.schedule.samples(row["step"])
+        pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start))
+        eta = timedelta(seconds=round(pace * (self.schedule.samples(self.last) - done)))
+        mfu = "--" if row["mfu"] is None else f"{row['mfu']:.1f}"
+        begin = f"step {row['step']:6d}/{self.last}  "
+        log.info(
+            f"{begin}loss {row['loss']:7.4f}  norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  "
+            f"{row['tokens_per_s'] / 1e3:8.1f}k tok/s  mfu {mfu:>4}  "
+            f"{row['memory_gib']:5.1f} GiB  eta {eta}"
+        )
+        if "val_loss" in row:
+            sources = [key.split("/")[1] for key in row if key.startswith("val_loss/")]
+            parts = ""
+            for source in sources:
+                bits = row[f"val_bpb/{source}"]
+                parts += f"  {source} {row[f'val_loss/{source}']:.4f} ({bits:.3f} bits/byte)"
+            log.info(f"{begin}val  {row['val_loss']:7.4f}{parts}")
 
     def close(self) -> None:
         if self.writes:
@@ -576,7 +556,7 @@ class Metrics:
 
 
 def training_state(runner: Runner, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, by parameter name: the names are the same on every mesh."""
+    """Return all tensors of a checkpoint, by parameter names that are the same on every mesh."""
     state = {}
     for name, p in runner.params().items():
         state[f"model.{name}"] = p
@@ -585,32 +565,30 @@ def training_state(runner: Runner, optimizer: torch.optim.AdamW) -> dict[str, Te
 
 
 def what_is_wrong(cfg: RunConfig, loss: float, norm: float, recent: list[float]) -> str:
-    """Why a step must not update the weights; empty if nothing is wrong with it."""
+    """Say why a step must not update the weights; empty if nothing is wrong with it."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"loss {loss}, gradient norm {norm}"
-    if cfg.spike and len(recent) >= 8 and loss > cfg.spike * (middle := median(recent)):
-        return f"loss {loss:.4f} is {loss / middle:.1f} times the median {middle:.4f} of late"
+    if cfg.spike and len(recent) >= 8 and loss > cfg.spike * median(recent):
+        usual = median(recent)
+        return f"loss {loss:.4f} is {loss / usual:.1f} times the recent median {usual:.4f}"
     return ""
 
 
 def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: str) -> None:
-    """Raise, or say that the update is left out."""
+    """Raise FloatingPointError, or warn that the update is left out."""
+    advice = f"lower the rate, or look at the batch: {batch}"
     if cfg.on_bad_step == "stop":
-        raise FloatingPointError(
-            f"step {step}: {wrong}: stopped before the update; the last checkpoint is untouched. "
-            f"Lower the rate, set --on-bad-step skip, or look at the batch: {batch}"
-        )
+        kept = "stopped before the update; the last checkpoint is untouched"
+        raise FloatingPointError(f"step {step}: {wrong}: {kept}. Set --on-bad-step skip, {advice}")
     if skipped > cfg.max_skips:
-        raise FloatingPointError(
-            f"step {step}: {wrong}: {skipped} steps skipped, max_skips={cfg.max_skips}. "
-            f"Lower the rate or look at the batch: {batch}"
-        )
+        many = f"{skipped} steps skipped, max_skips={cfg.max_skips}"
+        raise FloatingPointError(f"step {step}: {wrong}: {many}: {advice}")
     log.warning(f"step {step}: {wrong}: update left out ({skipped} so far); batch: {batch}")
 
 
 @contextmanager
 def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
-    """Call what this yields after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
+    """Yield a function to call after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
     if not cfg.profile:
         yield lambda: None
         return
@@ -623,13 +601,12 @@ def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
 
 
 def asked_to_stop() -> Callable[[], bool]:
-    """Listen for SIGTERM; the function returned says whether any rank has heard it, the same answer
-    on all."""
-    heard = torch.zeros((), dtype=torch.int32)
-    signal.signal(signal.SIGTERM, lambda *_: heard.fill_(1))
+    """Listen for SIGTERM; return a function that tells every rank if any has received it."""
+    received = torch.zeros((), dtype=torch.int32)
+    signal.signal(signal.SIGTERM, lambda *_: received.fill_(1))
 
     def asked() -> bool:
-        anyone = heard.clone()
+        anyone = received.clone()
         dist.all_reduce(anyone, dist.ReduceOp.MAX)
         return bool(anyone)
 
@@ -638,6 +615,19 @@ def asked_to_stop() -> Callable[[], bool]:
 
 def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
+
+
+def restore(
+    cfg: RunConfig, runner: Runner, optimizer: torch.optim.AdamW, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """Load the newest checkpoint, else cfg.init; return step, recent losses and skipped steps."""
+    state = checkpoints.load(training_state(runner, optimizer))
+    if state is None:
+        load_init(cfg, runner)
+        return {"step": 0, "recent": [], "skipped": 0}
+    finished = ": it is finished" if state["step"] >= min(cfg.steps, cfg.schedule().steps) else ""
+    log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
+    return state
 
 
 def fit(
@@ -655,39 +645,34 @@ def fit(
     describe(step) → the batch in words, for the log when something is wrong with it; observe() →
     what loss_fn has noted of the step, to be logged too.
     """
-    optimizer, schedule = make_optimizer(cfg, runner), cfg.schedule()
+    optimizer = make_optimizer(cfg, runner)
+    schedule = cfg.schedule()
     last = min(cfg.steps, schedule.steps)
     checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
-    state = checkpoints.load(training_state(runner, optimizer))
-    if state is None:
-        load_init(cfg, runner)
-        state = {"step": 0, "recent": [], "skipped": 0}
-    else:
-        finished = ": it is finished" if state["step"] >= last else ""
-        log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
-    step, recent, skipped = state["step"], state["recent"], state["skipped"]
-    metrics, asked = Metrics(cfg, step, last, runner.device), asked_to_stop()
+    state = restore(cfg, runner, optimizer, checkpoints)
+    step, recent, skipped = (state[key] for key in ("step", "recent", "skipped"))
+    metrics = Metrics(cfg, step, last, runner.device)
+    asked = asked_to_stop()
     micro = batches(step) if step < last else []
     with profiled(cfg) as tick:
         while step < last:
-            begun, lr = time.monotonic(), schedule.lr(step)
+            begun = time.monotonic()
+            lr = schedule.lr(step)
             loss = runner.step(micro, loss_fn)
-            groups = runner.grad_norms() if cfg.grad_norms else {}
             norm = runner.clip_grad_norm(cfg.clip)
             micro = batches(step + 1) if step + 1 < last else []  # while a GPU still computes
             # the one wait of a step: nothing is updated before its loss is known to be good
-            loss, norm = loss.item(), norm.item()
-            values = {"loss": loss, "grad_norm": norm, "lr": lr, **groups, **observe()}
-            if wrong := what_is_wrong(cfg, loss, norm, recent):
+            values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **observe()}
+            wrong = what_is_wrong(cfg, values["loss"], values["grad_norm"], recent)
+            if wrong:
                 skipped += 1
                 handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
-                shown = {k: v if math.isfinite(v or 0) else None for k, v in values.items()}
-                values = shown | {"skipped": skipped}
+                values["skipped"] = skipped
             else:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-                recent = [*recent[-31:], loss]
+                recent = [*recent[-31:], values["loss"]]
             optimizer.zero_grad()
             step += 1
 
@@ -709,20 +694,40 @@ def fit(
     metrics.close()
 
 
+class EvalSet(NamedTuple):
+    """Held-out data, its loss, and what to log of it."""
+
+    batches: Callable[[], list[Batch]]  # this rank's micro-batches
+    loss_fn: LossFn
+    values: Callable[[float], dict[str, float | None]]  # the set's loss → all that is logged
+
+
+def evaluator(runner: Runner, sets: list[EvalSet]) -> Callable[[int], dict[str, float | None]]:
+    """Return evaluate(step), which runs every set forward and returns what is logged of it."""
+
+    def evaluate(step: int) -> dict[str, float | None]:
+        values = {}
+        for held_out in sets:
+            loss = runner.eval(held_out.batches(), held_out.loss_fn)
+            values |= held_out.values(loss.item())
+        return values
+
+    return evaluate
+
+
 # ---- pretraining ---------------------------------------------------------------------------------
 
 
 def lm_loss(log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Summed negative log-likelihood of the next tokens, (B, T) → scalar; the batch's count is its
-    predicted tokens."""
+    """Sum the negative log-likelihood of the next tokens, (B, T) → scalar."""
     return -log_probs.sum()
 
 
 def micro_batches(
     cfg: RunConfig, runner: Runner, sampler: Sampler, first: int, batch: int
 ) -> list[Batch]:
-    """This rank's share of samples first ... first + batch - 1: contiguous, so that the mesh does
-    not change what is seen."""
+    """Return this rank's share of samples first ... first + batch - 1, in micro-batches. Shares
+    are contiguous, so that a batch holds the same samples on every mesh."""
     share = batch // runner.dp
     start = first + runner.dp_rank * share
     out = []
@@ -733,8 +738,7 @@ def micro_batches(
 
 
 def open_data(cfg: PretrainConfig) -> TokenData:
-    """The prepared folder; the default one is made on first use, from what is on any machine with
-    Python."""
+    """Open the prepared folder; the default one is made on first use, from Python's own files."""
     default = PretrainConfig.data
     if cfg.data == default and not default.exists():
         if dist.get_rank() == 0:
@@ -750,7 +754,7 @@ def open_data(cfg: PretrainConfig) -> TokenData:
 
 
 def check_mesh(cfg: RunConfig) -> None:
-    """Refuse what cannot run from here on; what the folder has behind it ran on another mesh."""
+    """Refuse a mesh that cannot run the steps still to come; those done may have had another."""
     done = [int(p.name[5:]) for p in step_folders(cfg.out / "checkpoints")] if cfg.out else []
     segments = cfg.schedule().segments
     for s in segments:
@@ -759,46 +763,53 @@ def check_mesh(cfg: RunConfig) -> None:
             cfg.mesh.check(cfg.model, world_size(), s.batch, cfg.micro_batch)
 
 
-def evaluator(
+def source_set(cfg: PretrainConfig, runner: Runner, data: TokenData, source: str) -> EvalSet:
+    """Return the validation set of a source: its loss, and bits per byte."""
+    batch = cfg.schedule().segments[-1].batch  # throughout: a ramp must not change the set
+    how = dict(seq_len=cfg.model.seq_len, seed=0, split="val", isolate=cfg.isolate)
+    sampler = Sampler(data, {source: 1.0}, **how)
+    n = batch * min(cfg.eval_batches, max(1, sampler.windows[source] // batch))
+
+    def values(loss: float) -> dict[str, float]:
+        bits_per_byte = loss / math.log(2) / data.bytes_per_token(source)
+        return {f"val_loss/{source}": loss, f"val_bpb/{source}": bits_per_byte}
+
+    return EvalSet(lambda: micro_batches(cfg, runner, sampler, 0, n), lm_loss, values)
+
+
+def source_evaluator(
     cfg: PretrainConfig, runner: Runner, data: TokenData, blends: dict[int, dict[str, float]]
 ) -> Callable[[int], dict[str, float]]:
-    """evaluate(step) → validation loss and bits per byte of each source, and the loss weighted by
-    the blend of the step."""
-    schedule, make = cfg.schedule(), partial(Sampler, data, split="val", isolate=cfg.isolate)
-    batch = schedule.segments[-1].batch  # of every validation: a ramp must not change the set
-    sources = list(dict.fromkeys(s for blend in blends.values() for s in blend))
-    if without := [s for s in sources if data.n_tokens(s, "val") < 2]:
+    """Return evaluate(step): loss and bits per byte of each source, and as val_loss the mean of the
+    losses, weighted by the blend of the step."""
+    sources = sorted(set().union(*blends.values()), key=list(data.sources).index)
+    held_out = [source for source in sources if data.n_tokens(source, "val") >= 2]
+    without = [source for source in sources if source not in held_out]
+    if without:
         log.warning(f"no validation data in {', '.join(without)}: prepare with more documents")
-    sources = [s for s in sources if s not in without]
-    val = {s: make(blend={s: 1.0}, seq_len=cfg.model.seq_len, seed=0) for s in sources}
+    schedule = cfg.schedule()
+    evaluate_sources = evaluator(runner, [source_set(cfg, runner, data, s) for s in held_out])
 
     def evaluate(step: int) -> dict[str, float]:
-        first, out, losses = schedule.samples(step - 1), {}, {}
-        for source, sampler in val.items():
-            n = min(cfg.eval_batches, max(1, sampler.windows[source] // batch))
-            micro = [
-                m
-                for at in range(0, n * batch, batch)
-                for m in micro_batches(cfg, runner, sampler, at, batch)
-            ]
-            losses[source] = runner.eval(micro, lm_loss).item()
-            out[f"val_loss/{source}"] = losses[source]
-            out[f"val_bpb/{source}"] = losses[source] / math.log(2) / data.bytes_per_token(source)
-        blend = blends[max(at for at in blends if at <= first)]
-        weights = {s: blend.get(s, 0.0) for s in losses}
+        values = evaluate_sources(step)
+        trained = schedule.samples(step - 1)
+        blend = blends[max(first for first in blends if first <= trained)]
+        weights = {source: blend.get(source, 0.0) for source in held_out}
         if not sum(weights.values()):
-            return out
-        total = sum(weights[s] * losses[s] for s in losses) / sum(weights.values())
-        return {"val_loss": total} | out
+            return values
+        total = sum(weight * values[f"val_loss/{source}"] for source, weight in weights.items())
+        return {"val_loss": total / sum(weights.values())} | values
 
     return evaluate
 
 
 def pretrain(preset: str, cfg: PretrainConfig) -> None:
+    """Run a pretraining config from its data to its last step. preset: a name for its folder."""
     check_mesh(cfg)
     mesh = init_mesh(cfg.mesh)
     cfg = replace(cfg, out=cfg.out or free_folder(preset))
-    data, schedule = open_data(cfg), cfg.schedule()
+    data = open_data(cfg)
+    schedule = cfg.schedule()
     blends = {first: data.blend(blend) for first, blend in schedule.blends().items()}
     sampler = Sampler(
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
@@ -806,7 +817,7 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     check_init(cfg)
     open_folder(cfg, data.fingerprint, data.tokenizer())
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
-    evaluate = evaluator(cfg, runner, data, blends)
+    evaluate = source_evaluator(cfg, runner, data, blends)
 
     embedding, rest = count_params(cfg.model)
     size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
@@ -834,21 +845,21 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
 def choose_config(
     argv: list[str], presets: dict[str, Callable[[], Any]], description: str
 ) -> tuple[str, Any]:
-    """`preset --name value ...` → (preset, config). An unknown preset gets a suggestion here, an
-    unknown option from tyro."""
+    """Parse `preset --name value ...` into (preset, config), with a hint where it is misspelt."""
     if argv and not argv[0].startswith("-") and argv[0] not in presets:
         close = difflib.get_close_matches(argv[0], presets, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
         raise ValueError(f"no preset {argv[0]!r}: {hint}")
     table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
-    return argv[0] if argv else "", tyro.extras.overridable_config_cli(
-        table, args=argv, description=description
-    )
+    config = tyro.extras.overridable_config_cli(table, args=argv, description=description)
+    return argv[0] if argv else "", config
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage as a program: errors of the user in a line, others with their traceback, and no
-    collective teardown on the failing path, where it would hang; torchrun reaps the other ranks."""
+    """Run a stage as a program. A user's error is one line, any other has its traceback.
+
+    On the failing path no collective is called, as it would hang; torchrun ends the other ranks.
+    """
     rank = int(os.environ.get("RANK", 0))
     try:
         main()

@@ -174,6 +174,11 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_in_samples():
         assert phase.lr_at(100 + round(1000 * share), 20) == pytest.approx(want)
 
 
+def test_without_a_min_lr_the_rate_is_constant():
+    schedule = dataclasses.replace(nano(), min_lr=None, warmup=0).schedule()
+    assert {schedule.lr(step) for step in range(schedule.steps)} == {nano().lr}
+
+
 def test_the_340b_presets_totals_are_the_reports():
     cfg = PRESETS["nemotron4_340b"]()
     schedule = cfg.schedule()
@@ -203,9 +208,9 @@ def test_the_15b_presets_totals_are_its_papers():
 def test_every_preset_passes_the_checks_on_some_number_of_processes(name):
     cfg = PRESETS[name]()
     worlds = {"nemotron4_340b": 6144, "nemotron4_15b": 768, "minitron_8b": 16}
-    for stretch in cfg.schedule().segments:
+    for segment in cfg.schedule().segments:
         world = worlds.get(name, 1)
-        cfg.mesh.check(cfg.model, world, stretch.batch, cfg.micro_batch)
+        cfg.mesh.check(cfg.model, world, segment.batch, cfg.micro_batch)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_an_impossible_phase_is_refused_with_its_numbers(change, words):
         Phase(**{"ramp": ((10, 2),), "lr": 1.0, "min_lr": 0.1, **change})
 
 
-def test_steps_samples_batches_and_blends_of_a_course_agree():
+def test_steps_samples_batches_and_blends_of_a_schedule_agree():
     a, b, late = {"english": 1.0}, {"code": 1.0}, {"english": 0.5, "code": 0.5}
     phases = (
         Phase(((40, 4), (80, 8)), 1.0, 0.1, 8, a),
@@ -470,14 +475,11 @@ def test_bad_steps_are_skipped_logged_and_bounded(on_ranks, corpus, tmp_path):
     on_ranks(1, pretrain, dataclasses.replace(cfg, on_bad_step="stop", spike=9.0))  # goes on
 
 
-def test_a_profile_window_writes_a_trace_and_groups_have_norms(on_ranks, corpus, tmp_path):
-    cfg = config(corpus, tmp_path / "a", profile=2, grad_norms=True, steps=5)
+def test_a_profile_window_writes_a_trace(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", profile=2, steps=5)
     on_ranks(2, pretrain, cfg)
     trace = json.loads((cfg.out / "trace" / "rank0.json").read_text())
     assert any("aten::mm" in str(e.get("name")) for e in trace["traceEvents"])
-    row = rows(cfg.out)[0]
-    groups = [row[f"grad_norm/{g}"] for g in ("embed", "attn", "mlp", "norm", "head")]
-    assert math.sqrt(sum(g * g for g in groups)) == pytest.approx(row["grad_norm"], rel=1e-5)
 
 
 def test_the_report_draws_runs_into_one_picture(on_ranks, corpus, tmp_path):
