@@ -621,7 +621,7 @@ class Engine:
             if self.stage > 0:
                 x = torch.empty((*x.shape, self.cfg.dim), dtype=self.dtype, device=self.device)
                 dist.recv(x, group=group, group_src=self.stage - 1)
-            states.append(self.model.hidden(x, positions[a:b], None, self.cache).contiguous())
+            states.append(self.model(x, positions[a:b], None, self.cache, head=False).contiguous())
             if self.stage < self.pp - 1:
                 sent.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
         for work in sent:
