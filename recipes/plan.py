@@ -50,22 +50,15 @@ REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8
 class PlanConfig:
     """Predict the memory that a layout needs on each GPU, and the time that a step takes."""
 
-    shape: tyro.conf.Positional[Literal[tuple(SHAPES)]] = "nemotron4-340b"
-    """Model, by its name in model.SHAPES."""
-    gpus: int = 6144
-    """Number of GPUs."""
-    gpu: Literal[tuple(GPUS)] = "H100"
-    """Kind of GPU."""
-    batch: int = 2304
-    """Sequences per step."""
-    micro_batch: int = 1
-    """Sequences per micro-batch."""
+    shape: tyro.conf.Positional[Literal[tuple(SHAPES)]] = "nemotron4-340b"  # Name of a model.
+    gpus: int = 6144  # Number of GPUs.
+    gpu: Literal[tuple(GPUS)] = "H100"  # Kind of GPU.
+    batch: int = 2304  # Sequences per step.
+    micro_batch: int = 1  # Sequences per micro-batch.
     mesh: MeshConfig = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
     """Layout of the GPUs; the default is the report's."""
-    report: bool = False
-    """Comparison of predictions with the three rows of the report's Table 2."""
-    search: int = 0
-    """Number of meshes to list, fastest first, among those that fit the GPUs."""
+    report: bool = False  # Predictions beside the three rows of the report's Table 2.
+    search: int = 0  # Number of meshes to list, fastest first, of those that fit.
 
     def __post_init__(self) -> None:
         for name, least in (("gpus", 1), ("batch", 1), ("micro_batch", 1), ("search", 0)):
@@ -246,20 +239,22 @@ def memory_of(plan: PlanConfig, rank: int) -> dict[str, float]:
 # Transfers of the residual stream by tensor parallelism in a layer: forward gathers the inputs of
 # attention and MLP and scatters their outputs (4), backward mirrors that (4); selective recompute
 # repeats the two gathers, full recompute all four.
-TP_TRANSFERS = {"none": 4 + 4, "selective": 4 + 4 + 2, "full": 4 + 4 + 4}
+TP_TRANSFERS = {"none": 8, "selective": 10, "full": 12}
 # passes over a block's element-wise operations: forward 1, backward 2, recompute 1
 ELEMENT_PASSES = {"none": 3, "selective": 4, "full": 4}
 # Bytes that such a pass moves for each of a token's dim values: two norms read bf16 and write fp32
-# (6), normalise (4 + 4) and go back to bf16 (6); two residual sums read two and write one (6).
-BYTES_PER_DIM = 2 * (6 + 8 + 6) + 2 * 6
+# (2 x 6), normalise (2 x 8) and go back to bf16 (2 x 6); two residual sums read two and write one
+# in bf16 (2 x 6)
+BYTES_PER_DIM = 52
 # ... and for each of its ffn_dim values: ReLU reads and writes bf16 (4), and so does the square
-BYTES_PER_FFN = 4 + 4
+BYTES_PER_FFN = 8
 # full recompute repeats the forward, which is a third of a block's matrix products
 FULL_RECOMPUTE = 4 / 3
-# FLOPs of a head weight and token: forward 2, backward 4, and 2 for logits computed in both
-HEAD_FLOPS = 2 + 4 + 2
-# bytes of a parameter that AdamW moves: reads it, its gradient and two moments, writes all but that
-ADAMW_BYTES = (4 + 3) * FP32
+# FLOPs of a head weight and token: forward 2, backward 4, and its logits are computed twice: 2
+HEAD_FLOPS = 8
+# Bytes that AdamW moves for a parameter: reads parameter, gradient and both moments (4 x 4
+# bytes), writes all but the gradient (3 x 4 bytes)
+ADAMW_BYTES = 28
 # share of 1F1B's bubble that zero-bubble schedules leave: weight gradients fill two thirds at best
 ZERO_BUBBLE = 1 / 3
 GPUS_PER_NODE = 8
@@ -424,7 +419,7 @@ def main() -> None:
         else:
             print_plan(plan)
     except ValueError as error:
-        sys.exit(f"recipes.plan: error: {error}")
+        sys.exit(f"recipes.plan: error: {error} (--search 10 lists what fits)")
 
 
 if __name__ == "__main__":

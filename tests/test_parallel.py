@@ -1,11 +1,8 @@
 """parallel.py: the same numbers on every mesh, and checkpoints that are whole or not there."""
 
 import dataclasses
-import re
 import shutil
-import sys
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,8 +24,6 @@ from parallel import (
     split_layers,
     step_folders,
 )
-from recipes.plan import PlanConfig, activation_bytes, built_params, rank_params, search
-from recipes.plan import main as plan_main
 from train import lm_loss, make_optimizer, nano, training_state
 
 TINY = ModelConfig(64, 4, 8, 4, 8, 128, vocab_size=96, seq_len=16, init_std=0.1)
@@ -467,20 +462,6 @@ def test_a_failing_rank_fails_the_whole_job(on_ranks):
         on_ranks(2, partial(failing_rank, 1))
 
 
-# ---- the dry run ---------------------------------------------------------------------------------
-
-
-def test_the_340b_is_built_for_6144_gpus_and_every_parameter_is_on_some_pipeline_rank():
-    c = PlanConfig()
-    built = [built_params(c, rank) for rank in range(12)]
-    assert sum(whole for _, whole, _ in built) == 341_029_195_776
-    for rank, (here, whole, _) in enumerate(built):
-        params, unit = rank_params(SHAPES[c.shape], c.mesh, rank)
-        # the closed form of the memory table is what the code builds: an even cut over 8 x 64 GPUs
-        # but for the norms, which tensor parallelism copies
-        assert abs(here - params / 64) <= 1000 and unit < params < whole
-
-
 HELD = [{}, {"tp": 2}, {"tp": 2, "pp": 2, "vp": 2}, {"pp": 3, "n_layers": 7}]
 
 
@@ -505,74 +486,6 @@ def test_what_the_ranks_hold_sums_to_the_model(on_ranks, axes):
     for pieces in on_ranks(6 if axes.get("pp", 1) == 3 else 8, held_here, cfg):
         held |= pieces
     assert sum(held.values()) == sum(count_params(cfg.model))
-
-
-def plan_says(capsys, *args):
-    with patch.object(sys, "argv", ["recipes.plan", *args]):
-        plan_main()
-    return capsys.readouterr().out
-
-
-def test_the_reports_layout_fits_80_gb_and_tensor_parallelism_alone_does_not(capsys):
-    out = plan_says(capsys)
-    assert "341,029,195,776" in out and "fits: the fullest GPU needs" in out and "bubble" in out
-    alone = plan_says(capsys, "--mesh.pp", "1", "--mesh.vp", "1")
-    needs = re.search(r"DOES NOT FIT: the fullest GPU needs ([\d.]+) GB of 80 GB", alone)
-    assert float(needs[1]) > 80
-
-
-def test_predictions_stand_beside_the_reports_rows(capsys):
-    rows = [line.split() for line in plan_says(capsys, "--report").splitlines()[1:4]]
-    assert [r[0] for r in rows] == ["1,536", "3,072", "6,144"]
-    for row in rows:  # a roofline that is not fitted: within a fifth
-        seconds, reported, mfu, reported_mfu = map(float, row[2:])
-        assert abs(seconds / reported - 1) < 0.2 and abs(mfu - reported_mfu) < 8
-
-
-def test_predictions_stand_beside_torchtitans_rows(capsys):
-    out = plan_says(capsys, "--report")
-    errors = [int(e) for e in re.findall(r"llama.* ([+-]\d+) %", out)]
-    # the roofline knows nothing of fusion: an eager run is the one it flatters most
-    assert len(errors) == 3 and 0 < errors[0] < 35 and max(map(abs, errors[1:])) < 15
-
-
-def test_search_lists_meshes_that_fit_fastest_first():
-    found = search(PlanConfig(gpus=64, batch=64, shape="nemotron4-15b", mesh=MeshConfig()))
-    assert len(found) > 10 and [f[0] for f in found] == sorted(f[0] for f in found)
-    for _, peak, plan_ in found[:5]:
-        assert peak <= 80e9
-        plan_.mesh.check(SHAPES["nemotron4-15b"], 64, 64, plan_.micro_batch)
-    assert not search(PlanConfig(gpus=8, batch=64, mesh=MeshConfig()))  # the 340B on 8 GPUs
-
-
-@pytest.mark.parametrize(
-    "gpus, gpu, figures",
-    [
-        (8, "H200", ("57.1", "453.5", "1775.9", "112.6", "137 sequences", "682.1 GB", "589,824")),
-        (16, "H100", ("79.7", "194 sequences")),
-        (8, "H100", ("78.6", "93 sequences", "DOES NOT FIT 8 x 80 GB")),
-    ],
-)
-def test_serving_figures_agree_with_the_study(capsys, gpus, gpu, figures):
-    out = plan_says(capsys, "--serve", "--gpus", str(gpus), "--gpu", gpu)
-    for figure in figures:
-        assert figure in out, (figure, out)
-
-
-def test_activations_shrink_with_recompute_and_tensor_parallelism():
-    cfg = SHAPES["nemotron4-15b"]
-    kept = {how: activation_bytes(cfg, 8, 1, how) for how in ("none", "selective", "full")}
-    assert kept["none"] > 2 * kept["selective"] > 4 * kept["full"] > 0
-    assert kept["full"] == pytest.approx(2 * 4096 * cfg.dim // 8, rel=0.2)  # input, rotary angles
-    assert activation_bytes(cfg, 1, 1, "selective") > 4 * kept["selective"]
-    assert activation_bytes(cfg, 8, 2, "none") == pytest.approx(2 * kept["none"], rel=0.02)
-
-
-def test_an_unknown_shape_or_gpu_gets_a_suggestion():
-    with pytest.raises(ValueError, match="no shape 'nemotron-340b': did you mean nemotron4-340b"):
-        PlanConfig(shape="nemotron-340b")
-    with pytest.raises(ValueError, match="no gpu 'H10'"):
-        PlanConfig(gpu="H10")
 
 
 # ---- moving a run --------------------------------------------------------------------------------
