@@ -1,30 +1,31 @@
-"""One engine that samples, chats, scores, evaluates and serves the model that was trained.
+"""An engine that samples from the model that was trained, chats with it and scores by it.
 
-Many requests share a batch: each has a row of the key-value cache, a row is refilled as soon as it
-is done, a prefix that another row has already computed is copied. What a request yields depends on
-its own seed and positions, never on what it is batched with.
+Many requests share a batch. Each has a row of the key-value cache; a row is refilled as soon as its
+request is finished, and a prefix that another row has already computed is copied. The answer to a
+request depends on its own seed and positions, never on the other requests of the batch.
 
     python generate.py sample runs/nano --prompts "import os" "def main" --max-tokens 64
     python generate.py chat path/to/a/Nemotron/folder
-    python generate.py serve runs/nano --port 8000
+    python generate.py score path/to/a/reward/model --file conversations.jsonl
 """
-# Shapes in comments: N rows  T tokens  S key slots  D dim  V vocab_size, as in model.py
+# Shapes in comments: N rows  T tokens  S keys  D dim  K key-value heads  E head_dim  V vocab_size,
+# as in model.py
 
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from data import (
     aggregate,
     embedded_english,
     load_tokenizer,
+    read_jsonl,
     render_chat,
     render_reward,
 )
@@ -52,7 +54,6 @@ from parallel import (
     init_mesh,
     load_parts,
     on_meta,
-    project,
     read_config,
     shut_down,
     split_layers,
@@ -63,73 +64,71 @@ from parallel import (
 log = logging.getLogger("nemotron4")
 
 
-# ---- the model, laid out for inference -----------------------------------------------------------
+# ---- the model, built for inference --------------------------------------------------------------
 
 
-class Linear(nn.Module):
-    """A matrix, or its share; weight-only int8 or float8 with a scale for each row, if quantized.
-    summed: over these processes, the last part of a tensor-parallel pair."""
+class InferenceLinear(nn.Module):
+    """Multiplies by a matrix, or by this tensor-parallel rank's share of one. `reduce_group`: the
+    processes whose results add up to the product. A float8 matrix has a scale for each row."""
 
-    def __init__(self, weight: Tensor, summed: dist.ProcessGroup | None) -> None:
+    def __init__(self, weight: Tensor, reduce_group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale: Tensor | None = None
-        self.summed = summed
+        self.reduce_group = reduce_group
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            y = project(x, self.weight)
-        elif self.weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and not x.is_cuda:
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
-            y = y.view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        if self.summed is not None:
-            dist.all_reduce(y, group=self.summed)
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.scale is not None:
+            y = y * self.scale
+        if self.reduce_group is not None:
+            dist.all_reduce(y, group=self.reduce_group)
         return y
 
-    def quantize(self, kind: str) -> None:
-        dtype, top = {"int8": (torch.int8, 127), "float8": (torch.float8_e4m3fn, 448)}[kind]
+    def quantize(self) -> None:
+        """Keep the matrix in float8, scaled so that each row uses its whole range (to 448)."""
         weight = self.weight.float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
-        scaled = weight / scale
-        scaled = scaled.round() if kind == "int8" else scaled
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
         self.scale = scale[:, 0].to(self.weight.dtype)
-        self.weight = nn.Parameter(scaled.to(dtype), requires_grad=False)
+        scaled = (weight / scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(scaled, requires_grad=False)
 
 
-class Embedding(nn.Module):
-    """This rank's words; the others' are theirs to add."""
+class ShardedEmbedding(nn.Module):
+    """Looks up the tokens that this tensor-parallel rank holds, and adds what the others find."""
 
     def __init__(self, weight: Tensor, tp: DeviceMesh) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.group, self.first = tp.get_group(), tp.get_local_rank() * len(weight)
+        self.group = tp.get_group()
+        self.first = tp.get_local_rank() * len(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        mine = ids - self.first
-        here = (mine >= 0) & (mine < len(self.weight))
-        h = F.embedding(mine.clamp(0, len(self.weight) - 1), self.weight) * here[..., None]
+        local = ids - self.first
+        held = (local >= 0) & (local < len(self.weight))
+        h = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight) * held[..., None]
         dist.all_reduce(h, group=self.group)
         return h
 
 
-def lay_out(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
-    """A Nemotron around these tensors, a stage's layers and a tensor-parallel rank's share of them.
-    The plan is parallel.py's; without a sequence to divide, plain tensors and an all-reduce do."""
-    model, cuts = on_meta(cfg), tp_cuts(cfg) if tp is not None else {}
+def inference_model(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
+    """Build a Nemotron around a pipeline stage's parameters, or a tensor-parallel rank's share, cut
+    by parallel.py's plan. Without gradients, plain tensors and an all-reduce do."""
+    model = on_meta(cfg)
+    cuts = {} if tp is None else tp_cuts(cfg)
     for name in ("embed", "norm", "head"):
         if f"{name}.weight" not in parts:
             setattr(model, name, None)
-    here = {key for key in model.blocks if f"blocks.{key}.attn.wq.weight" in parts}
-    model.blocks = nn.ModuleDict({key: b for key, b in model.blocks.items() if key in here})
+    for layer in list(model.blocks):
+        if f"blocks.{layer}.attn.wq.weight" not in parts:
+            del model.blocks[layer]
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
-            summed = tp.get_group() if cuts.get(name) == 1 else None
-            model.set_submodule(path, Linear(parts[name], summed))
+            group = tp.get_group() if cuts.get(name) == 1 else None
+            model.set_submodule(path, InferenceLinear(parts[name], group))
         elif name in cuts:
-            model.embed = Embedding(parts[name], tp)
+            model.embed = ShardedEmbedding(parts[name], tp)
     model.load_state_dict(parts, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -138,167 +137,224 @@ def lay_out(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -
 
 
 class Cache:
-    """Keys and values of n slots (rows), preallocated. Within a row, slot = position; what pads a
-    batch goes behind the last. model.py calls `extend` for the rows that `select` chose."""
+    """Keeps the keys and values of all slots, the rows of the batch. A slot stores position p at
+    index p; padding tokens are written to one extra index at the end."""
 
     def __init__(self, model: Nemotron, like: Tensor, tp: int, slots: int, context: int) -> None:
-        cfg, n = model.cfg, len(model.blocks)
+        cfg = model.cfg
+        # CPUs attend faster in fp32
+        dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         # heads before positions: each reads its own from one stretch of memory
-        shape = (n, 2, slots, cfg.n_kv_heads // tp, context + 1, cfg.head_dim)
-        # CPUs attend faster in fp32; zeros, as a masked slot must hold a number: 0 x NaN is NaN
-        self.dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
-        self.kv = torch.zeros(shape, dtype=self.dtype, device=like.device)
-        self.layers = {int(layer): i for i, layer in enumerate(model.blocks)}
+        shape = (len(model.blocks), 2, slots, cfg.n_kv_heads // tp, context + 1, cfg.head_dim)
+        # zeros, as a masked position must hold a number: 0 x NaN is NaN
+        self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.layers = [int(layer) for layer in model.blocks]
+        self.row_index = torch.arange(slots, device=like.device)[:, None]
 
-    def select(self, rows: slice, n_keys: int) -> None:
-        self.rows, self.n_keys = rows, n_keys
-        self.index = torch.arange(rows.start, rows.stop, device=self.kv.device)[:, None]
+    def copy_prefix(self, source: int, target: int, n: int) -> None:
+        """Copy the first n positions of one slot to another."""
+        self.kv[:, :, target, :, :n] = self.kv[:, :, source, :, :n]
+
+    def swap(self, i: int, j: int, n: int) -> None:
+        """Exchange the first n positions of two slots."""
+        self.kv[:, :, [i, j], :, :n] = self.kv[:, :, [j, i], :, :n]
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Gives one forward pass its rows of the cache, and n_keys positions of each to attend to."""
+
+    cache: Cache
+    rows: slice
+    n_keys: int
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv[self.layers[layer]]
-        keys[self.index, :, positions] = k.to(self.dtype)
-        values[self.index, :, positions] = v.to(self.dtype)
-        return tuple(t[self.rows, :, : self.n_keys].transpose(1, 2) for t in (keys, values))
+        """Store a layer's k and v (N, T, K, E) at positions (N, T); return all (N, S, K, E)."""
+        rows = self.cache.row_index[self.rows]
+        kept = self.cache.kv[self.cache.layers.index(layer)]
+        kept[0, rows, :, positions] = k.to(kept.dtype)
+        kept[1, rows, :, positions] = v.to(kept.dtype)
+        keys, values = kept[:, self.rows, :, : self.n_keys].transpose(2, 3)
+        return keys, values
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
 
+def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for the first field outside its (least, most); None passes, NaN does not."""
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name}={value}: must be in {least:g}..{most:g}")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request is sampled. The filters apply in transformers' order: repetition penalty,
-    temperature, top_k, top_p, min_p, each to what the one before left."""
+    """Says how to sample. The filters apply in transformers' order, each to what the one before
+    left: repetition penalty, temperature, top_k, top_p, min_p."""
 
-    max_tokens: int = 256
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0  # Keep the likeliest tokens that together reach this probability
-    top_k: int = 0  # Keep the k likeliest; 0: all
-    min_p: float = 0.0  # Keep what is at least this share of the likeliest's probability
+    max_tokens: int = 256  # Longest sample, in tokens
+    temperature: float = 1.0  # Divisor of the logits; 0: greedy
+    top_p: float = 1.0  # Least probability that the likeliest tokens, which are kept, add up to
+    top_k: int = 0  # Number of likeliest tokens that are kept; 0: all
+    min_p: float = 0.0  # Least probability of a token that is kept, as a share of the likeliest's
     repetition_penalty: float = 1.0
-    """Divides a positive logit (multiplies a negative one) of each token that occurred before."""
-    n: int = 1  # Samples of each prompt; they differ in their random stream
-    seed: int = 0  # A sample is a function of (prompt, seed, its number) alone
-    stop: tuple[str, ...] = ()  # Texts that end a sample; not part of it
+    """Divisor of a positive logit (factor of a negative one) of each token that occurred before."""
+    n: int = 1  # Number of samples of each prompt; they differ in their random stream
+    seed: int = 0  # Seed: a sample is a function of (prompt, seed, its number) alone
+    stop: tuple[str, ...] = ()  # Texts that end a sample and are not part of it
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end a sample; default: the tokenizer's </s>."""
     logprobs: int | None = None
-    """Log-probabilities, before any filter, of each token and of that many likeliest ones."""
+    """Number of likeliest tokens whose log-probabilities (before any filter) are returned, beside
+    that of the token itself; default: no log-probabilities."""
     echo: bool = False
-    """The prompt is part of the result, with its own log-probabilities if asked for."""
+    """Return of the prompt as part of the result, with its own log-probabilities if asked for."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_tokens", 0, 1 << 31), ("temperature", 0, 1e4), ("top_p", 1e-6, 1), ("n", 1, 1024),
-            ("top_k", 0, 1 << 31), ("repetition_penalty", 0.01, 100), ("min_p", 0, 1),
-        ):  # fmt: skip
-            if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(f"{name}={value}: must be in {low:g}..{high:g}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise ValueError(f"logprobs={self.logprobs}: must be in 0..20")
+        ranges = {
+            "max_tokens": (0, 1 << 31), "temperature": (0, 1e4), "top_p": (1e-6, 1),
+            "top_k": (0, 1 << 31), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
+            "n": (1, 1024), "logprobs": (0, 20),
+        }  # fmt: skip
+        check_ranges(self, ranges)
         if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop={self.stop!r}: texts, none of them empty")
+            raise ValueError(f"stop={self.stop!r}: must be texts, none of them empty")
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
-    """A number in (0, 1) of these three alone."""
+    """Return a number in (0, 1) that depends on these three alone."""
     digest = hashlib.blake2b(f"{seed}/{sample}/{position}".encode(), digest_size=4).digest()
     return (int.from_bytes(digest, "big") + 0.5) / 2**32
 
 
-def keep_likeliest(p: Tensor, mass: Tensor) -> Tensor:
-    """p (N, V) → p where the likeliest tokens that together reach mass (N) are, else 0."""
-    for n in (min(256, p.shape[1]), p.shape[1]):  # few tokens nearly always do
-        top, index = p.topk(n)
+def penalize_repetition(
+    logits: Tensor, params: list[SamplingParams], seen: list[list[int]]
+) -> Tensor:
+    """Lower the logits (N, V) of the tokens that each row has seen."""
+    logits = logits.clone()
+    for row, p, ids in zip(logits, params, seen, strict=True):
+        index = torch.tensor(sorted(set(ids)), device=row.device)
+        x = row[index]
+        row[index] = torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
+    return logits
+
+
+def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
+    """Set all but the top_k (N, 1) largest logits of each row to -inf; 0 keeps all."""
+    k = top_k.long().clamp(max=logits.shape[1])
+    largest = logits.topk(int(k.max())).values
+    least = largest.gather(1, (k - 1).clamp(min=0))
+    return logits.masked_fill((logits < least) & (k > 0), -torch.inf)
+
+
+def keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
+    """Set all but the likeliest tokens that together reach top_p (N, 1) to 0; 1 keeps all."""
+    vocab_size = probs.shape[1]
+    for n in (min(256, vocab_size), vocab_size):  # few tokens nearly always do
+        top, index = probs.topk(n)
         total = top.cumsum(1)
-        if n == p.shape[1] or bool((total[:, -1] >= mass).all()):
+        if bool((total[:, -1:] >= top_p).all()):
             break
-    top = top.masked_fill(total - top >= mass[:, None], 0)
-    return torch.zeros_like(p).scatter_(1, index, top)
+    top = top.masked_fill(total - top >= top_p, 0)
+    kept = torch.zeros_like(probs).scatter_(1, index, top)
+    return torch.where(top_p < 1, kept, probs)
+
+
+def keep_min_p(probs: Tensor, min_p: Tensor) -> Tensor:
+    """Set what is below min_p (N, 1) times the row's largest probability to 0."""
+    return probs.masked_fill(probs < probs.amax(1, keepdim=True) * min_p, 0)
+
+
+def draw(probs: Tensor, uniforms: list[float]) -> Tensor:
+    """Invert each row's distribution function, in the vocabulary's order, at its uniform number: so
+    neither the batch nor the size of the vocabulary changes a sample."""
+    total = probs.double().cumsum(1)
+    u = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)[:, None]
+    return torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0]
 
 
 def sample(
-    logits: Tensor, params: list[SamplingParams], seen: list[list[int]], u: list[float]
+    logits: Tensor, params: list[SamplingParams], seen: list[list[int]], uniforms: list[float]
 ) -> Tensor:
-    """One token of each row: logits fp32 (N, V), the tokens before, a uniform number → ids (N).
+    """Choose a token for each row of logits, fp32 (N, V): ids (N). A row has its own settings, the
+    ids before it and a uniform number. A filter that no row asks for is left out."""
 
-    By the inverse of the distribution function, in the vocabulary's order: one number a token, so
-    that neither the batch nor the size of the vocabulary enters.
-    """
-    column = lambda name: logits.new_tensor([getattr(p, name) for p in params])  # noqa: E731
+    def column(name: str) -> Tensor:
+        return logits.new_tensor([getattr(p, name) for p in params])[:, None]
+
     if any(p.repetition_penalty != 1 for p in params):
-        logits = logits.clone()
-        for row, p, ids in zip(logits, params, seen, strict=True):
-            at = torch.tensor(sorted(set(ids)), device=row.device)
-            x, penalty = row[at], p.repetition_penalty
-            row[at] = torch.where(x > 0, x / penalty, x * penalty)
-    best = logits.argmax(1)
+        logits = penalize_repetition(logits, params, seen)
+    greedy = logits.argmax(1)
+    if all(p.temperature == 0 for p in params):
+        return greedy
     temperature = column("temperature")
-    if not temperature.any():
-        return best
-    x = logits / temperature.clamp(min=1e-6)[:, None]
-    if largest := max(p.top_k for p in params):
-        top = x.topk(min(largest, x.shape[1])).values
-        k = column("top_k").long().clamp(max=x.shape[1])
-        least = top.gather(1, (k[:, None] - 1).clamp(min=0))
-        x = x.masked_fill((x < least) & (k > 0)[:, None], -torch.inf)
-    probs = x.softmax(1)
-    if min(p.top_p for p in params) < 1:
-        top_p = column("top_p")
-        probs = torch.where((top_p < 1)[:, None], keep_likeliest(probs, top_p), probs)
+    logits = logits / temperature.clamp(min=1e-6)
+    if any(p.top_k for p in params):
+        logits = keep_top_k(logits, column("top_k"))
+    probs = logits.softmax(1)
+    if any(p.top_p < 1 for p in params):
+        probs = keep_top_p(probs, column("top_p"))
     if any(p.min_p for p in params):
-        low = probs.amax(1, keepdim=True) * column("min_p")[:, None]
-        probs = probs.masked_fill(probs < low, 0)
-    total = probs.double().cumsum(1)
-    at = torch.tensor(u, dtype=torch.float64, device=probs.device)[:, None] * total[:, -1:]
-    drawn = torch.searchsorted(total, at, right=True)[:, 0]
-    return torch.where(temperature > 0, drawn, best)
+        probs = keep_min_p(probs, column("min_p"))
+    return torch.where(temperature[:, 0] > 0, draw(probs, uniforms), greedy)
 
 
 class TextStream:
-    """Token ids → text as it becomes certain. Held back: a character whose bytes are not all there,
-    and what may be the beginning of a stop text."""
+    """Turns token ids into text as soon as it is certain. Held back are a character whose bytes are
+    not all there, and the possible beginning of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.ids: list[int] = []  # those still needed to decode what follows
-        self.taken = 0  # characters of their text that have been taken
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.stopped = False
+        self.ids: list[int] = []  # needed to decode the tokens that follow
+        self.n_taken = 0  # characters of their text that are in `held` or returned
         self.held = ""
 
     def push(self, token: int) -> str:
-        """→ the text that is now certain; `stopped` once a stop text was met."""
+        """Take a token; return the text that is now certain. A stop text sets `stopped`."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         # at most three replacement characters at the end may yet become one character
         certain = max(len(text.rstrip("\ufffd")), len(text) - 3)
-        self.held += text[self.taken : certain]
-        self.taken = max(self.taken, certain)
+        self.held += text[self.n_taken : certain]
+        self.n_taken = max(self.n_taken, certain)
         if certain == len(text) and len(self.ids) > 8:
             self.ids = self.ids[-1:]
-            self.taken = len(self.tokenizer.decode(self.ids))
-        return self.release()
+            self.n_taken = len(self.tokenizer.decode(self.ids))
+        return self.cut(final=False)
 
     def finish(self) -> str:
-        """→ the rest."""
-        self.held += self.tokenizer.decode(self.ids)[self.taken :]
-        self.ids, self.taken = [], 0
-        return self.release(final=True)
+        """Return the rest."""
+        self.held += self.tokenizer.decode(self.ids)[self.n_taken :]
+        self.ids = []
+        self.n_taken = 0
+        return self.cut(final=True)
 
-    def release(self, final: bool = False) -> str:
+    def cut(self, final: bool) -> str:
+        """Return what is held up to a stop text, or but for its possible beginning."""
         if self.stopped:
             return ""
-        if found := [at for at in map(self.held.find, self.stop) if at >= 0]:
+        places = [self.held.find(stop) for stop in self.stop if stop in self.held]
+        if places:
             self.stopped = True
-            return self.held[: min(found)]
+            return self.held[: min(places)]
+        keep = 0
+        for stop in () if final else self.stop:
+            begun = [n for n in range(len(stop)) if self.held.endswith(stop[:n])]
+            keep = max(keep, begun[-1])
+        end = len(self.held) - keep
+        text = self.held[:end]
+        self.held = self.held[end:]
+        return text
 
-        def begins(n: int) -> bool:  # whether the last n characters may begin a stop text
-            return any(stop[:n] == self.held[-n:] for stop in self.stop if len(stop) > n)
 
-        keep = 0 if final else max(filter(begins, range(1, len(self.held) + 1)), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out
+# ---- requests ------------------------------------------------------------------------------------
 
-
-# ---- the engine ----------------------------------------------------------------------------------
+Prompt = str | list[int] | np.ndarray
+FinishReason = Literal["", "stop", "length", "cancelled"]
 
 
 @dataclass(eq=False)
@@ -306,48 +362,99 @@ class Completion:
     """One sample of one prompt, as far as it has come."""
 
     index: int  # Its number among the prompt's samples
-    n_prompt: int
+    n_prompt: int  # Tokens of the prompt
     ids: list[int] = field(default_factory=list)
     """Tokens, without the one that stopped it; after those of the prompt with echo."""
     text: str = ""
-    finish_reason: Literal["", "stop", "length", "cancelled"] = ""
+    finish_reason: FinishReason = ""
     logprobs: list[float | None] = field(default_factory=list)
-    """Of each of ids, if asked for; None for a first token, which nothing predicts."""
+    """Log-probability of each of ids, if asked for; None for a first token: nothing predicts it."""
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    """The likeliest tokens in its place, and their log-probabilities."""
+    """Likeliest tokens in place of each of ids, and their log-probabilities."""
     scores: list[float] = field(default_factory=list)  # A reward model's attributes of the prompt
-    cached: int = 0  # Prompt tokens whose keys and values another row had computed
+    cached: int = 0  # Prompt tokens whose keys and values another request had computed
 
 
 Listener = Callable[[Completion, str], None]
 
 
+class Prediction(NamedTuple):
+    """Holds what the head says of one position."""
+
+    token: int  # the sequence's own or, after its last one, a sample
+    logprob: float
+    top_ids: list[int]  # the likeliest tokens, as many as a sequence of the batch asks for
+    top_logprobs: list[float]
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A completion in the making, in a slot of the cache or waiting for one."""
+    """Asks for one completion, in a slot of the engine or waiting for one."""
 
-    ids: list[int]  # prompt and what was sampled
+    ids: list[int]  # of the prompt and of what was sampled
     params: SamplingParams
     out: Completion
     stop_ids: tuple[int, ...]
     stream: TextStream | None
     listener: Listener | None
-    score_from: int  # positions from here on want their log-probabilities
-    done: int = 0  # tokens whose keys and values are in the cache
+    score_from: int  # the first position whose log-probability is wanted
+    limit: int  # the most tokens of prompt and sample together
+
+    def record(self, found: Prediction) -> None:
+        """Keep a token's log-probability, and the likeliest tokens in its place, if asked for."""
+        if self.params.logprobs is not None:
+            top = list(zip(found.top_ids, found.top_logprobs, strict=True))
+            self.out.logprobs.append(found.logprob)
+            self.out.tops.append(top[: self.params.logprobs])
+
+    def append(self, found: Prediction) -> None:
+        """Take a sampled token, which may end the sequence."""
+        if found.token in self.stop_ids:
+            self.update("", "stop")
+            return
+        self.ids.append(found.token)
+        self.out.ids.append(found.token)
+        self.record(found)
+        text = self.stream.push(found.token) if self.stream else ""
+        reason: FinishReason = "length" if len(self.ids) == self.limit else ""
+        if self.stream and self.stream.stopped:
+            reason = "stop"
+        self.update(text, reason)
+
+    def update(self, text: str, reason: FinishReason) -> None:
+        """Add text to the completion, end it if there is a reason, and call the listener."""
+        if reason and self.stream:
+            text += self.stream.finish()
+        self.out.text += text
+        self.out.finish_reason = reason
+        if self.listener and (text or reason or self.params.logprobs is not None):
+            self.listener(self.out, text)
 
 
-Prompt = str | list[int] | np.ndarray
-Wanted = tuple[
-    Sequence, int, int
-]  # a row, the state that the head is to read, the position it predicts
+class HeadInput(NamedTuple):
+    """Names a state that the head is to read."""
+
+    sequence: Sequence
+    state: int  # its number among the states (N T, D) of a forward pass
+    token: int | None  # the one that follows in the sequence; None: it is to be sampled
+
+
+# ---- the engine ----------------------------------------------------------------------------------
 
 
 class Engine:
-    """A continuous batch over one copy of a model, on one process or on tp x pp of them, which then
-    all call the same methods with the same arguments.
+    """Runs a continuous batch over one copy of a model, on one process or on tp x pp of them, which
+    then all call the same methods with the same arguments.
 
-    Slots are ordered: those that decode, those that read their prompts, those that are free. A free
-    slot keeps the keys of what it last held, for a later prompt that begins alike.
+    Slots are the rows of the batch and of the cache. They are kept in three groups, so that each
+    group is a slice of the cache:
+
+        0                        decoding                 active                   len(slots)
+        | decode: one token      | prefill: a chunk of    | free: keys of finished |
+        | in each step           | the prompt each step   | sequences, to be reused|
+
+    A sequence enters at `active`, moves to the first group when all but its last token are cached,
+    and leaves when it is finished; slots are swapped to close the gaps.
     """
 
     def __init__(
@@ -359,37 +466,40 @@ class Engine:
         chunk: int = 512,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        """model: a Nemotron, whole; with a mesh, this process's part by `load_engine`. context: the
-        longest prompt and answer, by default the model's seq_len. chunk: prompt tokens computed
-        between two tokens of the rows that decode."""
-        self.cfg, self.tokenizer, self.chunk, self.mesh = model.cfg, tokenizer, chunk, mesh
+        """Take a whole Nemotron or, with a mesh, this process's part of one (see `load_engine`).
+        The options are explained in EngineConfig."""
+        self.cfg = model.cfg
         self.context = context or self.cfg.seq_len
         if slots < 1 or chunk < 1 or not 1 <= self.context <= self.cfg.seq_len:
             rule = f"slots and chunk at least 1, context in 1..{self.cfg.seq_len} (seq_len)"
             raise ValueError(f"slots={slots}, chunk={chunk}, context={context}: {rule}")
         if mesh is None:
-            model = lay_out(self.cfg, dict(model.state_dict()), None)
+            model = inference_model(self.cfg, dict(model.state_dict()), None)
         self.model = model
-        self.tp, self.pp = (mesh["tp"].size(), mesh["pp"].size()) if mesh else (1, 1)
+        self.tokenizer = tokenizer
+        self.chunk = chunk
+        self.mesh = mesh
+        self.tp = mesh["tp"].size() if mesh else 1
+        self.pp = mesh["pp"].size() if mesh else 1
         self.stage = mesh["pp"].get_local_rank() if mesh else 0
         self.world = self.tp * self.pp
         self.leads = self.world == 1 or dist.get_rank() == 0
-        weight = next(m.weight for m in model.modules() if isinstance(m, Linear))
-        self.dtype, self.device = weight.dtype, weight.device
-        self.cache = Cache(model, weight, self.tp, slots, self.context)
+        self.weight = next(m.weight for m in model.modules() if isinstance(m, InferenceLinear))
+        self.cache = Cache(model, self.weight, self.tp, slots, self.context)
         self.slots: list[Sequence | None] = [None] * slots
-        self.decoding = self.active = 0  # slots [0, decoding) and [decoding, active)
-        # what each slot's keys are of, and how many of them are computed
+        self.decoding = self.active = 0
+        # the tokens of each slot's keys, how many of these are computed, and when it became free
         self.tokens = np.full((slots, self.context), -1, np.int32)
         self.computed = np.zeros(slots, np.int64)
-        self.freed = np.zeros(slots, np.int64)  # at which step
-        self.waiting: deque[Sequence] = deque()
-        self.steps = self.prompt_tokens = self.new_tokens = self.cached_tokens = 0
+        self.freed = np.zeros(slots, np.int64)
+        self.waiting: list[Sequence] = []
+        # prompt_tokens were computed, cached_tokens copied
+        self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
 
     # -- requests
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids that may be given to the model, or a ValueError."""
+        """Return a prompt's ids; ValueError if the model cannot take them."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer: Engine(model, tokenizer)")
@@ -399,8 +509,9 @@ class Engine:
             raise ValueError("an empty prompt: give at least one token")
         if len(ids) > self.context:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
-        if wrong := [i for i in ids if not 0 <= i < self.cfg.vocab_size]:
-            raise ValueError(f"token {wrong[0]} is not in 0..{self.cfg.vocab_size - 1}")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.cfg.vocab_size:
+                raise ValueError(f"token {token} is not in 0..{self.cfg.vocab_size - 1}")
         return ids
 
     def submit(
@@ -410,34 +521,40 @@ class Engine:
         listener: Listener | None = None,
         score_from: int | None = None,
     ) -> list[Sequence]:
-        """Queue a prompt; its n rows. listener(completion, new text) is told of every step that
-        adds to one, the last time with its finish_reason. score_from: log-probabilities of the
-        prompt from this token on alone (echo asks for all)."""
-        ids, stop_ids = self.encode(prompt), params.stop_ids
+        """Queue a prompt; return the sequences of its n samples. listener(completion, new text) is
+        called at every step that adds to one, the last time with its finish_reason. score_from: the
+        first token of the prompt whose log-probability is wanted (with echo: all)."""
+        ids = self.encode(prompt)
+        limit = min(len(ids) + params.max_tokens, self.context)
+        stop_ids = params.stop_ids
         if stop_ids is None:
             stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
         if params.echo and params.logprobs is not None:
             score_from = 1
-        first = len(ids) if score_from is None else min(len(ids), max(1, score_from))
-        rows = []
-        for i in range(params.n):
-            out, stream = Completion(i, len(ids)), None
-            if self.tokenizer:
-                stream = TextStream(self.tokenizer, params.stop)
+        if score_from is None or self.cfg.n_attributes:
+            score_from = len(ids)
+        first = min(len(ids), max(1, score_from))
+        sequences = []
+        for index in range(params.n):
+            out = Completion(index, len(ids))
             if params.echo:
-                out.ids, out.text = list(ids), self.tokenizer.decode(ids) if self.tokenizer else ""
+                out.ids = list(ids)
+                out.text = self.tokenizer.decode(ids) if self.tokenizer else ""
                 if params.logprobs is not None:
-                    out.logprobs, out.tops = [None], [[]]
-            rows.append(Sequence(list(ids), params, out, stop_ids, stream, listener, first))
-        self.waiting.extend(rows)
-        return rows
+                    out.logprobs = [None]
+                    out.tops = [[]]
+            stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+            sequence = Sequence(list(ids), params, out, stop_ids, stream, listener, first, limit)
+            sequences.append(sequence)
+        self.waiting.extend(sequences)
+        return sequences
 
-    def cancel(self, row: Sequence) -> None:
-        """It ends here, and leaves its slot at the next step."""
-        if not row.out.finish_reason:
-            self.tell(row, "", "cancelled")
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now; it leaves its slot at the next step."""
+        if not sequence.out.finish_reason:
+            sequence.update("", "cancelled")
 
     @property
     def busy(self) -> bool:
@@ -446,237 +563,250 @@ class Engine:
     def generate(
         self, prompts: Iterable[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Prompts → completions in their order, the n of each one after the other."""
-        rows = [r for prompt in prompts for r in self.submit(prompt, params or SamplingParams())]
-        return list(self.finished(rows))
+        """Complete prompts; return completions in their order, a prompt's n samples together."""
+        sequences = []
+        for prompt in prompts:
+            sequences += self.submit(prompt, params or SamplingParams())
+        return list(self.finished(sequences))
 
-    def finished(self, rows: list[Sequence]) -> Iterator[Completion]:
-        """Work until each is done, in their order."""
-        for row in rows:
-            while not row.out.finish_reason:
+    def finished(self, sequences: list[Sequence]) -> Iterator[Completion]:
+        """Step until each sequence is finished; yield the completions in their order."""
+        for sequence in sequences:
+            while not sequence.out.finish_reason:
                 self.step()
-            yield row.out
+            yield sequence.out
 
     def submit_pair(self, context: list[int], continuation: list[int]) -> Sequence:
-        """For the log-probabilities of the continuation, and the likeliest tokens in its place."""
-        ask = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
-        (row,) = self.submit([*context, *continuation], ask, score_from=len(context))
-        return row
+        """Queue a continuation, for its log-probabilities and the likeliest token in each place."""
+        params = SamplingParams(max_tokens=0, logprobs=1, stop_ids=())
+        (sequence,) = self.submit([*context, *continuation], params, score_from=len(context))
+        return sequence
 
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
-        """(context, continuation) → completions whose logprobs and tops (the likeliest token) are
-        the continuation's."""
-        return list(self.finished([self.submit_pair(*pair) for pair in pairs]))
+        """Score (context, continuation) pairs; see `submit_pair`."""
+        sequences = [self.submit_pair(*pair) for pair in pairs]
+        return list(self.finished(sequences))
 
-    # -- one step
+    # -- scheduling
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit who fits, compute a chunk of the prompts being read, then a token of every row."""
+        """Fill free slots, read a chunk of the prompts, add a token to sequences that decode."""
         self.steps += 1
-        self.rearrange()  # some may have been cancelled
-        self.waiting = deque(row for row in self.waiting if not row.out.finish_reason)
-        self.admit()
-        if reading := self.active - self.decoding:
-            rows = range(self.decoding, self.active)
-            left = max(len(self.slots[i].ids) - self.slots[i].done for i in rows)
-            self.advance(rows, min(left, max(1, self.chunk // reading)))
-        if self.decoding:
-            self.advance(range(self.decoding), 1)
+        self.update_groups()  # some may have been cancelled
+        self.fill_slots()
+        self.prefill()
+        self.update_groups()
+        self.decode()
+        self.update_groups()
 
-    def admit(self) -> None:
-        """Free slots to those who wait, each with the longest prefix that some slot has computed. A
-        row waits for another that is about to compute a longer one."""
-        for row in list(itertools.islice(self.waiting, len(self.slots))):
+    def fill_slots(self) -> None:
+        """Give free slots to waiting sequences, each with the longest prefix that a slot has
+        computed. A sequence goes on waiting while a slot is computing a longer one."""
+        self.waiting = [s for s in self.waiting if not s.out.finish_reason]
+        for sequence in self.waiting[: len(self.slots)]:
             if self.active == len(self.slots):
                 return
-            ids = np.array(row.ids, np.int32)
-            # the last token, and those before a token to be scored, are computed in any case
-            most = min(len(ids), row.score_from) - 1
-            differ = np.c_[self.tokens[:, :most] != ids[:most], np.ones(len(self.slots), bool)]
-            same = differ.argmax(1)
-            have = np.minimum(same, self.computed)
-            if same[self.decoding : self.active].max(initial=0) <= have.max():
-                self.waiting.remove(row)
-                self.place(row, ids, int(have.argmax()), int(have.max()))
+            source, n, longer_soon = self.find_prefix(sequence)
+            if longer_soon:
+                continue
+            self.waiting.remove(sequence)
+            slot = self.take_slot(source, n)
+            self.slots[slot] = sequence
+            self.tokens[slot] = -1
+            self.tokens[slot, : len(sequence.ids)] = sequence.ids
+            self.cached_tokens += n
+            sequence.out.cached = n
 
-    def place(self, row: Sequence, ids: np.ndarray, source: int, shared: int) -> None:
-        """Into the first free slot: the source itself, if it is free and would not forget more than
-        is shared; else the one longest unused."""
+    def find_prefix(self, sequence: Sequence) -> tuple[int, int, bool]:
+        """Find the slot that has computed the longest prefix of a sequence; return it, the prefix's
+        length, and whether a longer one is being computed."""
+        # the last token, and those before a token to be scored, are computed in any case
+        limit = min(len(sequence.ids), sequence.score_from) - 1
+        same = self.tokens[:, :limit] == np.array(sequence.ids[:limit])
+        shared = np.logical_and.accumulate(same, axis=1).sum(1)
+        computed = np.minimum(shared, self.computed)
+        source = int(computed.argmax())
+        n = int(computed[source])
+        return source, n, shared[self.decoding : self.active].max(initial=0) > n
+
+    def take_slot(self, source: int, n: int) -> int:
+        """Make a free slot active, with the prefix of length n that the slot `source` holds: reuse
+        the source if it is free and more than half of its keys are shared; otherwise take the least
+        recently used slot and copy the prefix into it."""
         slot = self.active
-        if source >= slot and 2 * shared > self.computed[source]:
-            self.swap(source, slot)
+        if source >= slot and 2 * n > self.computed[source]:
+            chosen = source
         else:
-            oldest = slot + int(self.freed[slot:].argmin())
-            self.swap(oldest, slot)
-            source = oldest if source == slot else slot if source == oldest else source
-            self.cache.kv[:, :, slot, :, :shared] = self.cache.kv[:, :, source, :, :shared]
-        self.slots[slot], row.done, row.out.cached = row, shared, shared
-        self.computed[slot] = shared
-        self.tokens[slot, : len(ids)] = ids
-        self.tokens[slot, len(ids) :] = -1
-        self.cached_tokens += shared
+            chosen = slot + int(self.freed[slot:].argmin())
+            self.cache.copy_prefix(source, chosen, n)
+        self.computed[chosen] = n
+        self.swap(chosen, slot)
         self.active += 1
+        return slot
 
-    def swap(self, i: int, j: int) -> None:
-        if i != j:
-            n, kv = int(self.computed[[i, j]].max()), self.cache.kv
-            kv[:, :, [i, j], :, :n] = kv[:, :, [j, i], :, :n]
-            self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
-            for table in (self.tokens, self.computed, self.freed):
-                table[[i, j]] = table[[j, i]]
-
-    def advance(self, slots: range, T: int) -> None:
-        """Compute the next T tokens of these slots' rows, or as many as they have; where the end of
-        what is known is reached, sample a token."""
-        rows = [self.slots[i] for i in slots]
-        tokens = np.zeros((len(rows), T), np.int64)
-        positions = np.full((len(rows), T), self.context)  # padding
-        wanted: list[Wanted] = []
-        for r, row in enumerate(rows):
-            n = min(T, len(row.ids) - row.done)
-            tokens[r, :n] = row.ids[row.done : row.done + n]
-            positions[r, :n] = np.arange(row.done, row.done + n)
-            first = min(row.score_from, len(row.ids)) - 1
-            wanted += [
-                (row, r * T + t, row.done + t + 1) for t in range(max(0, first - row.done), n)
-            ]
-            row.done += n
-            self.computed[slots[r]] = row.done
-            self.prompt_tokens += max(0, min(row.done, row.out.n_prompt) - row.done + n)
-        h = self.forward(tokens, positions, slots)
-        for (row, _, at), values in zip(wanted, self.read(h, wanted), strict=True):
-            if at < len(row.ids):
-                self.note(row, values)
-            else:
-                self.settle(row, values)
-        self.rearrange()
-
-    def rearrange(self) -> None:
-        """Who is done leaves, and the last of its kind takes its place; who has read its prompt
-        joins those that decode."""
+    def update_groups(self) -> None:
+        """Free the slots of finished sequences, and move sequences whose prompt is fully cached
+        into the decoding group."""
         for slot in reversed(range(self.active)):
-            row, last = self.slots[slot], slot
-            if row.out.finish_reason:
-                self.tokens[slot, : len(row.ids)] = row.ids
-                self.freed[slot] = self.steps
-                if slot < self.decoding:
-                    last = self.decoding = self.decoding - 1
-                    self.swap(slot, last)
-                self.active -= 1
-                self.swap(last, self.active)
-                self.slots[self.active] = None
+            if self.slots[slot].out.finish_reason:
+                self.release(slot)
         for slot in range(self.decoding, self.active):
-            if len(self.slots[slot].ids) - self.slots[slot].done == 1:
+            if len(self.slots[slot].ids) - self.computed[slot] == 1:
                 self.swap(slot, self.decoding)
                 self.decoding += 1
 
-    def settle(self, row: Sequence, values: list[float]) -> None:
-        """The end of what row knows is reached: a token was sampled, or attributes were read."""
-        end = min(row.out.n_prompt + row.params.max_tokens, self.context)
-        row.out.scores = values if self.cfg.n_attributes else []
-        if self.cfg.n_attributes or len(row.ids) >= end:
-            return self.tell(row, "", "length")
-        token = int(values[0])
-        self.new_tokens += 1
-        if token in row.stop_ids:
-            return self.tell(row, "", "stop")
-        row.ids.append(token)
-        row.out.ids.append(token)
-        self.note(row, values)
-        text = row.stream.push(token) if row.stream else ""
-        if row.stream and row.stream.stopped:
-            return self.tell(row, text, "stop")
-        return self.tell(row, text, "length" if len(row.ids) == end else "")
+    def release(self, slot: int) -> None:
+        """Free a slot: it becomes the last of its group, then the first of the free ones."""
+        ids = self.slots[slot].ids
+        self.tokens[slot, : len(ids)] = ids
+        self.freed[slot] = self.steps
+        if slot < self.decoding:
+            self.decoding -= 1
+            self.swap(slot, self.decoding)
+            slot = self.decoding
+        self.active -= 1
+        self.swap(slot, self.active)
+        self.slots[self.active] = None
 
-    def note(self, row: Sequence, values: list[float]) -> None:
-        """Keep a token's log-probability, and the likeliest ones, if asked for."""
-        if row.params.logprobs is not None:
-            top = list(zip(map(int, values[2::2]), values[3::2], strict=True))
-            row.out.logprobs.append(values[1])
-            row.out.tops.append(top[: row.params.logprobs])
+    def swap(self, i: int, j: int) -> None:
+        """Exchange two slots with all that belongs to them."""
+        if i == j:
+            return
+        self.cache.swap(i, j, int(self.computed[[i, j]].max()))
+        for table in (self.tokens, self.computed, self.freed):
+            table[[i, j]] = table[[j, i]]
+        self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def tell(self, row: Sequence, text: str, reason: str) -> None:
-        if reason and row.stream:
-            text += row.stream.finish()
-        row.out.text += text
-        row.out.finish_reason = reason
-        if row.listener and (text or reason or row.params.logprobs is not None):
-            row.listener(row.out, text)
+    # -- computing
 
-    # -- the model
+    def prefill(self) -> None:
+        """Read up to `chunk` tokens of the prompts that are not fully cached, shared evenly."""
+        slots = range(self.decoding, self.active)
+        if slots:
+            longest = max(len(self.slots[i].ids) - int(self.computed[i]) for i in slots)
+            self.advance(slots, min(longest, max(1, self.chunk // len(slots))))
+
+    def decode(self) -> None:
+        """Add a token to every sequence of the decoding group."""
+        if self.decoding:
+            self.advance(range(self.decoding), 1)
+
+    def advance(self, slots: range, T: int) -> None:
+        """Compute the next T tokens of these slots, or as many as each has left. The head reads the
+        states before tokens that are to be scored, and the last state of each sequence."""
+        tokens = np.zeros((len(slots), T), np.int64)
+        positions = np.full((len(slots), T), self.context)  # padding
+        inputs = []
+        for row, slot in enumerate(slots):
+            sequence = self.slots[slot]
+            start = int(self.computed[slot])
+            ids = sequence.ids[start : start + T]
+            end = start + len(ids)
+            tokens[row, : len(ids)] = ids
+            positions[row, : len(ids)] = np.arange(start, end)
+            self.computed[slot] = end
+            self.prompt_tokens += max(0, min(end, sequence.out.n_prompt) - start)
+            following = [*sequence.ids[start + 1 : end + 1], None]
+            first = min(sequence.score_from, len(sequence.ids)) - 1 - start
+            for t in range(max(0, first), len(ids)):
+                inputs.append(HeadInput(sequence, row * T + t, following[t]))
+        states = self.forward(tokens, positions, slots)
+        if inputs:
+            self.read_head(states, inputs)
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: range) -> Tensor | None:
-        """The states (N T, D) that the head reads, on the last pipeline rank. Through a pipeline
-        the rows go in parts, one behind the other."""
-        tokens, positions = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
-        real = positions.where(positions < self.context, 0)
-        parts = min(self.pp, len(slots))
-        edges = [len(slots) * i // parts for i in range(parts + 1)]
+        """Compute the states (N T, D) that the head reads; None before the last pipeline stage. The
+        rows go through a pipeline in parts, one behind the other, to keep all stages at work."""
+        x = torch.from_numpy(tokens).to(self.weight.device)
+        at = torch.from_numpy(positions).to(x.device)
+        n_keys = int(positions.max(where=positions < self.context, initial=0)) + 1
         group = self.mesh["pp"].get_group() if self.pp > 1 else None
-        states, sent = [], []
-        for a, b in zip(edges, edges[1:], strict=False):
-            self.cache.select(slice(slots[a], slots[b - 1] + 1), int(real[a:b].max()) + 1)
-            x = tokens[a:b]
+        n_parts = min(self.pp, len(slots))
+        first = slots.start
+        states = []
+        sends = []
+        for h, part in zip(x.tensor_split(n_parts), at.tensor_split(n_parts), strict=True):
+            view = CacheView(self.cache, slice(first, first + len(h)), n_keys)
+            first += len(h)
             if self.stage > 0:
-                x = torch.empty((*x.shape, self.cfg.dim), dtype=self.dtype, device=self.device)
-                dist.recv(x, group=group, group_src=self.stage - 1)
-            states.append(self.model(x, positions[a:b], None, self.cache, head=False).contiguous())
+                h = self.weight.new_empty((*h.shape, self.cfg.dim))
+                dist.recv(h, group=group, group_src=self.stage - 1)
+            states.append(self.model(h, part, None, view, head=False).contiguous())
             if self.stage < self.pp - 1:
-                sent.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
-        for work in sent:
-            work.wait()
-        return None if sent else torch.cat(states).flatten(0, 1)
+                sends.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
+        for send in sends:
+            send.wait()
+        return None if sends else torch.cat(states).flatten(0, 1)
 
-    def from_last(self, x: Tensor) -> Tensor:
-        """x of the last stage's first process, on all of them: they go on with the same."""
-        if self.world > 1:
-            dist.broadcast(x, src=int(self.mesh.mesh[-1].flatten()[0]))
-        return x
+    def share(self, result: Any, source: int) -> Any:
+        """Give every process the result that the process `source` has."""
+        if self.world == 1:
+            return result
+        box = [result]
+        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+        return box[0]
 
-    def read(self, h: Tensor | None, wanted: list[Wanted]) -> list[list[float]]:
-        """The head on states of h (n, D) → of each [token, its log-probability, then the likeliest
-        tokens and theirs], or a reward model's attributes. The token is the one known to be there,
-        else a sample."""
-        exact = any(row.params.logprobs is not None for row, _, _ in wanted)
-        most = max((row.params.logprobs or 0 for row, _, _ in wanted), default=0)
-        shape = (len(wanted), self.cfg.n_attributes or 2 + 2 * most)
-        out = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        if h is not None and wanted:
-            h = h[[state for _, state, _ in wanted]]
+    def read_head(self, states: Tensor | None, inputs: list[HeadInput]) -> None:
+        """Hand what the last pipeline stage's head says to the sequences, on all processes:
+        rewards, log-probabilities of tokens that they have, a sampled token where they end."""
+        results = None
+        if states is not None:
+            states = states[[x.state for x in inputs]]
+            results = (
+                self.rewards(states) if self.cfg.n_attributes else self.predict(states, inputs)
+            )
+        source = int(self.mesh.mesh[-1].flatten()[0]) if self.mesh else 0
+        for x, result in zip(inputs, self.share(results, source), strict=True):
             if self.cfg.n_attributes:
-                out = self.model.head(h).double()
+                x.sequence.out.scores = result
+                x.sequence.update("", "length")
+            elif x.token is not None:
+                x.sequence.record(result)
+            elif len(x.sequence.ids) >= x.sequence.limit:
+                x.sequence.update("", "length")
             else:
-                step = max(1, (1 << 25) // self.cfg.vocab_size)  # logits alive at once
-                for i in range(0, len(wanted), step):
-                    part = slice(i, i + step)
-                    out[part] = self.choose(h[part], wanted[part], exact, most)
-        return self.from_last(out).tolist()
+                self.new_tokens += 1
+                x.sequence.append(result)
 
-    def choose(self, h: Tensor, wanted: list[Wanted], exact: bool, most: int) -> Tensor:
-        """States (n, D) → fp64 (n, 2 + 2 most), as `read` returns them."""
-        logits = self.logits(h, exact)
-        new = [i for i, (row, _, at) in enumerate(wanted) if at == len(row.ids)]
-        known = [row.ids[at] if at < len(row.ids) else 0 for row, _, at in wanted]
-        ids = torch.tensor(known, device=h.device)
-        if new:
-            rows = [wanted[i][0] for i in new]
-            u = [uniform(row.params.seed, row.out.index, len(row.ids)) for row in rows]
-            asked = logits if len(new) == len(wanted) else logits[new]
-            ids[new] = sample(asked, [row.params for row in rows], [row.ids for row in rows], u)
-        out = logits.new_zeros(len(h), 2 + 2 * most, dtype=torch.float64)
-        out[:, 0] = ids
-        if exact:
-            log_probs = logits.log_softmax(1)
-            out[:, 1] = log_probs.gather(1, ids[:, None])[:, 0]
-            out[:, 3::2], out[:, 2::2] = log_probs.topk(most)
-        return out
+    def rewards(self, states: Tensor) -> list[list[float]]:
+        """Return the attributes that a reward model's head reads off states (n, D)."""
+        return self.model.head(states).tolist()
+
+    def predict(self, states: Tensor, inputs: list[HeadInput]) -> list[Prediction]:
+        """Run the head on states (n, D), some at a time to bound the logits alive."""
+        asked = [x.sequence.params.logprobs for x in inputs]
+        exact = any(k is not None for k in asked)
+        most = max(k or 0 for k in asked)
+        at_once = max(1, (1 << 25) // self.cfg.vocab_size)
+        predictions: list[Prediction] = []
+        for start in range(0, len(inputs), at_once):
+            logits = self.logits(states[start : start + at_once], exact)
+            tokens = self.choose(logits, inputs[start : start + at_once])
+            logprobs = logits.log_softmax(1)
+            top = logprobs.topk(most)
+            columns = (tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.indices, top.values)
+            predictions += map(Prediction, *(column.tolist() for column in columns))
+        return predictions
+
+    def choose(self, logits: Tensor, inputs: list[HeadInput]) -> Tensor:
+        """Return the token after each state: the sequence's own or, after its last, a sample."""
+        tokens = torch.tensor([x.token or 0 for x in inputs], device=logits.device)
+        ends = [i for i, x in enumerate(inputs) if x.token is None]
+        if ends:
+            sequences = [inputs[i].sequence for i in ends]
+            params = [s.params for s in sequences]
+            seen = [s.ids for s in sequences]
+            uniforms = [uniform(s.params.seed, s.out.index, len(s.ids)) for s in sequences]
+            asked = logits if len(ends) == len(inputs) else logits[ends]
+            tokens[ends] = sample(asked, params, seen, uniforms)
+        return tokens
 
     def logits(self, h: Tensor, exact: bool) -> Tensor:
-        """States (n, D) → at least fp32 (n, V). exact: without rounding to bf16 on the way, which
-        does for a sample but not for a log-probability to report (see fp32_logits)."""
+        """Multiply states (n, D) by the head: logits (n, V), at least fp32. exact: never rounded to
+        bf16 on the way, which a reported log-probability needs and a sample does not."""
         weight = self.model.head.weight
-        logits = fp32_logits(h, weight) if exact or h.is_cuda else project(h, weight)
+        logits = fp32_logits(h, weight) if exact or h.is_cuda else F.linear(h, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.tp == 1:
             return logits
@@ -684,35 +814,13 @@ class Engine:
         dist.all_gather(shares, logits, group=self.mesh["tp"].get_group())
         return torch.cat(shares, dim=1)
 
-    @torch.inference_mode()
-    def quantize(self, kind: Literal["int8", "float8"]) -> str:
-        """The blocks' matrices to 8 bits, a scale for each output row; embedding and head stay.
-        Returns what that does to logits and perplexity on Python's documentation."""
+    def quantize(self) -> None:
+        """Keep the blocks' matrices in float8; embedding and head stay as they are."""
         assert not self.busy
-        text = "".join(t for t, _ in zip(embedded_english(), range(8), strict=False))
-        ids = self.tokenizer.encode(text)[: min(1025, self.context)].astype(np.int64)
-        tokens, targets = ids[None, :-1], torch.from_numpy(ids[1:]).to(self.device)
-
-        def logits() -> Tensor:
-            h = self.forward(tokens, np.arange(len(targets))[None], range(1))
-            return self.logits(h, exact=True) if h is not None else torch.zeros(1, 1)
-
-        exact = logits()
         for module in self.model.blocks.modules():
-            if isinstance(module, Linear):
-                module.quantize(kind)
+            if isinstance(module, InferenceLinear):
+                module.quantize()
         self.computed[:] = 0  # the cache holds keys of other weights
-        new, numbers = logits(), torch.zeros(4, device=self.device)
-        if self.stage == self.pp - 1:
-            sizes = [x.square().mean().sqrt() for x in (new - exact, exact)]
-            losses = [F.cross_entropy(x, targets) for x in (exact, new)]
-            numbers = torch.stack([*sizes, *(loss.exp() for loss in losses)])
-        error, size, before, after = self.from_last(numbers).tolist()
-        return (
-            f"{kind}: root mean square error of the logits {error:.4f} (they are {size:.3f}), "
-            f"perplexity {before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) "
-            f"over {len(targets)} tokens"
-        )
 
 
 # ---- from the command line to an engine ----------------------------------------------------------
@@ -720,33 +828,60 @@ class Engine:
 
 @dataclass(frozen=True)
 class Layout:
-    """One copy of the model over tp x pp processes: tp answers soonest, pp serves most."""
+    """Divides one copy of the model over tp x pp processes: tp answers soonest, pp serves most."""
 
-    tp: int = 1  # Tensor parallel: heads, MLP and vocabulary divided
-    pp: int = 1  # Pipeline parallel: layers divided
+    tp: int = 1  # Tensor parallel processes: each has some of the heads, the MLP and the vocabulary
+    pp: int = 1  # Pipeline parallel processes: each has some of the layers
     timeout: int = 1800  # Seconds after which a process that does not answer ends the job
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which model, and how it is run. Common to all commands."""
+    """Says which model to run, and how. Common to all commands."""
 
     model: tyro.conf.Positional[Path]
     """A run's folder (its newest checkpoint, written on any mesh) or a Hugging Face folder."""
     tokenizer: str = ""  # A file, folder or tiktoken name; default: the one in the model's folder
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    quantize: Literal["none", "int8", "float8"] = "none"
-    """Weight-only, of the blocks' matrices; says what it costs."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Dtype; auto: bf16 on a GPU, fp32 on a CPU
+    quantize: Literal["none", "float8"] = "none"
+    """Format of the blocks' matrices in memory, half as large as bf16; its cost is logged."""
     slots: int = 32  # Rows of the batch
-    context: int = 0  # Longest prompt and answer; default: the model's seq_len
-    chunk: int = 512  # Prompt tokens computed between two tokens of the rows that decode
-    compile: bool = False  # torch.compile the blocks
+    context: int = 0  # Longest prompt and answer together; default: the model's seq_len
+    chunk: int = 512  # Prompt tokens computed between two tokens of the sequences that decode
+    compile: bool = False  # Compilation of the blocks by torch.compile
     mesh: Layout = field(default_factory=Layout)
 
 
 def load_engine(cfg: EngineConfig) -> Engine:
-    """The model's parts for this process, and an engine around them."""
-    model, layout = replace(read_config(cfg.model), lora_rank=0), cfg.mesh  # adapters are merged
+    """Load this process's part of the model, and build an engine around it."""
+    model_cfg = replace(read_config(cfg.model), lora_rank=0)  # adapters are merged
+    tokenizer = model_tokenizer(cfg, model_cfg)
+    layout = cfg.mesh
+    world = layout.tp * layout.pp
+    if world != world_size():
+        start = f"start {world} with torchrun, or set --mesh.tp and --mesh.pp"
+        raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
+    mesh_cfg = MeshConfig(tp=layout.tp, pp=layout.pp, timeout=layout.timeout)
+    mesh_cfg.check(model_cfg, world, batch=layout.pp, micro_batch=1)
+    mesh = init_mesh(mesh_cfg)
+    auto = "bf16" if mesh.device_type == "cuda" else "fp32"
+    dtype = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype]
+    dtypes = stage_dtypes(model_cfg, dtype, mesh["pp"])
+    parts = load_parts(cfg.model, model_cfg, dtypes, mesh)
+    model = inference_model(model_cfg, parts, mesh["tp"] if layout.tp > 1 else None)
+    engine = Engine(model, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
+    if cfg.quantize == "float8":
+        before = perplexity(engine)
+        engine.quantize()
+        log.info(f"float8: perplexity {before:.3f} -> {perplexity(engine):.3f}")
+    if cfg.compile:
+        for block in model.blocks.values():
+            block.compile(dynamic=True)
+    return engine
+
+
+def model_tokenizer(cfg: EngineConfig, model: ModelConfig) -> Tokenizer:
+    """Open the model's tokenizer; ValueError if it has more tokens than the model."""
     try:
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.model)
     except ValueError as e:
@@ -754,105 +889,111 @@ def load_engine(cfg: EngineConfig) -> Engine:
     if tokenizer.vocab_size > model.vocab_size:
         both = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         raise ValueError(f"{both}: set --tokenizer to the one it was trained with")
-    mesh_cfg = MeshConfig(tp=layout.tp, pp=layout.pp, timeout=layout.timeout)
-    world = layout.tp * layout.pp
-    if world != world_size():
-        start = f"start {world} with torchrun, or set --mesh.tp and --mesh.pp"
-        raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
-    mesh_cfg.check(model, world, batch=layout.pp, micro_batch=1)
-    mesh = init_mesh(mesh_cfg)
-    auto = "bf16" if mesh.device_type == "cuda" else "fp32"
-    dtype, stage = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype], mesh["pp"].get_local_rank()
-    here = [f"blocks.{layer}." for layer in split_layers(model, layout.pp)[stage]]
-    here += ["embed."] * (stage == 0) + ["norm.", "head."] * (stage == layout.pp - 1)
-    wanted = {}
-    for name, p in on_meta(model).named_parameters():
-        if name.startswith(tuple(here)):
+    return tokenizer
+
+
+def stage_dtypes(cfg: ModelConfig, dtype: torch.dtype, pp: DeviceMesh) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter of this process's pipeline stage, by its name."""
+    stage = pp.get_local_rank()
+    modules = [f"blocks.{layer}." for layer in split_layers(cfg, pp.size())[stage]]
+    if stage == 0:
+        modules.append("embed.")
+    if stage == pp.size() - 1:
+        modules += ["norm.", "head."]
+    dtypes = {}
+    for name, p in on_meta(cfg).named_parameters():
+        if name.startswith(tuple(modules)):
             # norms and a reward head compute in fp32 anyhow
-            small = p.ndim < 2 or (model.n_attributes and name.startswith("head."))
-            wanted[name] = torch.float32 if small else dtype
-    parts = load_parts(cfg.model, model, wanted, mesh)
-    laid_out = lay_out(model, parts, mesh["tp"] if layout.tp > 1 else None)
-    engine = Engine(laid_out, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
-    if cfg.quantize != "none":
-        log.info(engine.quantize(cfg.quantize))
-    if cfg.compile:
-        for block in laid_out.blocks.values():
-            block.compile(dynamic=True)
-    return engine
+            fp32 = p.ndim < 2 or (cfg.n_attributes and name.startswith("head."))
+            dtypes[name] = torch.float32 if fp32 else dtype
+    return dtypes
+
+
+def perplexity(engine: Engine) -> float:
+    """Compute a language model's perplexity on 1,024 tokens of Python's documentation."""
+    if engine.cfg.n_attributes:
+        return math.nan
+    text = "".join(itertools.islice(embedded_english(), 8))
+    ids = engine.tokenizer.encode(text)[: min(1025, engine.context)].tolist()
+    (done,) = engine.score([(ids[:1], ids[1:])])
+    return math.exp(-sum(done.logprobs) / len(done.logprobs))
 
 
 class Driver:
-    """Runs an engine in its own thread, for callers in others. With several processes the first one
-    drives; the others `follow`, told of every request and cancellation before each step."""
+    """Runs an engine in its own thread, for callers in others, on any number of processes.
+
+    1. On the first process, callers put commands (submit, cancel, stop) into a queue.
+    2. Before each step, the first process empties the queue and broadcasts the commands.
+    3. Every process carries them out in the same order, then computes the step with the others.
+    4. After a stop command, `follow` returns everywhere.
+
+    The first process starts `thread`, which calls `follow`; the others call `follow` themselves.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.news: queue.SimpleQueue = queue.SimpleQueue()
-        self.listeners: dict[int, Listener] = {}  # of requests that are news, by number
-        self.rows: dict[int, list[Sequence]] = {}  # those under way
+        self.commands: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+        self.listeners: dict[int, Listener] = {}  # of requests that are in the queue, by number
+        self.running: dict[int, list[Sequence]] = {}  # a request's sequences, by its number
         self.numbers = itertools.count()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.failed: BaseException | None = None
 
     def submit(self, ids: list[int], params: SamplingParams, listener: Listener) -> int:
-        """Queue a request from any thread → its number. The listener is called in the engine's."""
-        self.engine.encode(ids)  # what is wrong with it is the caller's to hear
+        """Queue a request from any thread; return its number. The engine's thread calls back."""
+        self.engine.encode(ids)  # an error is raised here, in the caller's thread
         number = next(self.numbers)
         self.listeners[number] = listener
-        self.news.put(("submit", number, ids, params))
+        self.commands.put(("submit", number, ids, params))
         return number
 
     def cancel(self, number: int) -> None:
-        """From any thread; nothing happens if the request is done. Its rows end as cancelled."""
-        self.news.put(("cancel", number))
+        """Cancel a request from any thread, unless it is finished."""
+        self.commands.put(("cancel", number))
 
     def stop(self) -> None:
-        """End the thread, and the processes that follow."""
-        self.news.put(("stop",))
+        """End the thread, and `follow` on the other processes."""
+        self.commands.put(("stop",))
         if self.thread.is_alive():
             self.thread.join()
 
     def run(self) -> None:
+        """Follow in the thread; an error is kept in `failed`, where the server looks for it."""
         try:
             self.follow()
         except BaseException as e:
-            self.failed = e  # the server says it is not alive
+            self.failed = e
             log.exception("the engine failed")
 
     def follow(self) -> None:
-        """What all processes do, until they are told to stop: take what is new, then one step."""
-        going = True
-        while going:
-            for what, *args in self.take():
-                if what == "stop":
-                    going = False
-                elif what == "cancel":
-                    for row in self.rows.get(args[0], ()):
-                        self.engine.cancel(row)
-                else:
-                    number, ids, params = args
-                    listener = self.listeners.pop(number, None)
-                    self.rows[number] = self.engine.submit(ids, params, listener)
+        """Carry out commands and compute steps until the stop command, on every process."""
+        while True:
+            for command in self.next_commands():
+                match command:
+                    case ("submit", number, ids, params):
+                        listener = self.listeners.pop(number, None)
+                        self.running[number] = self.engine.submit(ids, params, listener)
+                    case ("cancel", number):
+                        for sequence in self.running.get(number, ()):
+                            self.engine.cancel(sequence)
+                    case ("stop",):
+                        return
             if self.engine.busy:
                 self.engine.step()
-                for number, rows in list(self.rows.items()):
-                    if all(row.out.finish_reason for row in rows):
-                        del self.rows[number]
+                for number, sequences in list(self.running.items()):
+                    if all(sequence.out.finish_reason for sequence in sequences):
+                        del self.running[number]
 
-    def take(self) -> list[tuple]:
-        """What is new to the first process, on all of them. Without work it waits for some, but
-        never so long that those who follow give up."""
-        news = []
+    def next_commands(self) -> list[tuple]:
+        """Return the commands in the first process's queue, on every process. While the engine is
+        idle it waits for one, but never so long that the others give up."""
+        commands = []
         with suppress(queue.Empty):
             if self.engine.leads and not self.engine.busy:
-                news.append(self.news.get(timeout=30))
+                commands.append(self.commands.get(timeout=30))
             while self.engine.leads:
-                news.append(self.news.get_nowait())
-        if self.engine.world > 1:
-            dist.broadcast_object_list(box := [news], src=0, device=torch.device("cpu"))
-            news = box[0]
-        return news
+                commands.append(self.commands.get_nowait())
+        return self.engine.share(commands, 0)
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -860,59 +1001,30 @@ class Driver:
 
 @dataclass(frozen=True)
 class SampleConfig(EngineConfig):
-    """Prompts → samples, as JSON lines in the prompts' order."""
+    """Sample from prompts; write JSON lines in the prompts' order."""
 
-    prompts: tuple[str, ...] = ()  # Texts; by default they come from --file
+    prompts: tuple[str, ...] = ()  # Texts; default: those of --file
     file: str = "-"
     """JSON lines with a `prompt` (text or token ids) or `messages`, or a text a line; -: stdin."""
-    out: Path | None = None  # Where the lines go; default: stdout
+    out: Path | None = None  # A file for the lines; default: stdout
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
 
 
-def read_rows(file: str, to_prompts: Callable[[dict[str, Any]], Any]) -> list[tuple[dict, Any]]:
-    """Each line's row, and what to_prompts makes of it; a bad line is named. A line that is no JSON
-    object is a prompt."""
-    rows = []
-    lines = sys.stdin if file == "-" else Path(file).open(encoding="utf-8")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.startswith("{") else {"prompt": line.rstrip("\n")}
-            rows.append((row, to_prompts(row)))
-        except (ValueError, TypeError, KeyError) as e:
-            what = f"no field {e}" if isinstance(e, KeyError) else e
-            raise ValueError(f"{file}:{number}: {what}") from e
-    return rows
-
-
-@contextmanager
-def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    """A function that writes a line, to the file or stdout; on the first process alone."""
-    leads, dump = engine.leads, partial(json.dumps, ensure_ascii=False)
-    with out.open("w", encoding="utf-8") if out and leads else nullcontext(sys.stdout) as file:
-        yield lambda row: leads and (file.write(dump(row) + "\n"), file.flush())
-
-
-def chat_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends an answer: the mark of the next turn, or the end of the text."""
-    return tokenizer.special("<extra_id_1>"), tokenizer.special("</s>")
-
-
 def sample_command(cfg: SampleConfig) -> None:
+    """Submit all prompts, then write each sample as soon as those before it are written."""
     engine = load_engine(cfg)
 
-    def submit(row: dict[str, Any]) -> list[Sequence]:
+    def submit(row: dict) -> list[Sequence]:
         if "messages" not in row:
             return engine.submit(row["prompt"], cfg.sampling)
-        stops = chat_stops(engine.tokenizer) + (cfg.sampling.stop_ids or ())
         ids, _ = render_chat(row["messages"], engine.tokenizer)
-        return engine.submit(ids, replace(cfg.sampling, stop_ids=stops))
+        return engine.submit(ids, chat_sampling(cfg.sampling, engine.tokenizer))
 
-    given = [{"prompt": text} for text in cfg.prompts]
-    work = [(row, submit(row)) for row in given] or read_rows(cfg.file, submit)
-    quiet = not log.isEnabledFor(logging.INFO)
+    rows = [("--prompts", {"prompt": text}) for text in cfg.prompts]
+    work = submit_rows(rows or read_jsonl(cfg.file, text_field="prompt"), submit)
     with json_lines(cfg.out, engine) as write:
-        for row, samples in tqdm(work, unit=" prompts", disable=quiet):
-            for done in engine.finished(samples):
+        for row, sequences in tqdm(work, unit=" prompts", disable=not engine.leads):
+            for done in engine.finished(sequences):
                 line = {"index": done.index, "text": done.text, "finish_reason": done.finish_reason}
                 if cfg.sampling.logprobs is not None:
                     line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
@@ -920,76 +1032,129 @@ def sample_command(cfg: SampleConfig) -> None:
     log.info(f"{engine.prompt_tokens:,} prompt tokens, {engine.new_tokens:,} new ones")
 
 
+def submit_rows(
+    rows: Iterable[tuple[str, dict]], submit: Callable[[dict], list[Sequence]]
+) -> list[tuple[dict, list[Sequence]]]:
+    """Submit each row; return the rows with their sequences. An error says where the row stands."""
+    work = []
+    for where, row in rows:
+        try:
+            work.append((row, submit(row)))
+        except (ValueError, TypeError, KeyError) as e:
+            rule = f"no field {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"{where}: {rule}") from e
+    return work
+
+
+@contextmanager
+def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict], None]]:
+    """Open a file, or stdout, and yield a function that writes an object to it as a JSON line; on
+    all processes but the first it writes nothing."""
+    with out.open("w", encoding="utf-8") if out and engine.leads else nullcontext(sys.stdout) as f:
+
+        def write(row: dict) -> None:
+            if engine.leads:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.flush()
+
+        yield write
+
+
+def chat_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the mark of the next turn, and the end of the text."""
+    return tokenizer.special("<extra_id_1>"), tokenizer.special("</s>")
+
+
+def chat_sampling(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """Add the tokens that end an answer."""
+    return replace(params, stop_ids=chat_stops(tokenizer) + (params.stop_ids or ()))
+
+
 @dataclass(frozen=True)
 class ChatConfig(EngineConfig):
     """Talk to the model in the terminal. Ctrl-C ends an answer, an empty line the conversation."""
 
-    system: str = ""  # The system turn; the 340B was trained with an empty one
+    system: str = ""  # System turn; the 340B was trained with an empty one
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(
-        # NVIDIA's public examples (SPEC 5.1)
+        # as in NVIDIA's examples for the 340B's API (NeMo-Curator's synthetic data tutorial)
         default_factory=lambda: SamplingParams(max_tokens=1024, temperature=0.2, top_p=0.7)
     )
 
 
 def chat(cfg: ChatConfig) -> None:
+    """Answer the terminal's questions on the first process, and follow it on the others."""
     engine = load_engine(cfg)
-    driver, stops = Driver(engine), chat_stops(engine.tokenizer) + (cfg.sampling.stop_ids or ())
-    params = replace(cfg.sampling, n=1, echo=False, stop_ids=stops)
+    driver = Driver(engine)
+    params = chat_sampling(replace(cfg.sampling, n=1, echo=False), engine.tokenizer)
     if not engine.leads:
-        return driver.follow()
+        driver.follow()
+        return
     driver.thread.start()
     messages = [{"role": "system", "content": cfg.system}]
     with suppress(EOFError, KeyboardInterrupt):
         while question := input("\n> "):
             messages.append({"role": "user", "content": question})
-            while len(ids := render_chat(messages, engine.tokenizer)[0]) >= engine.context:
-                if len(messages) == 2:
-                    log.warning(f"{len(ids)} tokens, the context has {engine.context}: shorten it")
-                    break
-                del messages[1:3]  # the earliest question and its answer
-            if len(ids) < engine.context and (answer := talk(driver, ids.tolist(), params)):
+            ids = fit_context(messages, engine)
+            answer = talk(driver, ids, params) if ids else ""
+            if answer:
                 messages.append({"role": "assistant", "content": answer})
             else:
-                messages.pop()  # an answer that is not there takes its question with it
-    return driver.stop()
+                messages.pop()  # a question without an answer is forgotten
+    driver.stop()
+
+
+def fit_context(messages: list[dict[str, str]], engine: Engine) -> list[int]:
+    """Remove a conversation's earliest exchanges until an answer fits into the context; return the
+    ids of what remains, or none if the last question alone is too long."""
+    while True:
+        ids, _ = render_chat(messages, engine.tokenizer)
+        if len(ids) < engine.context:
+            return ids.tolist()
+        if len(messages) == 2:
+            log.warning(f"{len(ids)} tokens, the context has {engine.context}: shorten it")
+            return []
+        del messages[1:3]
 
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
-    """Write an answer as it comes; returns it without the line end that the template adds."""
-    done, pieces = threading.Event(), []
+    """Write an answer as it comes; return it without the line end that the template adds."""
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def show(out: Completion, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
-        pieces.append(text)
         if out.finish_reason:
-            done.set()
+            answers.put(out.text)
 
     number = driver.submit(ids, params, show)
-    while not done.is_set() and not driver.failed:
+    while not driver.failed:
         try:
-            done.wait(timeout=1)
+            return answers.get(timeout=1).rstrip("\n")
+        except queue.Empty:
+            continue
         except KeyboardInterrupt:
             driver.cancel(number)
-    return "".join(pieces).rstrip("\n")
+    return ""
 
 
 @dataclass(frozen=True)
 class ScoreConfig(EngineConfig):
-    """JSON lines → the same with scores. A language model takes `prompt` and `continuation` or
-    `continuations`; a reward model `messages`, or RewardBench's `prompt`, `chosen`, `rejected` and
-    `subset`, of which the accuracies are printed."""
+    """Add scores to JSON lines. A language model takes `prompt` and `continuation(s)`; a reward
+    model `messages`, or `prompt`, `chosen` and `rejected`, as RewardBench's rows have them."""
 
     file: str = "-"  # JSON lines; -: stdin
-    out: Path | None = None  # Where the lines go; default: stdout
+    out: Path | None = None  # A file for the lines; default: stdout
 
 
 def score(cfg: ScoreConfig) -> None:
-    engine, wins = load_engine(cfg), {}
-    work = read_rows(cfg.file, partial(submit_to_score, engine))
+    """Submit all rows, then write each with its scores as soon as those before it are written."""
+    engine = load_engine(cfg)
+    wins = []
+    submit = submit_reward if engine.cfg.n_attributes else submit_continuations
+    work = submit_rows(read_jsonl(cfg.file), partial(submit, engine))
     with json_lines(cfg.out, engine) as write:
-        for row, rows in work:
-            done = list(engine.finished(rows))
+        for row, sequences in work:
+            done = list(engine.finished(sequences))
             if not engine.cfg.n_attributes:
                 row["logprobs"] = [sum(c.logprobs) for c in done]
                 row["n_tokens"] = [len(c.logprobs) for c in done]
@@ -999,92 +1164,50 @@ def score(cfg: ScoreConfig) -> None:
             else:
                 chosen, rejected = (named_scores(c.scores) for c in done)
                 row |= {"chosen_scores": chosen, "rejected_scores": rejected}
-                won = chosen["reward"] > rejected["reward"]
-                wins.setdefault(row.get("subset", "all"), []).append(won)
+                wins.append(chosen["reward"] > rejected["reward"])
             write(row)
     if wins:
-        log.info(rewardbench(wins))
+        log.info(f"the chosen one has the higher reward in {sum(wins)} of {len(wins)} pairs")
 
 
-def submit_to_score(engine: Engine, row: dict[str, Any]) -> list[Sequence]:
-    """The rows of the batch that a row of the file needs."""
-    if not engine.cfg.n_attributes:
-        if "continuation" not in row and "continuations" not in row:
-            raise ValueError("a language model needs `prompt` and `continuation(s)`")
-        context = engine.encode(row["prompt"])
-        texts = row.get("continuations") or [row["continuation"]]
-        return [engine.submit_pair(context, engine.encode(text)) for text in texts]
+def submit_continuations(engine: Engine, row: dict) -> list[Sequence]:
+    """Submit a row's continuations to a language model."""
+    texts = row.get("continuations") or [row["continuation"]]
+    context = engine.encode(row["prompt"])
+    return [engine.submit_pair(context, engine.encode(text)) for text in texts]
+
+
+def submit_reward(engine: Engine, row: dict) -> list[Sequence]:
+    """Submit a row's conversation to a reward model, or its chosen and its rejected one."""
     if "messages" in row:
         conversations = [row["messages"]]
     else:
-        prompt = row["prompt"]
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        before = row["prompt"]
+        if isinstance(before, str):
+            before = [{"role": "user", "content": before}]
         answers = [row["chosen"], row["rejected"]]
         conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
-    inputs = [render_reward(messages, engine.tokenizer) for messages in conversations]
-    return [row for ids in inputs for row in engine.submit(ids, SamplingParams(max_tokens=0))]
+    sequences = []
+    for messages in conversations:
+        ids = render_reward(messages, engine.tokenizer)
+        sequences += engine.submit(ids, SamplingParams(max_tokens=0))
+    return sequences
 
 
 def is_greedy(done: Completion) -> bool:
-    """Whether each scored token was the likeliest."""
+    """Check that each scored token was the likeliest."""
     return all(top[0][1] <= lp for top, lp in zip(done.tops, done.logprobs, strict=True))
 
 
 def attributes_of(scores: list[float]) -> dict[str, float]:
-    """A reward model's output by name; of NVIDIA's nine, the first four are untrained."""
+    """Name a reward model's outputs; of NVIDIA's nine, the first four are untrained."""
     names = ATTRIBUTES if len(scores) in (5, 9) else [f"attribute_{i}" for i in range(len(scores))]
     return dict(zip(names, scores[-len(names) :], strict=True))
 
 
 def named_scores(scores: list[float]) -> dict[str, float]:
-    """A reward model's output by attribute, and the reward: their weighted sum."""
+    """Return a reward model's attributes by name, and the reward: their weighted sum."""
     return attributes_of(scores) | {"reward": float(aggregate(scores))}
-
-
-# RewardBench's sections and the examples of each subset; math-prm counts 984 = 6 x 164, as much as
-# the six code subsets together (SYNTHESIS 2.3)
-REWARDBENCH = {
-    "Chat": {
-        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat-Hard": {
-        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-        "xstest-should-respond": 250, "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-        "hep-python": 164, "hep-rust": 164,
-    },
-}  # fmt: skip
-
-
-def rewardbench(wins: dict[str, list[bool]]) -> str:
-    """Accuracies (a tie is a loss) per subset and per section, and overall: the mean of the four
-    sections, as the report has it; the leaderboard's, with the other sets at half weight; and of
-    all rows."""
-    share = {subset: sum(won) / len(won) for subset, won in wins.items()}
-    table = {subset: f"{share[subset]:6.1%} of {len(wins[subset])}" for subset in wins}
-    sections, other = [], set(wins)
-    for section, sizes in REWARDBENCH.items():
-        other -= set(sizes)
-        if have := [subset for subset in sizes if subset in wins]:
-            total = sum(share[subset] * sizes[subset] for subset in have)
-            sections.append(total / sum(sizes[subset] for subset in have))
-            table[section] = f"{sections[-1]:6.1%}"
-    if sections:
-        total, n = sum(sections), len(sections)
-        table[f"mean of {n} sections"] = f"{total / n:6.1%}"
-        if other:
-            half = sum(share[subset] for subset in other) / len(other) / 2
-            table["with other sets at half"] = f"{(total + half) / (n + 0.5):6.1%}"
-    every = sum(wins.values(), [])
-    table["all rows"] = f"{sum(every) / len(every):6.1%} of {len(every)}"
-    return "\n".join(f"{name:28} {value}" for name, value in table.items())
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -1092,12 +1215,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "chat": (ChatConfig, chat),
     "score": (ScoreConfig, score),
 }
-MOVED = ("serve", "evaluate", "synthesize")
+MOVED = ("serve", "evaluate", "synthesize")  # to recipes/
 
 
 def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], Any]) -> None:
-    """Run a command as a program. The log goes to stderr, from the first process alone: stdout is
-    for answers."""
+    """Run a command as a program: parse its config, end on a user's error with one line. The log of
+    the first process goes to stderr; stdout is left to answers."""
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
     log.propagate = False
@@ -1106,17 +1229,19 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
     except (ValueError, OSError) as e:
         sys.exit(f"{name}: error: {e}")
     except KeyboardInterrupt:
-        os._exit(130)  # without waiting for what an endpoint has still to answer
+        os._exit(130)  # do not wait for requests that an endpoint has still to answer
     if dist.is_initialized():
         shut_down()
 
 
 def main() -> None:
+    """Run the command that the command line names."""
     if sys.argv[1:2] and sys.argv[1] in MOVED:
         sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     configs = {name: config for name, (config, _) in COMMANDS.items()}
+    functions = dict(COMMANDS.values())
     parse = partial(tyro.extras.subcommand_cli_from_dict, configs, description=__doc__)
-    run_command("generate.py", parse, lambda cfg: dict(COMMANDS.values())[type(cfg)](cfg))
+    run_command("generate.py", parse, lambda cfg: functions[type(cfg)](cfg))
 
 
 if __name__ == "__main__":
