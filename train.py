@@ -40,7 +40,6 @@ from parallel import (
     Runner,
     check_same_model,
     init_mesh,
-    load_run,
     peak_flops,
     read_config,
     shut_down,
@@ -231,7 +230,8 @@ class RunConfig:
 
     def only_phase(self, blend: dict[str, float]) -> Phase:
         """Return the phase of a run that has just one."""
-        ramp = ((self.steps * self.batch, self.batch),)
+        steps = max(1, self.steps)  # 0 where the data will tell
+        ramp = ((steps * self.batch, self.batch),)
         min_lr = self.lr if self.min_lr is None else self.min_lr
         return Phase(ramp, self.lr, min_lr, self.warmup, blend)
 
@@ -404,15 +404,8 @@ def check_init(cfg: RunConfig) -> None:
 
 def load_init(cfg: RunConfig, runner: Runner) -> None:
     """Fill the weights from cfg.init, if any; adapters and a head of another kind stay new."""
-    if cfg.init.startswith("hf:"):
-        runner.load_hf(cfg.init.removeprefix("hf:"))
-    elif cfg.init:
-        same_head = read_config(cfg.init).n_attributes == cfg.model.n_attributes
-        weights = {}
-        for name, p in runner.params().items():
-            if "lora_" not in name and (same_head or not name.startswith("head.")):
-                weights[name] = p
-        load_run(Path(cfg.init), weights)
+    if cfg.init:
+        runner.load_weights(cfg.init.removeprefix("hf:"))
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -782,7 +775,7 @@ def source_evaluator(
 ) -> Callable[[int], dict[str, float]]:
     """Return evaluate(step): loss and bits per byte of each source, and as val_loss the mean of the
     losses, weighted by the blend of the step."""
-    sources = sorted(set().union(*blends.values()), key=list(data.sources).index)
+    sources = sorted(set().union(*blends.values()), key=data.sources.index)
     held_out = [source for source in sources if data.n_tokens(source, "val") >= 2]
     without = [source for source in sources if source not in held_out]
     if without:
