@@ -1,17 +1,21 @@
-"""The whole system in small: toy tasks that a program can mark, and every stage of alignment.
+"""Tour the whole system in small: toy tasks that a program can mark, and every stage of alignment.
 
-python -m recipes.demo
+A base model reads calls such as sort(312) and their results. Two rounds of SFT teach it to answer
+them, and questions in words; a reward model learns the program's marks; DPO and three RPOs train on
+the model's own answers, ranked by the reward model. table.md tells what each stage brought. It
+takes seven to ten minutes on two cores.
+
+    python -m recipes.demo
 """
 
 import json
 import logging
 import random
-import re
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,177 +32,30 @@ from data import (
     render_chat,
     render_reward,
     train_bpe,
+    write_whole,
 )
 from generate import Engine, EngineConfig, SamplingParams, chat_stops, load_engine
 from model import ModelConfig
 from parallel import MeshConfig
 from recipes.synthesize import SynthesizeConfig, synthesize, table
+from recipes.tasks import Task, draw_task, draw_text, scored_row
 from train import PretrainConfig, pretrain, run, set_up_logging
 
 log = logging.getLogger("nemotron4")
 
 
-# ---- the demo's tasks ----------------------------------------------------------------------------
-# What align.py's demo learns: small computations on digits, asked for as a call (code-like) or in
-# words, then with instructions on the form. A program writes answers, good and bad, and marks any.
-
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-DIGIT = {text: str(i % 10) for i, text in enumerate([*"0123456789", *NUMBERS])}
-# what is done to the digits, and how it is asked for in words
-OPERATIONS: dict[str, tuple[Callable[[str], str], str]] = {
-    "sort": (lambda x: "".join(sorted(x)), "Sort {} upwards."),
-    "first": (lambda x: x[0], "Give the first digit of {}."),
-    "last": (lambda x: x[-1], "Give the last digit of {}."),
-    "largest": (max, "Give the largest digit of {}."),
-    "smallest": (min, "Give the smallest digit of {}."),
-}
-# how an instruction reads, what follows it, in this order, and which answers do
-INSTRUCTIONS: dict[str, tuple[str, Callable[[str], str], str]] = {
-    "words": (
-        "In words.",
-        lambda x: " ".join(NUMBERS[int(c)] for c in x),
-        r"(?=.*[a-z]{3})[^0-9]+",
-    ),
-    "brackets": ("In brackets.", "({})".format, r".*\(.+\).*"),
-    "sure": ("Begin with Sure:", "Sure: {}".format, "Sure:.*"),
-    "mark": ("End with !", "{}!".format, ".*!"),
-}
-FAULTS = ("slip", "other", "cut", "chatter", "form")
-BETWEEN = ("\n", " = ", " gives ", "\nResult:\n", "\nWhat comes out of it is\n")
-CHATTER = ("Well, let me see.", "I think it is", "Here you go:")
-
-
-def pieces(text: str) -> list[str]:
-    """Digits, words and marks."""
-    return re.findall(r"[0-9]|[^\W\d]+|[^\w\s]", text)
-
-
-def digits_of(text: str) -> str:
-    """All digits of a text, which has them as figures or as words."""
-    return "".join(DIGIT.get(piece, "") for piece in pieces(text))
-
-
-def form_of(text: str) -> set[str]:
-    """What a text is made of, whichever the digits."""
-    return {("0" if p.isdigit() else "zero") if p in DIGIT else p for p in pieces(text)}
-
-
-def write_answer(result: str, instructions: Iterable[str]) -> str:
-    for name in INSTRUCTIONS:
-        result = INSTRUCTIONS[name][1](result) if name in instructions else result
-    return result
-
-
-@dataclass(frozen=True)
-class Task:
-    operation: str
-    digits: str
-    instructions: tuple[str, ...] = ()
-    call: bool = False
-    """Asked for as a call, else in words."""
-
-    @property
-    def prompt(self) -> str:
-        if self.call:
-            return f"{self.operation}({self.digits})"
-        asked = OPERATIONS[self.operation][1].format(self.digits)
-        return " ".join([asked, *(INSTRUCTIONS[name][0] for name in self.instructions)])
-
-    @property
-    def held_out(self) -> bool:
-        """A tenth of what can be asked, however it is worded: nothing is trained on it."""
-        return zlib.crc32(f"{self.operation}({self.digits})".encode()) % 10 == 0
-
-    @property
-    def result(self) -> str:
-        return OPERATIONS[self.operation][0](self.digits)
-
-    @property
-    def answer(self) -> str:
-        return write_answer(self.result, self.instructions)
-
-    def right(self, text: str) -> bool:
-        return digits_of(text) == self.result
-
-    def met(self, text: str) -> list[bool]:
-        """Which of its instructions a text follows."""
-        checks = (INSTRUCTIONS[name][2] for name in self.instructions)
-        return [bool(re.fullmatch(check, text.strip(), re.DOTALL)) for check in checks]
-
-    def labels(self, text: str) -> list[int]:
-        """ATTRIBUTES of any text as an answer, 0 to 4 each: helpfulness, correctness in part by
-        digits, coherence by what does not belong, complexity by what is done of what is asked."""
-        got, met, right = digits_of(text), self.met(text), self.right(text)
-        same = sum(a == b for a, b in zip(got, self.result, strict=False))
-        correct = 4 if right else round(3 * same / max(len(got), len(self.result)))
-        helpful = round(correct * (1 + sum(met)) / (1 + len(met)))
-        coherent = max(0, 4 - len(form_of(text) - form_of(self.answer))) if pieces(text) else 0
-        longer = len(pieces(text)) - len(pieces(self.answer))
-        return [helpful, correct, coherent, 2 * right + sum(met), min(4, max(0, 1 + longer))]
-
-    def flawed(self, rng: random.Random, faults: Sequence[str] = FAULTS, n: int = 0) -> str:
-        """An answer with n faults (0: one, now and then two): a wrong digit, another operation's
-        result, an early end, chatter, an instruction ignored or, where there is none, made up."""
-        text = self.answer
-        while text == self.answer:
-            made, result = rng.sample(faults, k=n or rng.choice((1, 1, 2))), self.result
-            if "slip" in made:
-                i = rng.randrange(len(result))
-                result = result[:i] + rng.choice("0123456789") + result[i + 1 :]
-            if "other" in made:
-                result = OPERATIONS[rng.choice([*OPERATIONS])][0](self.digits)
-            changed = {rng.choice(self.instructions or [*INSTRUCTIONS])} if "form" in made else {}
-            text = write_answer(result, {*self.instructions} ^ {*changed})
-            text = f"{rng.choice(CHATTER)} {text}" if "chatter" in made else text
-            text = text[: rng.randint(1, len(text))].strip() if "cut" in made else text
-        return text
-
-
-def draw_task(rng: random.Random, call: bool, held_out: bool = False) -> Task:
-    """Three or four digits; in words, with up to two instructions."""
-    while True:
-        digits = "".join(rng.choices("0123456789", k=rng.randint(3, 4)))
-        asked = [] if call else rng.sample([*INSTRUCTIONS], k=rng.choice((0, 1, 1, 2)))
-        task = Task(rng.choice([*OPERATIONS]), digits, tuple(asked), call)
-        if task.held_out == held_out:
-            return task
-
-
-def draw_text(rng: random.Random) -> str:
-    """A document to pretrain on: calls and their results, perhaps with a verdict, and numbers in
-    words. Nobody asks or answers. Several in one document, and more or less between a call and its
-    result: what is learnt must not depend on places."""
-    return "\n".join(draw_line(rng) for _ in range(rng.randint(1, 5)))
-
-
-def draw_line(rng: random.Random) -> str:
-    task, kind = draw_task(rng, call=True), rng.random()
-    if kind < 0.2:
-        return f"{task.digits}\n{write_answer(task.digits, ['words'])}"
-    called = f"{task.prompt}{rng.choice(BETWEEN)}"
-    if kind < 0.6:
-        return f"{called}{task.result}"
-    result = task.flawed(rng, ("slip", "other", "cut")) if rng.random() < 0.5 else task.result
-    return f"{called}{result}\n{'right' if task.right(result) else 'wrong'}"
-
-
-def scored_row(task: Task, text: str) -> dict[str, Any]:
-    """A row for sft_rows and, with its label, for reward_rows."""
-    messages = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": text}]
-    return {"messages": messages, "label": task.labels(text)}
-
-
-# ---- the demo ------------------------------------------------------------------------------------
+# ---- data and settings that the stages share -----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """A base model, two SFTs, a reward model, DPO and three RPOs, on small computations that a
-    program can mark (data.py's tasks), on two cores; and a table of what each stage brought."""
+    """Train a base model, two SFTs, a reward model, DPO and three RPOs on small computations that a
+    program can mark, and write a table of what each stage brought."""
 
     out: Path = Path("runs/demo")
-    """Runs, rows and table.md; a demo that was stopped goes on where it was."""
+    """Folder of runs, rows and table.md; a demo that was stopped goes on where it was."""
     seed: int = 0
+    """Seed of tasks and of sampling."""
     scale: float = 1.0
     """Share of the tasks and of the pretraining steps: 0.01 is a test of the machinery."""
 
@@ -210,39 +67,58 @@ class DemoConfig:
 # every detail of the 340B's architecture, at a size that learns the tasks in minutes
 DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=480, seq_len=192, init_std=0.09)
 FP32 = MeshConfig(dtype="fp32")
+NEVER = 1 << 30
+STAGE = dict(seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16, eval_every=NEVER, save_every=NEVER)
+# a model's own answers to given prompts, which the reward model ranks
+OWN_ANSWERS = SynthesizeConfig(
+    recipe="prompts", counts=dict(samples=6, preference_share=1, turns=1), max_tokens=40, slots=64,
+    min_gap=0.3,
+)  # fmt: skip
 
 
-def write_rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> Path:
-    """A file of rows, whole or not there, once."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows once: where the file is there, a generator of rows is not even started."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in make()))
-        path.with_suffix(".tmp").rename(path)
+        write_whole(path, map(json.dumps, rows))
     return path
 
 
-def demo_tasks(
+def draw_tasks(
     cfg: DemoConfig, name: str, n: int, calls: float, held_out: bool = False
 ) -> list[Task]:
+    """Draw the n tasks (at scale 1) of a name, of which a share is asked for as calls."""
     rng = random.Random(f"{cfg.seed}/{name}")
-    return [
-        draw_task(rng, rng.random() < calls, held_out) for _ in range(max(40, round(n * cfg.scale)))
-    ]
+    count = max(40, round(n * cfg.scale))
+    return [draw_task(rng, rng.random() < calls, held_out) for _ in range(count)]
 
 
-def demo_base(cfg: DemoConfig) -> Path:
-    """A tokenizer, and pretraining on calls and their results, which nobody asks for."""
-    rng, tokens = random.Random(f"{cfg.seed}/base"), cfg.out / "tokens"
+def write_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
+    tasks = draw_tasks(cfg, name, n, 0.25)
+    rows = ({"prompt": task.prompt} for task in tasks)
+    return (write_rows(cfg.out / f"{name}_prompts.jsonl", rows),)
+
+
+def engine_of(run: Path) -> Engine:
+    return load_engine(EngineConfig(run, slots=64))
+
+
+def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[str]]:
+    """Sample n answers to each task."""
+    how = SamplingParams(max_tokens=40, n=n, seed=seed, stop_ids=chat_stops(engine.tokenizer))
+    prompts = [render_chat(task.chat("")[:1], engine.tokenizer)[0] for task in tasks]
+    texts = [done.text.strip() for done in engine.generate(prompts, how)]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+# ---- the stages, in order ------------------------------------------------------------------------
+
+
+def pretrain_base(cfg: DemoConfig) -> Path:
+    """Pretrain on calls and their results, which nobody asks for."""
+    tokens = cfg.out / "tokens"
     if not tokens.exists():
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        texts = [draw_text(rng) for _ in range(max(3000, round(70_000 * cfg.scale)))]
-        tasks = [draw_task(rng, call=False) for _ in range(3000)]
-        asked = [text for t in tasks for text in (t.prompt, t.answer, t.flawed(rng))]
-        words = [*texts[:2000], *asked, REWARD_SYSTEM * 50]
-        file = train_bpe(words, DEMO.vocab_size).save(cfg.out)
-        rows = write_rows(cfg.out / "texts.jsonl", lambda: ({"text": text} for text in texts))
-        how = dict(sources=(f"calls={rows}",), tokenizer=str(cfg.out / file), val_fraction=0.01)
-        prepare(PrepareConfig(out=tokens, **how))
+        prepare_tokens(cfg, tokens)
     pretrain("base", PretrainConfig(
         model=DEMO, mesh=FP32, data=tokens, out=cfg.out / "base", batch=16, micro_batch=16,
         steps=max(8, round(600 * cfg.scale)), lr=3e-3, min_lr=3e-4, warmup=16 * 60,
@@ -251,123 +127,108 @@ def demo_base(cfg: DemoConfig) -> Path:
     return cfg.out / "base"
 
 
-def demo_sft(cfg: DemoConfig, name: str, init: Path, calls: float, n: int) -> Path:
-    """SFT on answers of which a third have chatter before them, or miss their instruction: what
-    preferences can mend."""
+def prepare_tokens(cfg: DemoConfig, tokens: Path) -> None:
+    """Write texts, train a tokenizer on some of them and on questions, and prepare token files."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"{cfg.seed}/base")
+    texts = [draw_text(rng) for _ in range(max(3000, round(70_000 * cfg.scale)))]
+    words = texts[:2000]
+    for task in [draw_task(rng, call=False) for _ in range(3000)]:
+        words += [task.prompt, task.answer, task.flawed(rng)]
+    file = train_bpe([*words, REWARD_SYSTEM * 50], DEMO.vocab_size).save(cfg.out)
+    rows = write_rows(cfg.out / "texts.jsonl", ({"text": text} for text in texts))
+    how = dict(tokenizer=str(cfg.out / file), val_fraction=0.01)
+    prepare(PrepareConfig(sources=(f"calls={rows}",), out=tokens, **how))
+
+
+def supervised(cfg: DemoConfig, name: str, init: str, calls: float, n: int) -> Path:
+    """Fine-tune on answers, of which a third have chatter before them, or miss their instruction:
+    what preferences can mend."""
 
     def rows() -> Iterator[dict[str, Any]]:
         rng = random.Random(f"{cfg.seed}/{name}/flaws")
-        for task in demo_tasks(cfg, name, n, calls):
+        for task in draw_tasks(cfg, name, n, calls):
             flawed = rng.random() < 0.35
             yield scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
 
     return align(name, SftConfig(
-        data=write_rows(cfg.out / f"{name}.jsonl", rows), **demo_stage(cfg.out / name, init),
-        lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1,
+        data=write_rows(cfg.out / f"{name}.jsonl", rows()), init=str(cfg.out / init),
+        out=cfg.out / name, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1, **STAGE,
     ))  # fmt: skip
 
 
-def demo_stage(out: Path, init: Path) -> dict[str, Any]:
-    """What all stages have in common."""
-    return dict(
-        init=str(init), out=out, seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16,
-        eval_every=1 << 30, save_every=1 << 30,
-    )  # fmt: skip
+def marked_texts(
+    cfg: DemoConfig, init: Path, tasks: list[Task]
+) -> Iterator[tuple[Task, list[str]]]:
+    """Yield each task with distinct texts: two sampled answers, the right one, and two flawed."""
+    rng = random.Random(f"{cfg.seed}/reward/flaws")
+    sampled = answers(engine_of(init), tasks, 2, cfg.seed)
+    for task, texts in zip(tasks, sampled, strict=True):
+        # two faults at a time: what misses its form must not be right more often
+        made = [*texts, task.answer, task.flawed(rng), task.flawed(rng, n=2)]
+        yield task, [text for text in dict.fromkeys(made) if text]
 
 
-def answers(engine: Engine, tasks: list[Task], n: int, seed: int) -> list[list[str]]:
-    """n sampled answers of each task."""
-    how = SamplingParams(max_tokens=40, n=n, seed=seed, stop_ids=chat_stops(engine.tokenizer))
-    asked = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    done = engine.generate([render_chat(chat, engine.tokenizer)[0] for chat in asked], how)
-    return [[one.text.strip() for one in done[i : i + n]] for i in range(0, len(done), n)]
-
-
-def demo_reward(cfg: DemoConfig, init: Path) -> Path:
-    """The reward model: sampled, right and flawed answers, marked by the program."""
-
-    def texts_of(tasks: list[Task]) -> Iterator[tuple[Task, list[str]]]:
-        rng, engine = random.Random(f"{cfg.seed}/reward/flaws"), demo_engine(init)
-        for task, sampled in zip(tasks, answers(engine, tasks, 2, cfg.seed), strict=True):
-            # two faults at a time: what misses its form must not be right more often
-            flawed = (task.flawed(rng), task.flawed(rng, n=2))
-            made = dict.fromkeys([*sampled, task.answer, *flawed])
-            yield task, [text for text in made if text]
+def reward_model(cfg: DemoConfig, init: str) -> Path:
+    """Train the reward model on the program's marks, and measure it on held-out pairs."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        for task, texts in texts_of(demo_tasks(cfg, "reward", 5000, 0.25)):
+        for task, texts in marked_texts(cfg, cfg.out / init, draw_tasks(cfg, "reward", 5000, 0.25)):
             yield from (scored_row(task, text) for text in texts)
 
     def pairs() -> Iterator[dict[str, Any]]:
-        for task, texts in texts_of(demo_tasks(cfg, "reward pairs", 400, 0.25, held_out=True)):
-            true = [float(aggregate(task.labels(text))) for text in texts]
-            if found := best_and_worst(texts, true, [True] * len(texts)):
-                sides = dict(zip(("chosen", "rejected"), (texts[i] for i in found), strict=True))
-                yield {"messages": [{"role": "user", "content": task.prompt}], **sides}
+        tasks = draw_tasks(cfg, "reward pairs", 400, 0.25, held_out=True)
+        for task, texts in marked_texts(cfg, cfg.out / init, tasks):
+            rewards = [task.reward(text) for text in texts]
+            if found := best_and_worst(texts, rewards, [True] * len(texts)):
+                best, worst = found
+                prompt = task.chat("")[:1]
+                yield {"messages": prompt, "chosen": texts[best], "rejected": texts[worst]}
 
     return align("reward", RewardConfig(
-        data=write_rows(cfg.out / "reward.jsonl", rows),
-        pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs),
-        **demo_stage(cfg.out / "reward", init), lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64,
+        data=write_rows(cfg.out / "reward.jsonl", rows()),
+        pairs=write_rows(cfg.out / "reward_pairs.jsonl", pairs()), init=str(cfg.out / init),
+        out=cfg.out / "reward", lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, **STAGE,
     ))  # fmt: skip
 
 
-# a model's own answers to given prompts, which the reward model ranks
-OWN_ANSWERS = SynthesizeConfig(
-    recipe="prompts", counts=dict(samples=6, preference_share=1, turns=1), max_tokens=40, slots=64,
-    min_gap=0.3,
-)  # fmt: skip
+def preference_settings(name: str) -> PreferenceConfig:
+    """Return DPO's settings, or for any other name RPO's."""
+    how = dict(loss="dpo") if name == "dpo" else dict(loss="rpo_bwd", eta=1.0)
+    return PreferenceConfig(
+        beta=0.1, sft_weight=1e-3, lr=1e-4, warmup=16 * 4, batch=32, **STAGE, **how
+    )
 
 
-def demo_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
-    tasks = partial(demo_tasks, cfg, name, n, 0.25)
-    rows = lambda: ({"prompt": task.prompt} for task in tasks())  # noqa: E731
-    return (write_rows(cfg.out / f"{name}_prompts.jsonl", rows),)
+def preferences(cfg: DemoConfig, name: str, init: str) -> Path:
+    """Sample the policy's own answers, take the best and the worst by the reward model, and train
+    on them with DPO or RPO."""
+    policy = cfg.out / init
+    made = synthesize(replace(
+        OWN_ANSWERS, model=policy, reward=str(cfg.out / "reward"), out=cfg.out / f"{name}_data",
+        prompts=write_prompts(cfg, name, 1000), seed=cfg.seed,
+    ))  # fmt: skip
+    settings = preference_settings(name)
+    return align(name, replace(
+        settings, data=made / "rpo.jsonl", init=str(policy), out=cfg.out / name
+    ))  # fmt: skip
 
 
-def demo_preference(cfg: DemoConfig, name: str, init: Path, judge: Path) -> Path:
-    """The policy's own answers, the best and the worst by the reward model, then DPO or RPO."""
-    prompts = demo_prompts(cfg, name, 1000)
-    how = dict(prompts=prompts, out=cfg.out / f"{name}_data", seed=cfg.seed)
-    made = synthesize(replace(OWN_ANSWERS, model=init, reward=str(judge), **how))
-    stage = demo_stage(cfg.out / name, init)
-    return align(name, replace(demo_loss(name), data=made / "rpo.jsonl", **stage))
-
-
-def demo_loss(name: str) -> PreferenceConfig:
-    how = dict(loss="dpo", beta=0.1) if name == "dpo" else dict(loss="rpo_bwd", beta=0.1, eta=1.0)
-    return PreferenceConfig(sft_weight=1e-3, lr=1e-4, warmup=16 * 4, batch=32, **how)
-
-
-def demo_engine(run: Path) -> Engine:
-    return load_engine(EngineConfig(run, slots=64))
-
-
-def mark(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
-    """What a run's model does with the held-out tasks, sampled once each at temperature 1, by the
-    program, which no training has seen, and by the reward model, which made the preferences."""
-    tasks = demo_tasks(cfg, "marks", 1000, 0.5, held_out=True)
-    engine, referee = demo_engine(run), demo_engine(judge)
-    texts = [some[0] for some in answers(engine, tasks, 1, cfg.seed)]
-    pairs = []
-    for task in tasks:
-        ids, trained = render_chat(scored_row(task, task.answer)["messages"], engine.tokenizer)
-        n = int(trained.argmax())
-        pairs.append((ids[:n].tolist(), ids[n:].tolist()))
-    said = [*zip(tasks, texts, strict=True)]
-    chats = [render_reward(scored_row(t, x or "-")["messages"], engine.tokenizer) for t, x in said]
-    judged = [
-        aggregate(one.scores) for one in referee.generate(chats, SamplingParams(max_tokens=0))
-    ]
-    met = [ok for task, text in said for ok in task.met(text)]
-    calls = [task.right(text) for task, text in said if task.call]
-    words = [task.right(text) for task, text in said if not task.call]
-    true = [float(aggregate(task.labels(text))) for task, text in said]
+def stages_of(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
+    """Return the tour: each stage's name, and what makes its data and trains it."""
     return {
-        "calls right": mean(calls), "words right": mean(words), "instructions met": mean(met),
-        "true reward": mean(true), "model's reward": mean(map(float, judged)),
-        "log p(ideal)": mean(sum(done.logprobs) for done in engine.score(pairs)),
-    }  # fmt: skip
+        "base": partial(pretrain_base, cfg),
+        "code_sft": partial(supervised, cfg, "code_sft", "base", calls=1.0, n=6_000),
+        "general_sft": partial(supervised, cfg, "general_sft", "code_sft", calls=0.15, n=16_000),
+        "reward": partial(reward_model, cfg, "general_sft"),
+        "dpo": partial(preferences, cfg, "dpo", "general_sft"),
+        "rpo_1": partial(preferences, cfg, "rpo_1", "dpo"),
+        "rpo_2": partial(preferences, cfg, "rpo_2", "rpo_1"),
+        "rpo_3": partial(preferences, cfg, "rpo_3", "rpo_2"),
+    }
+
+
+# ---- the tour ------------------------------------------------------------------------------------
 
 
 def last_metrics(run: Path) -> dict[str, Any]:
@@ -375,61 +236,93 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 
 def finished_run(run: Path) -> Path:
-    """A run that has come to its end: SIGTERM ends a stage, and what would follow with it."""
+    """Return a run that has come to its end. SIGTERM ends a stage early, and here what would
+    follow."""
     last = last_metrics(run)["step"]
-    if last < (steps := json.loads((run / "config.json").read_text())["steps"]):
+    steps = json.loads((run / "config.json").read_text())["steps"]
+    if last < steps:
         raise ValueError(f"{run} was stopped at step {last} of {steps}: start the same again")
     return run
 
 
-def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = ([f"{row[name]:.3g}" if name in row else "" for name in names] for row in rows.values())
-    body = ([key, *some] for key, some in zip(rows, cells, strict=True))
-    return "\n".join(table((first, *names), body)).strip()
-
-
-def demo_start(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
-    """The stages before preferences, each of which makes what it needs."""
-    at = {name: cfg.out / name for name in ("base", "code_sft", "general_sft", "reward")}
+def marks(cfg: DemoConfig, run: Path, judge: Path) -> dict[str, float]:
+    """Mark a model's answers to held-out tasks, sampled once each at temperature 1: by the program,
+    which no training has seen, and by the reward model, which made the preferences."""
+    tasks = draw_tasks(cfg, "marks", 1000, 0.5, held_out=True)
+    engine = engine_of(run)
+    texts = [samples[0] for samples in answers(engine, tasks, 1, cfg.seed)]
+    right = {True: [], False: []}  # by whether it was a call
+    met = []
+    rewards = []
+    chats = []
+    ideal = []
+    for task, text in zip(tasks, texts, strict=True):
+        right[task.call].append(task.right(text))
+        met += task.met(text)
+        rewards.append(task.reward(text))
+        chats.append(render_reward(task.chat(text or "-"), engine.tokenizer))
+        ids, trained = render_chat(task.chat(task.answer), engine.tokenizer)
+        start = int(trained.argmax())
+        ideal.append((ids[:start].tolist(), ids[start:].tolist()))
+    judged = engine_of(judge).generate(chats, SamplingParams(max_tokens=0))
+    log_probs = [sum(scored.logprobs) for scored in engine.score(ideal)]
     return {
-        "base": lambda: demo_base(cfg),
-        "code_sft": lambda: demo_sft(cfg, "code_sft", at["base"], 1.0, 6_000),
-        "general_sft": lambda: demo_sft(cfg, "general_sft", at["code_sft"], 0.15, 16_000),
-        "reward": lambda: demo_reward(cfg, at["general_sft"]),
+        "calls right": mean(right[True]),
+        "words right": mean(right[False]),
+        "instructions met": mean(met),
+        "true reward": mean(rewards),
+        "model's reward": mean(float(aggregate(done.scores)) for done in judged),
+        "log p(ideal)": mean(log_probs),
     }
 
 
+def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
+    """Return a table with a row's name in the first column, and a column for each figure."""
+    names = list(dict.fromkeys(chain.from_iterable(rows.values())))
+    body = []
+    for name, row in rows.items():
+        figures = [f"{row[key]:.3g}" if key in row else "" for key in names]
+        body.append([name, *figures])
+    return "\n".join(table((first, *names), body)).strip()
+
+
+def weak_start(cfg: DemoConfig) -> Path:
+    """Train the base, the reward model, and, with a fifth of the SFT, the weak model from which
+    recipes.iterate begins; return the last."""
+    stages = stages_of(cfg)
+    for name in ("base", "code_sft", "general_sft", "reward"):
+        finished_run(stages[name]())
+    return finished_run(supervised(cfg, "weak", "code_sft", calls=0.15, n=3_500))
+
+
 def demo(cfg: DemoConfig) -> None:
-    """All stages, and the table."""
-    begun, stages = time.monotonic(), demo_start(cfg)
-    policy, judge = "general_sft", cfg.out / "reward"
-    for name in ("dpo", "rpo_1", "rpo_2", "rpo_3"):
-        stages[name] = partial(demo_preference, cfg, name, cfg.out / policy, judge)
-        policy = name
+    """Run the stages in order, mark each model, and write the table."""
+    begun = time.monotonic()
     seconds = {}
-    for name, make in stages.items():
+    for name, make in stages_of(cfg).items():
         start = time.monotonic()
         finished_run(make())
         seconds[name] = time.monotonic() - start
-    rows = {name: mark(cfg, cfg.out / name, judge) for name in stages if name != "reward"}
-    for name, row in rows.items():
-        if (drift := last_metrics(cfg.out / name).get("drift_chosen")) is not None:
-            row["chosen drift"] = drift
-        row["seconds"] = seconds[name]
+    judge = cfg.out / "reward"
+    judge_seconds = seconds.pop("reward")
+    rows = {}
+    for name in seconds:
+        rows[name] = marks(cfg, cfg.out / name, judge) | {"seconds": seconds[name]}
+        drift = last_metrics(cfg.out / name).get("drift_chosen")
+        if drift is not None:
+            rows[name]["chosen drift"] = drift
     accuracy = last_metrics(judge)["pairs_accuracy"]
-    about = (
-        f"Reward model: {accuracy:.3f} of held-out pairs, {seconds['reward']:.0f} s; "
-        f"{(time.monotonic() - begun) / 60:.1f} minutes in all; seed {cfg.seed}."
-    )
+    minutes = (time.monotonic() - begun) / 60
+    about = f"Reward model: {accuracy:.3f} of held-out pairs, {judge_seconds:.0f} s; "
+    about += f"{minutes:.1f} minutes in all; seed {cfg.seed}."
     text = f"{markdown(rows, 'stage')}\n\n{about}\n"
-    (cfg.out / "table.md").write_text(text)
+    write_whole(cfg.out / "table.md", text)
     log.info(text)
 
 
 def main() -> None:
     set_up_logging()
-    run(lambda: demo(tyro.cli(DemoConfig)))
+    run(lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
 
 
 if __name__ == "__main__":

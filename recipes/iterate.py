@@ -1,30 +1,31 @@
-"""Weak to strong: the generator of each round makes data, with which the next one is aligned.
+"""Align from weak to strong: the generator of each round makes the data that aligns the next one.
 
 python -m recipes.iterate --rounds 2
+python -m recipes.iterate report --bases runs/base --data.model runs/first --data.reward runs/reward
 """
 
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
 from align import PreferenceConfig, SftConfig, align, dpo, general_sft, rpo_1
-from data import aggregate
+from data import aggregate, write_whole
 from parallel import world_size
 from recipes.demo import (
     OWN_ANSWERS,
+    STAGE,
     DemoConfig,
-    demo_loss,
-    demo_prompts,
-    demo_sft,
-    demo_stage,
-    demo_start,
     finished_run,
-    mark,
     markdown,
+    marks,
+    preference_settings,
+    weak_start,
+    write_prompts,
 )
 from recipes.synthesize import Pipeline, SynthesizeConfig, identity, own_prompts, rate, synthesize
 from train import choose_config, run, set_up_logging
@@ -32,35 +33,33 @@ from train import choose_config, run, set_up_logging
 log = logging.getLogger("nemotron4")
 
 
-# ---- from weak to strong -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class IterateConfig:
-    """The generator of round k makes data, with which SFT, DPO and RPO align the base; the better
-    model generates round k + 1 (SPEC 5.5)."""
+    """Align models from weak to strong (report section 3.2.4): the generator of round k makes data,
+    SFT, DPO and RPO align a base with it, and the result generates the data of round k + 1."""
 
-    rounds: int = 2
+    rounds: int = 2  # Number of rounds.
     out: Path = Path("runs/iterate")
-    """Each round's data and runs, lineage.json, table.md; it goes on where it was stopped."""
+    """Folder of each round's data and runs, lineage.json and table.md; a loop that was stopped goes
+    on where it was."""
     bases: tuple[str, ...] = ()
-    """What is aligned in each round; the last one in those that follow as well."""
+    """Models to align, one a round; the last one in all rounds that follow."""
     data: SynthesizeConfig = field(default_factory=SynthesizeConfig)
-    """How each round makes its data; its model is the first generator."""
+    """Settings of each round's data; its model is the first generator."""
     sft: SftConfig = field(default_factory=SftConfig)
     dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
     rpo: PreferenceConfig = field(default_factory=PreferenceConfig)
     held_out: Path | None = None
     """Prompts (JSON lines) that no round sees, on which the referee marks every model."""
     referee: str = ""
-    """A reward model's folder; default: data.reward, which has chosen the data as well."""
+    """Folder of the reward model that marks; default: data.reward, which also chose the data."""
     demo: DemoConfig | None = None
-    """The demo's tasks instead of data's prompts, its base and reward model, and as first generator
-    a fifth of its SFT; what is not there is made first. The program marks each round."""
+    """Demo whose tasks, base, reward model and marks the loop uses; it makes what is not there.
+    The first generator has had a fifth of the demo's SFT."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds}: at least 1")
+            raise ValueError(f"rounds={self.rounds}: must be at least 1")
         if not self.demo and not self.bases:
             raise ValueError("bases: name the model that is aligned in each round")
         if self.held_out and not (self.referee or self.data.reward or self.demo):
@@ -68,95 +67,113 @@ class IterateConfig:
 
 
 def weak_to_strong() -> IterateConfig:
-    """the demo's tasks and models, on a laptop"""
-    stage = demo_stage(Path(), Path())
-    sft = SftConfig(**stage, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4)
+    """Use the demo's tasks and models, on a laptop."""
+    sft = SftConfig(lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4, **STAGE)
     # milder than the demo: what SFT on filtered answers leaves is harder to tell apart
-    how = dict(beta=0.3, lr=5e-5, min_lr=5e-6, **stage)
-    dpo, rpo = (replace(demo_loss(name), **how) for name in ("dpo", "rpo"))
+    milder = dict(beta=0.3, lr=5e-5, min_lr=5e-6)
+    dpo = replace(preference_settings("dpo"), **milder)
+    rpo = replace(preference_settings("rpo"), **milder)
     return IterateConfig(data=OWN_ANSWERS, sft=sft, dpo=dpo, rpo=rpo, demo=DemoConfig())
 
 
 def report_loop() -> IterateConfig:
-    """the report's stages with models of yours: set --bases, --data.model and --data.reward"""
+    """Use the report's stages with models of yours: set --bases, --data.model and --data.reward."""
     data = SynthesizeConfig(recipe="report")
     return IterateConfig(bases=("base",), data=data, sft=general_sft(), dpo=dpo(), rpo=rpo_1())
 
 
 LOOPS = {"demo": weak_to_strong, "report": report_loop}
 
+# a round's stages, the file that each reads, and the share of its prompts that get several answers
+ROUND = (("sft", "sft", 0), ("dpo", "preference", 1), ("rpo", "rpo", 1))
 
-# a round's stages, the file that each reads, the share of its prompts that are for preferences, and
-# how many of the demo's tasks
-ROUND = (("sft", "sft", 0, 5000), ("dpo", "preference", 1, 1000), ("rpo", "rpo", 1, 1000))
+Prompts = Callable[[int, str], tuple[Path, ...]]  # files of a round's stage
+Score = Callable[[Path], dict[str, float]]  # a model's marks
 
 
-def round_data(cfg: IterateConfig, k: int, i: int, generator: Path, policy: Path) -> Path:
-    """The rows of a round's i-th stage: the generator writes prompts and dialogues; to preference
-    prompts the policy itself answers, for of others' answers it learns less."""
-    name, file, share, n = ROUND[i]
-    data = replace(
+def start(cfg: IterateConfig) -> tuple[IterateConfig, Prompts, Score]:
+    """Return the config with all models named, and where prompts and marks come from: the demo,
+    whose first models are trained here if need be, or files and the referee."""
+    if not cfg.demo:
+        return cfg, lambda k, stage: cfg.data.prompts, partial(score_of, cfg)
+    weak = weak_start(cfg.demo)
+    judge = cfg.demo.out / "reward"
+    bases = cfg.bases or (str(cfg.demo.out / "base"),)
+    cfg = replace(cfg, bases=bases, data=replace(cfg.data, model=weak, reward=str(judge)))
+    return cfg, partial(demo_prompts, cfg), partial(marks, cfg.demo, judge=judge)
+
+
+def demo_prompts(cfg: IterateConfig, k: int, stage: str) -> tuple[Path, ...]:
+    """Draw new tasks of the demo for a round's stage."""
+    tasks = replace(cfg.demo, out=cfg.out / f"round_{k}", seed=cfg.demo.seed + k)
+    return write_prompts(tasks, stage, 5000 if stage == "sft" else 1000)
+
+
+def score_of(cfg: IterateConfig, model: Path) -> dict[str, float]:
+    """Return the referee's mean reward of a model's answers to the held-out prompts."""
+    if not cfg.held_out:
+        return {}
+    pipeline = Pipeline(replace(
+        cfg.data, recipe="prompts", prompts=(cfg.held_out,), model=model, answerers=(),
+        reward=cfg.referee or cfg.data.reward, out=cfg.out / "marks",
+    ))  # fmt: skip
+    questions = own_prompts(pipeline.cfg)
+    requests = [question.request() for question in questions]
+    answers = pipeline.ask("held_out", requests, temperature=0.0)
+    pairs = zip(questions, answers, strict=True)
+    chats = [q.with_message("assistant", answer["text"], answer["id"]) for q, answer in pairs]
+    ratings = rate(pipeline, "held_out_ratings", chats)
+    rewards = [float(aggregate(rating)) for rating in ratings if rating]
+    return {"reward": mean(rewards)} if rewards else {}
+
+
+def round_data(
+    cfg: IterateConfig, k: int, i: int, prompts: Prompts, generator: Path, policy: Path
+) -> Path:
+    """Make the rows of a round's i-th stage. The generator writes prompts and dialogues, but the
+    policy itself answers the prompts for preferences: it learns less from others' answers."""
+    name, file, share = ROUND[i]
+    made = synthesize(replace(
         cfg.data, model=generator, answerers=(str(policy),) if share else (),
-        counts=cfg.data.counts | {"preference_share": share}, seed=cfg.data.seed + 3 * k + i,
-        out=cfg.out / f"round_{k}" / f"{name}_data",
-    )  # fmt: skip
-    if cfg.demo:
-        tasks = replace(cfg.demo, out=cfg.out / f"round_{k}", seed=cfg.demo.seed + k)
-        data = replace(data, prompts=demo_prompts(tasks, name, n))
-    return synthesize(data) / f"{file}.jsonl"
+        counts=cfg.data.counts | {"preference_share": share}, prompts=prompts(k, name),
+        seed=cfg.data.seed + len(ROUND) * k + i, out=cfg.out / f"round_{k}" / f"{name}_data",
+    ))  # fmt: skip
+    return made / f"{file}.jsonl"
 
 
 def iterate(cfg: IterateConfig) -> None:
-    """Every step is skipped that is done; lineage.json says what came from what."""
+    """Run the rounds, skipping every step that is done; lineage.json tells what came from what."""
     if world_size() > 1:
         raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
-    if cfg.demo:
-        at, stages = cfg.demo.out, demo_start(cfg.demo)
-        stages["weak"] = partial(demo_sft, cfg.demo, "weak", at / "code_sft", 0.15, 3_500)
-        for make in stages.values():
-            finished_run(make())
-        data = replace(cfg.data, model=at / "weak", reward=str(at / "reward"))
-        cfg = replace(cfg, bases=cfg.bases or (str(at / "base"),), data=data)
-    generator, lineage = cfg.data.model, []
-    rows = {"the first generator": score_of(cfg, generator)}
+    cfg, prompts, score = start(cfg)
+    generator = cfg.data.model
+    lineage = []
+    rows = {"the first generator": score(generator)}
     for k in range(1, cfg.rounds + 1):
-        run = Path(cfg.bases[min(k, len(cfg.bases)) - 1])
-        for i, stage in enumerate((cfg.sft, cfg.dpo, cfg.rpo)):
-            name, data = ROUND[i][0], round_data(cfg, k, i, generator, run)
+        model = Path(cfg.bases[min(k, len(cfg.bases)) - 1])
+        for i, (name, _, _) in enumerate(ROUND):
+            data = round_data(cfg, k, i, prompts, generator, model)
             out = cfg.out / f"round_{k}" / name
-            came = dict(init=str(run), data=str(data), generator=str(generator))
-            run = finished_run(align(name, replace(stage, init=str(run), data=data, out=out)))
-            lineage.append(dict(round=k, stage=name, **came, run=str(run), model=identity(run)))
-            rows[f"round {k}, {name}"] = score_of(cfg, run)
-        generator = run
-        (cfg.out / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+            settings = replace(getattr(cfg, name), init=str(model), data=data, out=out)
+            trained = finished_run(align(name, settings))
+            lineage.append(dict(
+                round=k, stage=name, init=str(model), data=str(data), generator=str(generator),
+                run=str(trained), model=identity(trained),
+            ))  # fmt: skip
+            model = trained
+            rows[f"round {k}, {name}"] = score(model)
+        generator = model
+        write_whole(cfg.out / "lineage.json", json.dumps(lineage, indent=2) + "\n")
     text = markdown(rows, "model") + "\n"
-    (cfg.out / "table.md").write_text(text)
+    write_whole(cfg.out / "table.md", text)
     log.info(text)
-
-
-def score_of(cfg: IterateConfig, run: Path) -> dict[str, float]:
-    """The program's marks, or the referee's mean reward of answers to the held-out prompts."""
-    if cfg.demo:
-        return mark(cfg.demo, run, Path(cfg.data.reward))
-    if not cfg.held_out:
-        return {}
-    how = dict(
-        model=run, reward=cfg.referee or cfg.data.reward, out=cfg.out / "marks", answerers=()
-    )
-    p = Pipeline(replace(cfg.data, recipe="prompts", prompts=(cfg.held_out,), **how))
-    asked = own_prompts(p.cfg)
-    said = p.ask("held_out", [q.request() for q in asked], temperature=0.0)
-    both = zip(asked, said, strict=True)
-    chats = [q.with_message("assistant", a["text"], a["id"]) for q, a in both]
-    rewards = [float(aggregate(x)) for x in rate(p, "held_out_ratings", chats) if x]
-    return {"reward": mean(rewards)} if rewards else {}
 
 
 def main() -> None:
     set_up_logging()
     args = sys.argv[1:]
-    args = args if args[:1] and args[0] in LOOPS else ["demo", *args]
+    if not args or args[0] not in LOOPS:
+        args = ["demo", *args]
     run(lambda: iterate(choose_config(args, LOOPS, IterateConfig.__doc__)[1]))
 
 
