@@ -2,9 +2,8 @@
 
 The report's layout (section 2.3): 8-way tensor, 12-way interleaved pipeline, up to 64-way data
 parallelism with a distributed optimizer. Callers see `Runner.step(micro_batches, loss_fn)` and the
-same numbers on every mesh.
+same numbers on every mesh. `python -m recipes.plan` predicts memory and speed of a layout.
 
-    python parallel.py plan nemotron4-340b --gpus 6144
     python parallel.py export runs/nano out/hf
 """
 
@@ -38,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, empty
 
 from model import (
     IGNORE,
@@ -46,6 +45,7 @@ from model import (
     ModelConfig,
     Nemotron,
     all_of,
+    at_least_fp32,
     config_from_hf,
     count_params,
     flops_per_token,
@@ -58,6 +58,8 @@ from model import (
 log = logging.getLogger("nemotron4")
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+M_TRIM_THRESHOLD = -1  # mallopt's parameters, from malloc.h
+M_MMAP_MAX = -4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Batch = dict[str, Any]
 LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -68,8 +70,8 @@ LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How a run is laid over its processes, and how they compute. Processes that no axis takes
-    shard parameters, gradients and optimizer among them (dp_shard)."""
+    """Layout of a run over its processes, and how they compute. Processes that no axis takes shard
+    parameters, gradients and optimizer among them (dp_shard)."""
 
     tp: int = 1
     """Tensor (and sequence) parallel: heads, MLP, vocabulary and the residual's tokens divided."""
@@ -80,18 +82,17 @@ class MeshConfig:
     dp_replicate: int = 1
     """Copies of the sharded model (hybrid sharding)."""
     schedule: Literal["1f1b", "zero_bubble", "zbv"] = "1f1b"
-    """Of the pipeline: 1F1B (interleaved where vp > 1), interleaved zero-bubble, or its V shape."""
+    """Pipeline schedule: 1F1B (interleaved where vp > 1), interleaved zero-bubble, or its V."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again: nothing, all but matrix products and attention, every block."""
+    """Work done again in backward: none, all but matrix products and attention, or every block."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile of each block."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of matrix products. Master weights, norms' statistics, softmax and loss are always fp32."""
+    """Dtype of matrix products. Master weights, norms' statistics, softmax and loss are fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed in over data-parallel processes."""
+    """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
-    """Free gathered parameters after a block's forward; auto: unless there is a pipeline."""
-
+    """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline."""
     timeout: int = 1800
     """Seconds after which a process that does not answer ends the job."""
 
@@ -104,75 +105,101 @@ class MeshConfig:
         return self.reshard == "always" or (self.reshard == "auto" and self.pp == 1)
 
     def shape(self, world: int) -> dict[str, int]:
-        """Axis → size, in the order of AXES."""
-        pp, copies, tp = self.pp, self.dp_replicate, self.tp
-        rest = pp * copies * tp
-        if min(pp, copies, tp) < 1 or world % rest:
-            axes = f"pp={pp} x dp_replicate={copies} x tp={tp} = {rest}"
-            rule = f"does not divide the {world} processes: start a multiple of {rest}"
-            raise ValueError(f"{axes} {rule}")
-        return dict(zip(AXES, (pp, copies, world // rest, tp), strict=True))
+        """Return each axis's size, in the order of AXES."""
+        rest = self.pp * self.dp_replicate * self.tp
+        if min(self.pp, self.dp_replicate, self.tp) < 1 or world % rest:
+            raise ValueError(
+                f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest} does not "
+                f"divide the {world} processes: start a multiple of {rest}"
+            )
+        return dict(zip(AXES, (self.pp, self.dp_replicate, world // rest, self.tp), strict=True))
 
     def dp(self, world: int) -> int:
-        """Processes that see different sequences."""
+        """Count the processes that see different sequences."""
         shape = self.shape(world)
         return shape["dp_replicate"] * shape["dp_shard"]
 
     def stages_of(self, rank: int) -> list[int]:
-        """The pipeline rank's stages: looped, or for zbv a V."""
+        """List the stages of a pipeline rank: a loop over the ranks, or for zbv a V."""
         if self.schedule == "zbv":
             return [rank, 2 * self.pp - 1 - rank]
         return list(range(rank, self.n_stages, self.pp))
 
     def rank_of(self) -> dict[int, int]:
-        """Stage → the pipeline rank that holds it."""
-        return {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
+        """Map each stage to the pipeline rank that holds it."""
+        ranks = {}
+        for rank in range(self.pp):
+            ranks |= dict.fromkeys(self.stages_of(rank), rank)
+        return ranks
 
     def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
-        """ValueError, naming the numbers and the rule, for what cannot run; needs no processes."""
-        for broken, message in self.rules(model, world, batch, micro_batch):
-            if broken:
-                raise ValueError(message)
+        """Raise ValueError, with the numbers and the rule, for what cannot run. Needs no processes.
 
-    def rules(
-        self, model: ModelConfig, world: int, batch: int, micro_batch: int
-    ) -> Iterator[tuple[bool, str]]:
-        """(is it broken?, what to say) of each rule; it relies on those before."""
-        pp, vp, tp, dp = self.pp, self.vp, self.tp, self.dp(world)
+        model: the shape to be laid out; world: processes; batch: sequences of a step, over all
+        data-parallel processes; micro_batch: sequences that a process computes at once.
+        """
+        dp = self.dp(world)
+        # the model's sizes
         for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
             n = getattr(model, name)
-            yield n % tp > 0, f"tp={tp} does not divide {name}={n}: use a divisor of {n}"
-        text = f"vp={vp}, batch={batch}, micro_batch={micro_batch}: all must be at least 1"
-        yield min(vp, batch, micro_batch) < 1, text
-        text = f"pp={pp} x vp={vp} = {pp * vp} stages, but only n_layers={model.n_layers}"
-        yield pp * vp > model.n_layers, f"{text}: each stage needs a layer"
-        text = f"batch={batch} sequences do not divide among {dp} data-parallel processes"
-        yield batch % dp > 0, f"{text}: use a multiple of {dp}"
+            if n % self.tp:
+                raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
+        if self.n_stages > model.n_layers:
+            raise ValueError(
+                f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages, but only "
+                f"n_layers={model.n_layers}: each stage needs a layer"
+            )
+        # the batch
+        if min(self.vp, batch, micro_batch) < 1:
+            raise ValueError(
+                f"vp={self.vp}, batch={batch}, micro_batch={micro_batch}: all must be at least 1"
+            )
         share = batch // dp
-        text = f"micro_batch={micro_batch} does not divide the {share} sequences of each process"
-        yield share % micro_batch > 0, f"{text} (batch={batch} over {dp}): use a divisor of {share}"
+        if batch % dp:
+            raise ValueError(
+                f"batch={batch} sequences do not divide among {dp} data-parallel processes: "
+                f"use a multiple of {dp}"
+            )
+        if share % micro_batch:
+            raise ValueError(
+                f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
+                f"(batch={batch} over {dp}): use a divisor of {share}"
+            )
+        self.check_schedule(share // micro_batch)
 
-        # what torch's pipeline schedules ask for
-        schedule, plain = self.schedule, self.schedule == "1f1b"
-        text = f"vp={vp}, schedule={schedule} with pp=1: they belong to a pipeline"
-        yield pp == 1 and (vp > 1 or not plain), text
-        n, rounds = share // micro_batch, max(1, share // micro_batch // pp)
-        text = f"pp={pp} needs at least as many micro-batches, but each data-parallel process has"
-        yield n < pp, f"{text} {n}: raise batch or lower micro_batch"
-        text = f"{n} micro-batches are not a multiple of their {rounds} rounds (n // pp={pp})"
-        looped = pp > 1 and (vp > 1 or not plain)
-        yield looped and n % rounds > 0, f"{text}, which interleaving needs: use those of {pp}"
-        text = f"schedule=zbv has two stages per rank, but vp={vp}: set vp=2"
-        yield schedule == "zbv" and vp != 2, text
-        text = f"schedule={schedule} splits the backward pass, which torch cannot do with"
-        text += f" compile={self.compile}, recompute={self.recompute}: use 1f1b, or none of the two"
-        yield not plain and (self.compile or self.recompute == "selective"), text
+    def check_schedule(self, n_micro: int) -> None:
+        """Raise ValueError for what torch's schedules cannot run with so many micro-batches."""
+        # the pipeline schedule
+        plain = self.schedule == "1f1b"
+        interleaved = self.vp > 1 or not plain
+        if self.pp == 1 and interleaved:
+            raise ValueError(
+                f"vp={self.vp}, schedule={self.schedule} with pp=1: they belong to a pipeline"
+            )
+        if n_micro < self.pp:
+            raise ValueError(
+                f"pp={self.pp} needs at least as many micro-batches, but each data-parallel "
+                f"process has {n_micro}: raise batch or lower micro_batch"
+            )
+        rounds = n_micro // self.pp
+        if interleaved and n_micro % rounds:
+            raise ValueError(
+                f"{n_micro} micro-batches are not a multiple of their {rounds} rounds (n // "
+                f"pp={self.pp}), which interleaving needs: use those of {self.pp}"
+            )
+        if self.schedule == "zbv" and self.vp != 2:
+            raise ValueError(f"schedule=zbv has two stages per rank, but vp={self.vp}: set vp=2")
+        if not plain and (self.compile or self.recompute == "selective"):
+            raise ValueError(
+                f"schedule={self.schedule} splits the backward pass, which torch cannot do with "
+                f"compile={self.compile}, recompute={self.recompute}: use 1f1b, or none of the two"
+            )
 
 
 def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
-    """Layers of each stage: equal where they divide, as in the report. Else a layer at a time goes
-    to the stage with the least work, the head counted as work and the embedding's look-up as
-    none."""
+    """List the layers of each stage: equally many where they divide, as in the report. Else a layer
+    at a time goes to the stage with the least work; the head counts as work, the embedding as none.
+    """
     head = 6 * (cfg.n_attributes or cfg.vocab_size) * cfg.dim
     head_in_layers = head / (flops_per_token(cfg) - head) * cfg.n_layers
     work = [0.0] * (n_stages - 1) + [head_in_layers]
@@ -207,46 +234,48 @@ GPUS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s, or None for a device not in the table: better no MFU than a wrong one."""
+    """Return dense bf16 FLOP/s, or None if unknown: better no MFU than a wrong one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
 
 
 def world_size() -> int:
-    """Processes of this job: torchrun's word for it, one without torchrun."""
+    """Count the processes of this job, also before the process group exists."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:
-    """On a CPU, glibc hands a large tensor's memory back to the kernel and gets it again, zeroed
-    page by page: a quarter of a step's time. M_MMAP_MAX 0, M_TRIM_THRESHOLD -1: it keeps what it
-    has, as torch does on a GPU. Elsewhere than on Linux nothing happens."""
+    """Let glibc keep the memory of freed tensors, as torch does on a GPU. By default it hands a
+    large tensor's memory back to the kernel and gets it again zeroed page by page, which is a
+    quarter of a step's time on a CPU. Nothing happens without glibc."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0), mallopt(-1, -1)
+        mallopt(M_MMAP_MAX, 0)  # large allocations come from the heap too
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
-    """Join the job, or start a job of one; every axis is there, of size 1 where unused."""
+    """Join the job, or start a job of one. Every axis exists, of size 1 where unused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    timeout = timedelta(seconds=cfg.timeout)
     if device == "cpu":
         keep_freed_memory()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         started = {} if "WORLD_SIZE" in os.environ else alone
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout), **started)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, **started)
     mesh = init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
     for axis in AXES:  # the groups of the axes would start with torch's default
-        group = mesh[axis].get_group()
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=cfg.timeout), group)
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh[axis].get_group())
     return mesh
 
 
 def shut_down() -> None:
-    """Leave together: without the barrier gloo may abort at exit. Hangs on the failing path."""
+    """Leave the job together: without the barrier gloo may abort at exit. Not for a failing rank,
+    which would hang here."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -254,34 +283,26 @@ def shut_down() -> None:
 # ---- token log-probabilities ---------------------------------------------------------------------
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) · weightᵀ (O, I), by what is fastest. On a CPU, F.linear leaves a few fp32 rows to
-    one thread: oneDNN divides them, and does many faster; a single row is best as one batched
-    product. No gradients."""
-    ours = x.dtype == torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available()
-    if torch.compiler.is_compiling() or not ours:
-        return F.linear(x, weight)
-    threads, (rows, width) = torch.get_num_threads(), weight.shape
-    if x.numel() == width and rows % threads == 0:
-        # as a transposed row: MKL is eight times slower with strides (1, 1)
-        column = x.reshape(1, width).t().expand(threads, width, 1)
-        return torch.bmm(weight.view(threads, -1, width), column).view(*x.shape[:-1], rows)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
 def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
-    """h (n, D) · weightᵀ (D, V), fp32: bf16 logits would cost 0.14 nat on a 256-token answer."""
+    """Compute h (n, D) · weightᵀ (D, V) in fp32: in bf16 the log-probability of a 256-token answer
+    would be off by 0.14 nat."""
     if h.dtype == torch.bfloat16 and h.is_cuda:
         return torch.mm(h, weight.t(), out_dtype=torch.float32)
-    fp = torch.promote_types(h.dtype, torch.float32)
-    return project(h.to(fp), weight.to(fp))
+    return F.linear(at_least_fp32(h), at_least_fp32(weight))
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(h Wᵀ)[target], fp32, a chunk of tokens at a time. The (N, V) logits never exist:
-    forward leaves the exponentials of the last tokens to backward, in h's precision, as that is
-    what its products take; those of the others are computed again. Under tensor parallelism W is
-    this rank's rows of the vocabulary."""
+    """Compute log softmax(h Wᵀ)[target] in fp32, without ever holding the (N, V) logits.
+
+    They are made a chunk of tokens at a time. For the last tokens forward keeps their exponentials
+    for backward, in h's precision, as that is what its products take; the others' are computed
+    again. Under tensor parallelism W is this rank's rows of the vocabulary.
+    """
+
+    # For one token, with logits z = W h:  log p(target) = z[target] - logsumexp(z).
+    # Its gradient is onehot - softmax, and softmax = scale * e with e = exp(z - row_max) and
+    # scale = exp(row_max - logsumexp). So d log p / dz = -scale * (e - onehot / scale):
+    # scale varies by token alone, and is multiplied in after the products with W and h.
 
     CHUNK = 1 << 23  # fp32 logits alive at once, of FEWEST tokens at least
     KEPT = 1 << 27  # exponentials left to backward
@@ -289,71 +310,88 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def chunks(n: int, V: int) -> tuple[list[slice], int]:
-        """(chunks of n tokens, the token from which exponentials are kept)."""
+        """Divide n tokens into chunks; also return from which token on exponentials are kept."""
         size = max(TokenLogProbs.FEWEST, TokenLogProbs.CHUNK // V)
         kept_from = max(0, n - max(size, TokenLogProbs.KEPT // V))
-        spans = (0, kept_from), (kept_from, n)
-        return [slice(i, min(i + size, b)) for a, b in spans for i in range(a, b, size)], kept_from
+        starts = [*range(0, kept_from, size), *range(kept_from, n, size)]
+        return list(map(slice, starts, [*starts[1:], n])), kept_from
 
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, tp: DeviceMesh | None
     ) -> Tensor:
-        """h (..., D), weight (V, D), targets (...) → (...), zero where the target is IGNORE."""
-        shape, h, targets = targets.shape, h.flatten(0, -2), targets.flatten()
-        mine = targets if tp is None else targets - tp.get_local_rank() * len(weight)
-        here = (mine >= 0) & (mine < len(weight))
-        mine = mine.clamp(0, len(weight) - 1)
-        wide = weight if weight.is_cuda else weight.to(torch.promote_types(h.dtype, torch.float32))
-        chunks, kept_from = TokenLogProbs.chunks(len(h), len(weight))
-        ctx.kept = h.new_empty(len(h) - kept_from, len(weight))
-        tops, sums, picked = [], [], []
+        """Map h (..., D), weight (V, D), targets (...) to (...), zero where a target is IGNORE."""
+        states = h.flatten(0, -2)
+        labels = targets.flatten()
+        V = len(weight)
+        offset = labels if tp is None else labels - tp.get_local_rank() * V
+        here = (offset >= 0) & (offset < V)  # the others' logits are on other ranks
+        column = offset.clamp(0, V - 1)
+        wide_weight = weight if weight.is_cuda else at_least_fp32(weight)
+        chunks, kept_from = TokenLogProbs.chunks(len(states), V)
+        ctx.exponentials = states.new_empty(len(states) - kept_from, V)
+        row_max, row_sum, target_logit = at_least_fp32(states.new_empty(3, len(states)))
         for part in chunks:
-            logits = fp32_logits(h[part], wide)
-            picked.append(logits.gather(-1, mine[part, None])[:, 0])
-            tops.append(logits.amax(-1))
-            logits.sub_(tops[-1][:, None]).exp_()
-            sums.append(logits.sum(-1))
+            logits = fp32_logits(states[part], wide_weight)
+            target_logit[part] = logits.gather(-1, column[part, None])[:, 0]
+            row_max[part] = logits.amax(-1)
+            exponentials = logits.sub_(row_max[part, None]).exp_()
+            row_sum[part] = exponentials.sum(-1)
             if part.start >= kept_from:
-                ctx.kept[part.start - kept_from : part.stop - kept_from] = logits
-        top, total, logit = torch.cat(tops), torch.cat(sums), torch.cat(picked)
-        norm, logit = top + total.log(), logit * here
-        if tp is not None:  # log of the ranks' summed exponentials, shifted by their maximum
-            highest, group = norm.clone(), tp.get_group()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-            both = torch.stack([(norm - highest).exp(), logit])
-            dist.all_reduce(both, group=group)
-            norm, logit = highest + both[0].log(), both[1]
-        ignored = targets == IGNORE
-        ctx.save_for_backward(h, weight, mine, here, ignored, norm, top)
+                ctx.exponentials[part.start - kept_from : part.stop - kept_from] = exponentials
+        logsumexp = row_max + row_sum.log()
+        target_logit = target_logit * here
+        if tp is not None:
+            logsumexp, target_logit = over_ranks(logsumexp, target_logit, tp.get_group())
+        ignored = labels == IGNORE
+        ctx.save_for_backward(states, weight, column, here, ignored, row_max, logsumexp)
         # a clone, as a pipeline stage may not return a view
-        return (logit - norm).masked_fill(ignored, 0.0).view(shape).clone()
+        return (target_logit - logsumexp).masked_fill(ignored, 0.0).view(targets.shape).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Under tensor parallelism the gradient of h is this rank's part of a sum."""
-        h, weight, mine, here, ignored, norm, top = ctx.saved_tensors
-        shape = (*grad.shape, h.shape[-1])
-        # -d log p_target / d logits = softmax - onehot = scale (e - onehot / scale), e being the
-        # exponentials: what varies by token alone is multiplied in after the product, where there
-        # is less of it. At exp(-60) nothing of e is left, and 1 / scale is still a number.
-        scale = (top - norm).clamp_(min=-60.0).exp_()
-        grad = (-grad.flatten().masked_fill(ignored, 0.0) * scale)[:, None]
+        """Return the gradients of h and weight. Of h it is, under tp, this rank's part of a sum."""
+        states, weight, column, here, ignored, row_max, logsumexp = ctx.saved_tensors
+        # at exp(-60) nothing is left of the exponentials, and 1 / scale is still a number
+        scale = (row_max - logsumexp).clamp_(min=-60.0).exp_()
         onehot = here / scale
-        dh, dw = torch.empty_like(h), None
-        chunks, kept_from = TokenLogProbs.chunks(len(h), len(weight))
-        for part in [slice(kept_from, len(h)), *(c for c in chunks if c.start < kept_from)]:
-            if part.start == kept_from and ctx.kept is not None:
-                e, ctx.kept = ctx.kept, None
-            else:
-                e = fp32_logits(h[part], weight).sub_(top[part, None]).exp_().to(h.dtype)
+        row_factor = (-grad.flatten().masked_fill(ignored, 0.0) * scale)[:, None]
+        d_states = torch.empty_like(states)
+
+        def products(part: slice, e: Tensor) -> Tensor:
+            """Fill d_states[part], and return the part's share of the weight's gradient."""
             # e of a likely target is 1, or nearly so: rounded before the subtraction, 0.001 is none
-            at_target = e.gather(1, mine[part, None]) - onehot[part, None]
-            e.scatter_(1, mine[part, None], at_target.to(e.dtype))
-            dh[part] = grad[part] * (e @ weight)
-            product = e.t() @ (grad[part] * h[part]).to(h.dtype)
-            dw = product if dw is None else dw.to(norm.dtype).add_(product)
-        return dh.view(shape), dw.to(weight.dtype), None, None
+            at_target = e.gather(1, column[part, None]) - onehot[part, None]
+            e.scatter_(1, column[part, None], at_target.to(e.dtype))
+            d_states[part] = row_factor[part] * (e @ weight)
+            return e.t() @ (row_factor[part] * states[part]).to(states.dtype)
+
+        def exponentials(part: slice) -> Tensor:
+            logits = fp32_logits(states[part], weight)
+            return logits.sub_(row_max[part, None]).exp_().to(states.dtype)
+
+        chunks, kept_from = TokenLogProbs.chunks(len(states), len(weight))
+        kept = slice(kept_from, len(states))
+        if ctx.exponentials is None:  # zero-bubble schedules run backward twice
+            ctx.exponentials = exponentials(kept)
+        d_weight = products(kept, ctx.exponentials)
+        ctx.exponentials = None  # products has changed them
+        for part in chunks:
+            if part.start < kept_from:
+                d_weight = d_weight.to(logsumexp.dtype).add_(products(part, exponentials(part)))
+        return d_states.view(*grad.shape, -1), d_weight.to(weight.dtype), None, None
+
+
+def over_ranks(
+    logsumexp: Tensor, target_logit: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Combine what each tensor-parallel rank has of its words into that of the whole vocabulary:
+    the log of the summed exponentials, shifted by their maximum, and the target's logit."""
+    highest = logsumexp.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    sums = torch.stack([(logsumexp - highest).exp(), target_logit])
+    dist.all_reduce(sums, group=group)
+    return highest + sums[0].log(), sums[1]
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------
@@ -362,50 +400,53 @@ class TokenLogProbs(torch.autograd.Function):
 def head_forward(
     head: nn.Module, tp: DeviceMesh | None, h: Tensor, targets: Tensor | None = None
 ) -> Tensor:
-    """model.Head.forward without the (B, T, V) tensor; h sharded over tokens under tp."""
+    """Compute model.Head.forward without the (B, T, V) tensor. Under tp, h is split over tokens."""
+    weight = head.weight
     if tp is not None:
         h = h.redistribute(placements=[Replicate()])
     if targets is None:
-        logits = F.linear(h, head.weight)
+        logits = F.linear(h, weight)
         return logits if tp is None else logits.full_tensor()
-    weight = head.weight
     if tp is not None:
         # TokenLogProbs returns a partial gradient: summing and re-sharding it is one reduce-scatter
-        h, weight = h.to_local(grad_placements=[Partial()]), weight.to_local()
+        h = h.to_local(grad_placements=[Partial()])
+        weight = weight.to_local()
     return TokenLogProbs.apply(h, weight, targets, tp)
 
 
-def reward_head_forward(
-    forward: Callable[..., Tensor], h: DTensor, targets: Tensor | None = None
-) -> Tensor:
-    """model.RewardHead.forward on a state sharded over tokens: the scores of all of them."""
+def reward_head_forward(forward: Callable, h: DTensor, targets: Tensor | None = None) -> Tensor:
+    """Compute model.RewardHead.forward, as `forward`, on states h that are sharded over tokens."""
     return forward(h.redistribute(placements=[Replicate()])).to_local()
 
 
 class HeadParallel(styles.ParallelStyle):
-    """A head over the vocabulary's shards; a reward head on every rank."""
+    """Style that shards a head's vocabulary, and puts a reward head on every rank."""
 
     def _apply(self, head: nn.Module, tp: DeviceMesh) -> nn.Module:
-        lm = isinstance(head, Head)
+        if isinstance(head, Head):
+            placement = Shard(0)
+            head.forward = partial(head_forward, head, tp)
+        else:
+            placement = Replicate()
+            head.forward = partial(reward_head_forward, head.forward)
         for name, p in list(head.named_parameters()):
-            shards = distribute_tensor(p, tp, [Shard(0) if lm else Replicate()])
-            head.register_parameter(name, nn.Parameter(shards))
-        reward = partial(reward_head_forward, head.forward)
-        head.forward = partial(head_forward, head, tp) if lm else reward
+            head.register_parameter(name, nn.Parameter(distribute_tensor(p, tp, [placement])))
         return head
 
 
 def tp_plan() -> dict[str, styles.ParallelStyle]:
-    """Megatron's tensor and sequence parallelism as data: module name → style. Residuals and norms
-    are sharded over tokens, matrices over heads, ffn or vocabulary. Every parameter is in it, so
-    that all share one mesh."""
-    tokens, every = Shard(1), Replicate()
+    """Return Megatron's tensor and sequence parallelism as data: module name → style. Residuals and
+    norms are sharded over tokens, matrices over heads, ffn or vocabulary. Every parameter is in it,
+    so that all share one mesh."""
+    tokens = Shard(1)
+    every = Replicate()
     rest = (None,) * 4  # attention's other arguments are whole on every rank
     gather_first = styles.PrepareModuleInput(
         input_layouts=(tokens, *rest), desired_input_layouts=(every, *rest)
     )
     gather = styles.PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(every,))
-    column, row = styles.ColwiseParallel(), styles.RowwiseParallel(output_layouts=tokens)
+    column = styles.ColwiseParallel()
+    row = styles.RowwiseParallel(output_layouts=tokens)
     return {
         "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
         "blocks.*.attn_norm": styles.SequenceParallel(),
@@ -427,9 +468,9 @@ def tp_plan() -> dict[str, styles.ParallelStyle]:
 
 
 def keep_first_products(n: int) -> Callable[[], Any]:
-    """Selective recompute of a branch: keep its first n matrix products and attention's result.
-    They are dear; norms, gathers and element-wise steps are done again. The branch's last product,
-    back to the residual, is neither kept nor redone: backward does not need its result."""
+    """Make the contexts of a selective recompute that keeps a branch's first n matrix products and
+    attention's result. These are dear; norms, gathers and element-wise steps are done again. The
+    last product, back to the residual, is neither kept nor redone: backward does not need it."""
 
     def contexts() -> Any:
         seen = {False: 0, True: 0}  # forward, recompute
@@ -448,7 +489,8 @@ def keep_first_products(n: int) -> Callable[[], Any]:
 
 
 def recompute_blocks(model: Nemotron, how: str) -> None:
-    """In place: torchtitan's FullAC and SelectiveAC wrap the module, which changes its names."""
+    """Let backward compute blocks again, wholly or but for the dear parts. Forward methods are
+    replaced: torchtitan's FullAC and SelectiveAC wrap the module, which changes its names."""
     again = partial(partial, ac.checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.blocks.values():
         if how == "full":
@@ -459,13 +501,13 @@ def recompute_blocks(model: Nemotron, how: str) -> None:
 
 
 def fsdp_units(stage: nn.Module) -> list[FSDPModule]:
-    """The blocks and the stage itself: FSDPModule's methods are not recursive."""
+    """List the modules that fully_shard was given: FSDPModule's methods do not recurse."""
     return [module for module in stage.modules() if isinstance(module, FSDPModule)]
 
 
 def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
-    """FSDP2, a unit per block, embedding and head; gradients are summed, not averaged. The loss is
-    already divided by a global count."""
+    """Apply FSDP2, a unit per block, embedding and head. Gradients are summed, not averaged, as the
+    loss is already divided by a global count."""
     policy = MixedPrecisionPolicy(
         param_dtype=None if cfg.dtype == "fp32" else DTYPES[cfg.dtype],
         reduce_dtype=DTYPES[cfg.reduce_dtype],
@@ -484,8 +526,8 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
 
 
 class Stage(nn.Module):
-    """One stage of the pipeline, or the whole model. What travels between stages is the hidden
-    state; beside it each stage is told the micro-batch's number, and looks its tensors up."""
+    """One stage of the pipeline, or the whole model. Stages hand on the hidden state, and each is
+    told the micro-batch's number, by which it finds the other tensors in `micro`."""
 
     def __init__(self, model: Nemotron, micro: list[dict[str, Tensor]]) -> None:
         super().__init__()
@@ -493,31 +535,34 @@ class Stage(nn.Module):
         self.micro = micro
 
     def forward(self, x: Tensor | None, i: Tensor | int) -> Tensor:
-        """x: the hidden state from the stage before; the first stage takes the batch's tokens."""
+        """Compute micro-batch i; x is the hidden state of the stage before, if there is one."""
         batch = self.micro[int(i)]
-        tokens, positions = batch["tokens"], batch.get("positions")
+        tokens = batch["tokens"]
+        positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        x = tokens if self.model.embed is not None else x
+        if self.model.embed is not None:
+            x = tokens
         return self.model(x, positions, batch.get("documents"), targets=batch.get("targets"))
 
 
 def on_meta(cfg: ModelConfig) -> Nemotron:
-    """A whole model that takes no memory."""
+    """Build a whole model that takes no memory."""
     with torch.device("meta"):
         return Nemotron(cfg)
 
 
 def build_stage(
-    cfg: ModelConfig, i: int, part: range, last: int, mesh: DeviceMesh, how: MeshConfig, micro: list
+    cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, micro: list[dict[str, Tensor]]
 ) -> Stage:
-    """Stage i of 0..last on meta tensors: split → tensor parallel → recompute → compile → FSDP.
-    part: its layers. micro: the list in which it will find its micro-batches."""
+    """Build stage i on meta tensors: split → tensor parallel → recompute → compile → FSDP.
+    micro: the list in which the stage will find its micro-batches."""
     model = on_meta(cfg)
-    model.blocks = nn.ModuleDict({str(layer): model.blocks[str(layer)] for layer in part})
+    layers = split_layers(cfg, how.n_stages)[i]
+    model.blocks = nn.ModuleDict({str(layer): model.blocks[str(layer)] for layer in layers})
     if i > 0:
         model.embed = None
-    if i < last:
+    if i < how.n_stages - 1:
         model.norm = model.head = None
     if how.tp > 1:
         here = {k: style for k, style in tp_plan().items() if getattr(model, k.split(".")[0])}
@@ -539,10 +584,11 @@ def build_stage(
 
 
 def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """This rank's piece of a parameter, and its indices along each dimension of the whole one."""
+    """Return this rank's piece of a parameter, and its indices in each dimension of the whole."""
     if not isinstance(p, DTensor):
         return all_of(p)
-    mesh, index = p.device_mesh, [torch.arange(n, device=p.device) for n in p.shape]
+    mesh = p.device_mesh
+    index = [torch.arange(n, device=p.device) for n in p.shape]
     cuts = zip(mesh.mesh_dim_names, p.placements, mesh.get_coordinate(), strict=True)
     # tp first: FSDP cut what tp left
     for axis, placement, coordinate in sorted(cuts, key=lambda cut: cut[0] != "tp"):
@@ -552,64 +598,74 @@ def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     return p.to_local(), index
 
 
+def copied_by_tp(p: DTensor) -> bool:
+    """Tell whether every tensor-parallel rank holds the same part of p."""
+    axes = dict(zip(p.device_mesh.mesh_dim_names, p.placements, strict=True))
+    return "tp" in axes and axes["tp"].is_replicate()
+
+
 # ---- the runner ----------------------------------------------------------------------------------
 
 
 class Runner:
-    """Forward and backward over a list of micro-batches; callers never ask for the mesh."""
+    """Holder of the model's part on this rank. Callers need not know the mesh."""
 
     def __init__(
         self, model: ModelConfig, cfg: MeshConfig, mesh: DeviceMesh, micro_batch: int, seed: int
     ) -> None:
-        """Built on the meta device, then straight into shards: no rank holds the whole model."""
-        self.model, self.cfg, self.mesh, self.micro_batch = model, cfg, mesh, micro_batch
+        """Build this rank's stages on the meta device, then initialise their shards: no rank ever
+        holds the whole model."""
+        self.model = model
+        self.cfg = cfg
+        self.mesh = mesh
+        self.micro_batch = micro_batch
         self.device = torch.device(mesh.device_type)
-        self.micro: list[dict[str, Tensor]] = []
-        self.last, layers = cfg.n_stages - 1, split_layers(model, cfg.n_stages)
-        self.stages = {
-            i: build_stage(model, i, layers[i], self.last, mesh, cfg, self.micro)
-            for i in cfg.stages_of(mesh["pp"].get_local_rank())
-        }
-        for stage in self.stages.values():
-            stage.to_empty(device=self.device)
-            init_weights(stage.model, seed, local_part)
-        replica, shard = mesh["dp_replicate"], mesh["dp_shard"]
-        self.dp = replica.size() * shard.size()
-        self.dp_rank = replica.get_local_rank() * shard.size() + shard.get_local_rank()
-        self.first_of_its_pipeline_rank = self.dp_rank == 0 and mesh["tp"].get_local_rank() == 0
-        self.pipeline_stages: list[pipe.PipelineStage] = []
-        self.schedules: dict[int, Any] = {}
+        self.micro = []  # of the step; the stages look into this very list
+        self.last = cfg.n_stages - 1
+        pp_rank, replica, shard, tp_rank = mesh.get_coordinate()
+        self.stages = {}
+        for i in cfg.stages_of(pp_rank):
+            self.stages[i] = build_stage(model, i, mesh, cfg, self.micro)
+            self.stages[i].to_empty(device=self.device)
+            init_weights(self.stages[i].model, seed, local_part)
+        self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
+        self.dp_rank = replica * mesh["dp_shard"].size() + shard
+        self.first_of_its_pipeline_rank = self.dp_rank == 0 and tp_rank == 0
+        self.pipeline_stages = []
+        self.schedules = {}  # by the number of micro-batches
 
     def params(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters, of all its stages, by the whole model's names."""
-        models = [stage.model for stage in self.stages.values()]
-        return {name: p for model in models for name, p in model.named_parameters()}
+        """Return this rank's parameters, of all its stages, by the whole model's names."""
+        params = {}
+        for stage in self.stages.values():
+            params |= dict(stage.model.named_parameters())
+        return params
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Those of them that are not frozen."""
+        """Return the parameters that are not frozen."""
         return {name: p for name, p in self.params().items() if p.requires_grad}
 
     def reduce(self, x: Tensor, *axes: str) -> Tensor:
-        """Sum over the named axes, in place."""
+        """Sum x over the named axes, in place."""
         for axis in axes:
             if self.mesh[axis].size() > 1:
                 dist.all_reduce(x, group=self.mesh[axis].get_group())
         return x
 
     def load(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """Micro-batches to the device → what the loss is divided by, globally, and a zero."""
-
-        def move(batch: Batch) -> dict[str, Tensor]:
-            tensors = {k: torch.as_tensor(v) for k, v in batch.items() if k != "count"}
-            return {k: v.to(self.device, non_blocking=True) for k, v in tensors.items()}
-
-        self.micro[:] = [move(batch) for batch in batches]
-        count = float(sum(batch["count"] for batch in batches))
-        count = torch.tensor(count, dtype=torch.float64, device=self.device)
+        """Move micro-batches to the device. Returns what the global loss is divided by, and 0."""
+        self.micro.clear()
+        for batch in batches:
+            tensors = {}
+            for name in batch.keys() - {"count"}:
+                tensors[name] = torch.as_tensor(batch[name]).to(self.device, non_blocking=True)
+            self.micro.append(tensors)
+        own = float(sum(batch["count"] for batch in batches))
+        count = torch.tensor(own, dtype=torch.float64, device=self.device)
         return self.reduce(count, "dp_replicate", "dp_shard"), torch.zeros_like(count)
 
     def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """Forward and backward of this rank's micro-batches → the global loss, on every rank.
+        """Do forward and backward of this rank's micro-batches. Returns the global loss everywhere.
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
         count, total = self.load(batches)
 
@@ -627,37 +683,42 @@ class Runner:
                 loss_of(stage(None, i), i).backward()
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
-    def run_schedule(self, n: int, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """One step of torch's pipeline schedule over n micro-batches. It splits tensors alone:
-        target and an extra argument are the micro-batches' numbers."""
+    def run_schedule(self, n: int, loss_of: Callable) -> None:
+        """Do one step of torch's pipeline schedule over n micro-batches. It splits tensors alone:
+        target and the extra argument of each stage are the micro-batches' numbers."""
         self.loss_of = loss_of  # the schedule outlives this step's loss
         if n not in self.schedules:
-            stages = self.pipeline_stages = self.pipeline_stages or self.make_pipeline_stages()
-            kinds = {"zero_bubble": pipe.ScheduleInterleavedZeroBubble}
-            kinds |= {"zbv": pipe.ScheduleZBVZeroBubble, "1f1b": pipe.ScheduleInterleaved1F1B}
-            loss = lambda out, i: self.loss_of(out, i)  # noqa: E731
-            if self.cfg.schedule == "1f1b" and self.cfg.vp == 1:
-                schedule = pipe.Schedule1F1B(stages[0], n, loss_fn=loss, scale_grads=False)
-            else:
-                schedule = kinds[self.cfg.schedule](stages, n, loss_fn=loss, scale_grads=False)
-            self.schedules[n] = schedule
+            self.schedules[n] = self.make_schedule(n)
         numbers = torch.arange(n)
         first = (numbers,) if 0 in self.stages else ()
         last = {"target": numbers} if self.last in self.stages else {}
         self.schedules[n].step(*first, i=numbers, **last)
 
+    def make_schedule(self, n: int) -> Any:
+        """Make torch's pipeline schedule for n micro-batches."""
+        kinds = {
+            "1f1b": pipe.ScheduleInterleaved1F1B if self.cfg.vp > 1 else pipe.Schedule1F1B,
+            "zero_bubble": pipe.ScheduleInterleavedZeroBubble,
+            "zbv": pipe.ScheduleZBVZeroBubble,
+        }
+        kind = kinds[self.cfg.schedule]
+        self.pipeline_stages = self.pipeline_stages or self.make_pipeline_stages()
+        stages = self.pipeline_stages[0] if kind is pipe.Schedule1F1B else self.pipeline_stages
+        return kind(stages, n, loss_fn=lambda out, i: self.loss_of(out, i), scale_grads=False)
+
     def make_pipeline_stages(self) -> list[pipe.PipelineStage]:
-        """Static shapes, so that no first step has to infer them with real traffic."""
-        B, T, scores = self.micro_batch, self.model.seq_len, self.model.n_attributes
+        """Give each stage static shapes, so that no first step infers them with real traffic."""
+        B = self.micro_batch
+        T = self.model.seq_len
         meta = partial(torch.empty, device="meta", requires_grad=True)  # gradients travel back
         hidden = meta(B, T // self.cfg.tp, self.model.dim, dtype=DTYPES[self.cfg.dtype])
-        out = meta(B, T, scores) if scores else meta(B, T)
+        scores = (self.model.n_attributes,) if self.model.n_attributes else ()
         number = torch.empty(1, dtype=torch.long, device="meta")
         return [
             pipe.PipelineStage(
                 stage, i, self.last + 1, self.device,
                 input_args=(number if i == 0 else hidden,),
-                output_args=(out if i == self.last else hidden,),
+                output_args=(meta(B, T, *scores) if i == self.last else hidden,),
                 group=self.mesh["pp"].get_group(),
             )
             for i, stage in self.stages.items()
@@ -665,27 +726,30 @@ class Runner:
 
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """The global loss of these micro-batches, forward alone."""
+        """Return the global loss of these micro-batches, by forward alone."""
         count, total = self.load(batches)
         for i in range(len(batches)):
             out = self.forward(i)
             if out is not None:
                 total += loss_fn(out, self.micro[i]) / count
         # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
-        for module in (m for stage in self.stages.values() for m in fsdp_units(stage)):
-            module.reshard()
+        for stage in self.stages.values():
+            for unit in fsdp_units(stage):
+                unit.reshard()
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
     def forward(self, i: int) -> Tensor | None:
-        """Micro-batch i through all stages in their order; its output on the last stage's ranks.
-        Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have."""
-        x, group, rank = None, self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank()
-        owner, dtype = self.cfg.rank_of(), DTYPES[self.cfg.dtype]
+        """Send micro-batch i through all stages in their order; its output is on the last stage's
+        ranks. Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have."""
+        group = self.mesh["pp"].get_group()
+        rank = self.mesh["pp"].get_local_rank()
+        owner = self.cfg.rank_of()
         B, T = self.micro[i]["tokens"].shape
+        hidden = (B, T // self.cfg.tp, self.model.dim)
+        x = None
         for s, stage in sorted(self.stages.items()):
             if s > 0 and owner[s - 1] != rank:
-                hidden = (B, T // self.cfg.tp, self.model.dim)
-                x = torch.empty(hidden, dtype=dtype, device=self.device)
+                x = torch.empty(hidden, dtype=DTYPES[self.cfg.dtype], device=self.device)
                 dist.recv(x, group=group, group_src=owner[s - 1])
             x = stage(x, i)
             if s < self.last and owner[s + 1] != rank:
@@ -694,70 +758,52 @@ class Runner:
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Of the weights, the same on every mesh: the sum over all of their fp32 bits times an odd
-        number of their place, modulo 2^64."""
+        """Return a hash of the weights that is the same on every mesh: the sum over their fp32 bits
+        times an odd number of their place, modulo 2^64."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for name, p in self.params().items():
+            if copied_by_tp(p) and self.mesh["tp"].get_local_rank() > 0:
+                continue  # counted once
             data, index = local_part(p)
-            axes = dict(zip(p.device_mesh.mesh_dim_names, p.placements, strict=True))
-            # what tp copies is counted once
-            if "tp" in axes and axes["tp"].is_replicate() and self.mesh["tp"].get_local_rank():
-                continue
             place = index[0] if len(index) == 1 else index[0][:, None] * p.shape[1] + index[1]
             bits = data.float().view(torch.int32).long()
             total += (bits * (2 * (place + zlib.crc32(name.encode())) + 1)).sum()
         return f"{self.reduce(total, 'dp_shard', 'tp', 'pp').item() % 2**64:016x}"
 
     def pipeline_rank_of(self) -> dict[str, int]:
-        """Every parameter of the whole model → the pipeline rank that holds it."""
-        stage_of = {"embed": 0, "norm": self.last, "head": self.last}
-        for stage, layers in enumerate(split_layers(self.model, self.last + 1)):
-            stage_of |= {f"blocks.{i}": stage for i in layers}
-        key, rank_of = re.compile(r"blocks\.\d+|\w+"), self.cfg.rank_of()
-        return {name: rank_of[stage_of[key.match(name)[0]]] for name in full_shapes(self.model)}
+        """Map every parameter of the whole model to the pipeline rank that holds it. Collective."""
+        names = [[]] * self.cfg.pp
+        dist.all_gather_object(names, list(self.params()), group=self.mesh["pp"].get_group())
+        owner = {}
+        for rank in range(self.cfg.pp):
+            owner |= dict.fromkeys(names[rank], rank)
+        return owner
 
-    @torch.no_grad()
-    def load_hf(self, folder: str | Path) -> None:
-        """Fill the shards from a Hugging Face folder; each rank reads the slices that it needs."""
-        params, theirs = self.params(), read_hf_config(folder)
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill the shards from a Hugging Face folder or a run's newest checkpoint. Adapters stay as
+        initialised, and so does the head of a reward model that begins as a language model."""
+        theirs = read_config(folder)
         check_same_model(theirs, self.model, folder)
-        if theirs.n_attributes != self.model.n_attributes:
-            params = {name: p for name, p in params.items() if not name.startswith("head.")}
-        params = {name: p for name, p in params.items() if "lora_" not in name}
-        for name, lazy in hf_slices(Path(folder), theirs, params):
-            data, index = local_part(params[name])
-            if data.numel():
-                data.copy_(lazy[tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)])
-
-    @torch.no_grad()
-    def squared_grads(self) -> dict[str, Tensor]:
-        """Name → this rank's part of the squared gradient, fp64; what tp copies is shared out."""
-        out = {}
-        for name, p in self.trained().items():
-            axes = dict(zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True))
-            copies = self.cfg.tp if "tp" in axes and axes["tp"].is_replicate() else 1
-            rows = torch.linalg.vector_norm(p.grad.to_local(), dim=-1)  # fp64 only of these
-            out[name] = rows.double().square().sum() / copies
-        return out
-
-    def grad_norms(self) -> dict[str, float]:
-        """The gradient norm of each kind of layer."""
-        kinds = ("embed", "attn", "mlp", "norm", "head")
-        squares = torch.zeros(len(kinds), dtype=torch.float64, device=self.device)
-        for name, square in self.squared_grads().items():
-            kind = "norm" if "norm." in name else next(k for k in kinds if k in name)
-            squares[kinds.index(kind)] += square
-        norms = self.reduce(squares, "dp_shard", "tp", "pp").sqrt().tolist()
-        return {f"grad_norm/{kind}": norm for kind, norm in zip(kinds, norms, strict=True)}
+        params = self.params()
+        for name in list(params):
+            new_head = name.startswith("head.") and theirs.n_attributes != self.model.n_attributes
+            if new_head or "lora_" in name:
+                del params[name]
+        fill(params, folder)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """The gradient's global L2 norm; where it is larger, gradients are scaled to max_norm."""
-        # torchtitan's clip_grad_norm_ warns of (_NormPartial, _NormPartial) on a 2-D mesh
-        squares = torch.stack(list(self.squared_grads().values())).sum()
-        norm = self.reduce(squares, "dp_shard", "tp", "pp").sqrt()
-        grads = [p.grad.to_local() for p in self.trained().values()]
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        """Return the gradients' global L2 norm, and scale them to max_norm where it is larger.
+        torchtitan's clip_grad_norm_ warns of (_NormPartial, _NormPartial) on a 2-D mesh."""
+        grads = [p.grad for p in self.trained().values()]
+        squares = []
+        for grad in grads:
+            rows = torch.linalg.vector_norm(grad.to_local(), dim=-1)  # fp64 only of these
+            copies = self.cfg.tp if copied_by_tp(grad) else 1
+            squares.append(rows.double().square().sum() / copies)
+        norm = self.reduce(torch.stack(squares).sum(), "dp_shard", "tp", "pp").sqrt()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        torch._foreach_mul_([grad.to_local() for grad in grads], factor)
         return norm
 
 
@@ -765,56 +811,66 @@ class Runner:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Checkpoints, oldest first: what is still being written has another name."""
-    folders = (p for p in root.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    """List the checkpoints, oldest first. One that is still being written has another name."""
+    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal()]
     return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
 def checksum(file: Path) -> list[int]:
-    """[size, CRC-32]."""
-    crc, size = 0, 0
+    """Return [size, CRC-32] of a file."""
+    crc = 0
     with file.open("rb") as f:
         while piece := f.read(1 << 22):
-            crc, size = zlib.crc32(piece, crc), size + len(piece)
-    return [size, crc]
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
 
 
 def damage(folder: Path, part: int = 0, of: int = 1) -> str:
-    """What is wrong with a checkpoint, looking at every `of`-th file; empty if nothing is."""
+    """Return what is wrong with a checkpoint, or "". Looks at every `of`-th file from `part` on."""
     try:
         files = json.loads((folder / "state.json").read_text())["files"]
+        for name in sorted(files)[part::of]:
+            found = checksum(folder / name)
+            if found != files[name]:
+                return f"{name} has [size, CRC] {found}, not {files[name]}"
     except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"state.json: {e}"
-    for name in sorted(files)[part::of]:
-        if not (folder / name).exists():
-            return f"{name} is missing"
-        if (found := checksum(folder / name)) != files[name]:
-            return f"{name} has [size, CRC] {found}, not {files[name]}"
+        return f"state.json cannot be followed: {e}"
     return ""
 
 
 class Checkpoints:
-    """A run's checkpoints: written aside, sealed with checksums, then renamed. So a reader sees a
-    whole one or none, and knows a damaged one. torchtitan's CheckpointManager writes in place: a
-    kill during a save leaves a folder that looks like a checkpoint."""
+    """Checkpoints of a run, of which a reader sees a whole one or none, and knows a damaged one.
+
+    1. Rank 0 makes the folder step_N.partial, which no reader takes for a checkpoint.
+    2. Every rank writes its tensors into it, in the background if asked to.
+    3. Every rank that is done leaves sums_RANK.json beside them: size and CRC-32 of its files.
+    4. When all of these are there, rank 0 gathers them in state.json.
+    5. Rank 0 renames the folder to step_N, and removes the oldest checkpoints.
+
+    `save` does 1 and 2; `poll` what is due of 3 to 5, without waiting; `finish` all of it. `load`
+    compares the checksums. torchtitan's CheckpointManager writes in place: a kill during a save
+    leaves a folder that looks like a checkpoint.
+    """
 
     def __init__(self, root: Path, keep: int, background: bool) -> None:
-        self.root, self.keep, self.background = root, keep, background
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.root = root
+        self.keep = keep
+        self.background = background
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
         # a group of its own, as it runs beside the training's collectives
         self.group = dist.new_group(backend="gloo") if background else None
         self.writing: Path | None = None
-        self.signed = False
-        self.future: Any = None
-        self.state: dict[str, Any] = {}
+        self.future: Any = None  # of this rank's writing in the background
+        self.state = {}
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint; in the background, return as soon as the tensors are copied."""
         self.finish()
-        self.writing, self.signed = self.root / f"step_{step:06d}.partial", False
+        self.writing = self.root / f"step_{step:06d}.partial"
         self.state = {"step": step, **state}
         if self.rank == 0:
-            for left_by_a_kill in (*self.root.glob("*.partial"), *self.root.glob("*.old")):
+            for left_by_a_kill in self.root.glob("step_*.*"):
                 shutil.rmtree(left_by_a_kill)
             self.writing.mkdir(parents=True)
         dist.barrier()
@@ -823,67 +879,73 @@ class Checkpoints:
             self.future = dcp.async_save(tensors, checkpoint_id=where, process_group=self.group)
         else:
             dcp.save(tensors, checkpoint_id=where)
+            self.sign()
             self.finish()
 
     def poll(self) -> None:
-        """Seal what the background has finished; asks nobody, so it may be called at any time."""
-        if self.future is not None and self.future.done():
-            self.sign()
-        if self.writing and self.rank == 0 and len(self.signatures()) == self.world:
-            self.seal()
-
-    def finish(self) -> None:
-        """Wait until what is being written is sealed, on every rank."""
+        """Go on with what is written. Asks no other rank, so it may be called at any time."""
         if self.writing is None:
             return
-        self.sign()
+        if self.future is not None and self.future.done():
+            self.sign()
+        if self.rank == 0:
+            sums = list(self.writing.glob("sums_*.json"))  # none once it has been renamed
+            if len(sums) == self.world:
+                self.seal(sums)
+
+    def finish(self) -> None:
+        """Wait until what is being written is a checkpoint, on every rank."""
+        if self.writing is None:
+            return
+        if self.future is not None:
+            self.sign()
         dist.barrier()
+        self.poll()
         if self.rank == 0 and self.writing.exists():
-            self.seal()
+            raise RuntimeError(
+                f"not all of {self.world} processes' files are in {self.writing}: "
+                "--out must be a folder that all machines share"
+            )
         dist.barrier()
         self.writing = None
 
     def sign(self) -> None:
-        """Leave the checksums of this rank's files beside them, once: rank 0 takes them away."""
-        if self.signed:
-            return
+        """Leave the checksums of this rank's files beside them."""
         if self.future is not None:
             self.future.result()  # raises what went wrong in the background
-        self.future, self.signed = None, True
+            self.future = None
         own = list(self.writing.glob(f"__{self.rank}_*"))
-        own += [self.writing / ".metadata"] if self.rank == 0 else []
+        if self.rank == 0:
+            own.append(self.writing / ".metadata")
         sums = self.writing / f"sums_{self.rank}.tmp"
         sums.write_text(json.dumps({f.name: checksum(f) for f in own}))
         sums.rename(sums.with_suffix(".json"))
 
-    def signatures(self) -> list[Path]:
-        return sorted(self.writing.glob("sums_*.json"))
-
-    def seal(self) -> None:
-        """state.json with everyone's checksums, the rename, and the oldest removed."""
-        files, signed = {}, self.signatures()
-        if len(signed) < self.world:
-            few = f"{len(signed)} of {self.world} processes' files are in {self.writing}"
-            raise RuntimeError(f"{few}: --out must be a folder that all machines share")
-        for sums in signed:
-            files |= json.loads(sums.read_text())
-            sums.unlink()
+    def seal(self, sums: list[Path]) -> None:
+        """Gather all checksums in state.json, rename the folder, and remove the oldest."""
+        files = {}
+        for file in sums:
+            files |= json.loads(file.read_text())
+            file.unlink()
         (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
         final = self.writing.with_suffix("")
-        self.discard([final] if final.exists() else [])
+        if final.exists():
+            self.discard(final)
         self.writing.rename(final)
-        self.discard([p for p in step_folders(self.root) if not self.pinned(p)][: -self.keep])
+        unpinned = [folder for folder in step_folders(self.root) if not self.pinned(folder)]
+        for folder in unpinned[: -self.keep]:
+            self.discard(folder)
 
     def pinned(self, folder: Path) -> bool:
-        """Whether a checkpoint was saved with pin=True: it stays."""
+        """Tell whether a checkpoint was saved with pin=True in its state: it stays."""
         try:
             return json.loads((folder / "state.json").read_text()).get("pin", False)
         except (OSError, ValueError):
             return False  # damaged: as any other
 
-    def discard(self, folders: list[Path]) -> None:
-        for folder in folders:  # half deleted, it must not have a checkpoint's name
-            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+    def discard(self, folder: Path) -> None:
+        """Delete a checkpoint. Half deleted, it must not have a checkpoint's name."""
+        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fill the tensors in place from the newest checkpoint that is whole, of any mesh. Returns
@@ -891,13 +953,13 @@ class Checkpoints:
         is taken."""
         folders = step_folders(self.root)
         for folder in reversed(folders):
-            found: list[str] = [""] * self.world
+            found = [""] * self.world
             dist.all_gather_object(found, damage(folder, self.rank, self.world))
-            if wrong := next(filter(None, found), ""):
-                log.warning(f"{folder} is damaged ({wrong}): trying the one before")
-                continue
-            dcp.load(tensors, checkpoint_id=str(folder))
-            return json.loads((folder / "state.json").read_text())
+            wrong = max(found)  # "" if no rank found anything
+            if not wrong:
+                dcp.load(tensors, checkpoint_id=str(folder))
+                return json.loads((folder / "state.json").read_text())
+            log.warning(f"{folder} is damaged ({wrong}): trying the one before")
         if folders:
             raise ValueError(f"{self.root}: no checkpoint is whole: remove them to start anew")
         return None
@@ -907,100 +969,12 @@ class Checkpoints:
 
 
 def full_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Parameter → shape, of the whole model."""
+    """Return the shape of every parameter of the whole model."""
     return {name: p.shape for name, p in on_meta(cfg).named_parameters()}
 
 
-def hf_slices(folder: Path, cfg: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """(our name, lazy slice) of the named tensors of a safetensors folder. Its names and shapes
-    must be the whole model's exactly."""
-    shapes, names = full_shapes(cfg), set(names)
-    ours = {hf_name(name, cfg): name for name in shapes}
-    where: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            names_in = f.keys()
-        inside = {name: file for name in names_in if not name.endswith("inv_freq")}
-        if twice := inside.keys() & where.keys():
-            other = where[min(twice)].name  # what an earlier save in more or fewer files left
-            raise ValueError(f"{folder}: {min(twice)} is in {other} and {file.name}: remove one")
-        where |= inside
-    if not where:
-        raise ValueError(f"{folder}: no .safetensors file in it")
-    if where.keys() != ours.keys():
-        missing, unknown = sorted(ours.keys() - where.keys()), sorted(where.keys() - ours.keys())
-        text = f"missing {missing[:5]}, unknown {unknown[:5]}"
-        raise ValueError(f"{folder} is not this model: {text}")
-    for file in sorted(set(where.values())):
-        with safe_open(file, framework="pt") as f:
-            for theirs in (n for n, at in where.items() if at == file and ours[n] in names):
-                lazy, want = f.get_slice(theirs), list(shapes[ours[theirs]])
-                if (shape := list(lazy.get_shape())) != want:
-                    raise ValueError(f"{folder}: {theirs} is {shape}, config.json makes it {want}")
-                yield ours[theirs], lazy
-
-
-def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
-    """Parameter → the dimension that tensor parallelism cuts, read off the plan. Not in it: what
-    every rank holds whole."""
-    cuts = {}
-    for name in full_shapes(cfg):
-        module = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
-        style, lm = tp_plan()[module], not cfg.n_attributes
-        if isinstance(style, styles.ColwiseParallel) or (isinstance(style, HeadParallel) and lm):
-            cuts[name] = 0
-        elif isinstance(style, styles.RowwiseParallel):
-            cuts[name] = 0 if module == "embed" else 1
-    return cuts
-
-
-@torch.no_grad()
-def load_run(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Fill the named weights, or shards, from a run's newest whole checkpoint, written on any mesh.
-    Adapters are merged into their matrices."""
-    cfg, adapters = read_config(folder), {}
-    for name, shape in full_shapes(cfg).items():
-        if "lora_" in name and f"{name.rpartition('.')[0]}.weight" in weights:
-            adapters[name] = torch.empty(shape)
-    state = {f"model.{name}": p for name, p in (weights | adapters).items()}
-    if Checkpoints(folder / "checkpoints", 2, False).load(state) is None:
-        raise ValueError(f"{folder}: a run without a checkpoint: train it first")
-    for name, a in adapters.items():
-        if name.endswith("lora_a"):
-            data, (rows, cols) = local_part(weights[f"{name.rpartition('.')[0]}.weight"])
-            b = adapters[name[:-1] + "b"][rows.cpu()]
-            data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
-
-
-@torch.no_grad()
-def load_parts(
-    folder: Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
-) -> dict[str, Tensor]:
-    """This tensor-parallel rank's pieces of the named parameters, plain tensors for inference, from
-    a Hugging Face folder or the newest whole checkpoint of a run, written on any mesh."""
-    tp, shapes, cuts = mesh["tp"], full_shapes(cfg), tp_cuts(cfg)
-    rank, parts, sharded = tp.get_local_rank(), {}, {}
-    for name, dtype in dtypes.items():
-        shape = list(shapes[name])
-        if name in cuts:
-            shape[cuts[name]] //= tp.size()
-        parts[name] = torch.empty(shape, dtype=dtype, device=mesh.device_type)
-        at = [Shard(cuts[name]) if name in cuts else Replicate()]
-        sharded[name] = DTensor.from_local(parts[name], tp, at, run_check=False)
-    if (folder / "checkpoints").exists():
-        load_run(folder, sharded)
-        return parts
-    for name, lazy in hf_slices(folder, cfg, dtypes):
-        index = [slice(None)] * len(shapes[name])
-        if name in cuts:
-            n = parts[name].shape[cuts[name]]
-            index[cuts[name]] = slice(rank * n, (rank + 1) * n)
-        parts[name].copy_(lazy[tuple(index)])
-    return parts
-
-
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model of a run's folder or of a Hugging Face folder."""
+    """Read the shape of the model in a run's folder or in a Hugging Face folder."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder}: no config.json: neither a run nor a Hugging Face folder")
@@ -1017,43 +991,143 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
     if not theirs.n_attributes:
         free.add("n_attributes")  # a reward model begins as a language model with a new head
     for key in sorted(vars(mine).keys() - free):
-        found, wanted = getattr(theirs, key), getattr(mine, key)
+        found = getattr(theirs, key)
+        wanted = getattr(mine, key)
         if found != wanted:
-            rule = f"set --model.{key.replace('_', '-')}"
-            raise ValueError(f"{where} has {key}={found}, this run {wanted}: {rule}")
+            raise ValueError(
+                f"{where} has {key}={found}, this run {wanted}: set --model.{key.replace('_', '-')}"
+            )
 
 
-def read_hf_config(folder: str | Path) -> ModelConfig:
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: no config.json: not a Hugging Face model folder")
-    return config_from_hf(json.loads(path.read_text()))
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Map the name of each tensor in a folder to the safetensors file that holds it."""
+    where = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            names = set(f.keys())
+        for name in names:
+            if name in where:  # an earlier save, in more or fewer files
+                raise ValueError(
+                    f"{folder}: {name} is in {where[name].name} and {file.name}: remove one"
+                )
+            where[name] = file
+    if not where:
+        raise ValueError(f"{folder}: no .safetensors file in it")
+    return {name: file for name, file in where.items() if not name.endswith("inv_freq")}
+
+
+def hf_slices(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (our name, lazy slice) of the named tensors of a Hugging Face folder, whose names and
+    shapes must be exactly those of the whole model."""
+    cfg = read_config(folder)
+    shapes = full_shapes(cfg)
+    ours = {hf_name(name, cfg): name for name in shapes}
+    where = tensor_files(folder)
+    if where.keys() != ours.keys():
+        missing = sorted(ours.keys() - where.keys())[:5]
+        unknown = sorted(where.keys() - ours.keys())[:5]
+        raise ValueError(f"{folder} is not this model: missing {missing}, unknown {unknown}")
+    for theirs in sorted(where, key=where.get):
+        name = ours[theirs]
+        if name in names:
+            with safe_open(where[theirs], framework="pt") as f:
+                lazy = f.get_slice(theirs)
+            if lazy.get_shape() != list(shapes[name]):
+                raise ValueError(
+                    f"{folder}: {theirs} is {lazy.get_shape()}, "
+                    f"config.json makes it {list(shapes[name])}"
+                )
+            yield name, lazy
+
+
+@torch.no_grad()
+def fill(params: dict[str, Tensor], folder: str | Path) -> None:
+    """Fill the named parameters, whole or sharded, in place. They come from a Hugging Face folder,
+    of which each rank reads the slices that it needs, or from the newest whole checkpoint of a run
+    on any mesh, whose adapters are merged into their matrices."""
+    folder = Path(folder)
+    if not (folder / "checkpoints").exists():
+        for name, lazy in hf_slices(folder, params):
+            data, index = local_part(params[name])
+            if data.numel():
+                data.copy_(lazy[tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)])
+        return
+    cfg = read_config(folder)
+    adapters = {}
+    for name, shape in full_shapes(cfg).items():
+        if "lora_" in name and f"{name.rpartition('.')[0]}.weight" in params:
+            adapters[name] = torch.empty(shape)
+    state = {f"model.{name}": p for name, p in (params | adapters).items()}
+    if Checkpoints(folder / "checkpoints", 2, False).load(state) is None:
+        raise ValueError(f"{folder}: a run without a checkpoint: train it first")
+    for name, a in adapters.items():
+        if name.endswith("lora_a"):
+            data, (rows, cols) = local_part(params[f"{name.rpartition('.')[0]}.weight"])
+            b = adapters[name.replace("lora_a", "lora_b")][rows.cpu()]
+            data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
+
+
+def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
+    """Map each parameter that tensor parallelism cuts to the dimension it is cut along, read off
+    the plan. Every rank holds the others whole."""
+    plan = tp_plan()
+    cuts = {}
+    for name in full_shapes(cfg):
+        module = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
+        is_vocabulary = module == "embed" or (module == "head" and not cfg.n_attributes)
+        if is_vocabulary or isinstance(plan[module], styles.ColwiseParallel):
+            cuts[name] = 0
+        elif isinstance(plan[module], styles.RowwiseParallel):
+            cuts[name] = 1
+    return cuts
+
+
+def load_parts(
+    folder: Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
+) -> dict[str, Tensor]:
+    """Return this tensor-parallel rank's pieces of the named parameters, plain tensors for
+    inference, from a Hugging Face folder or a run."""
+    shapes = full_shapes(cfg)
+    cuts = tp_cuts(cfg)
+    sharded = {}
+    for name, dtype in dtypes.items():
+        placement = Shard(cuts[name]) if name in cuts else Replicate()
+        sharded[name] = empty(
+            shapes[name], dtype=dtype, device_mesh=mesh["tp"], placements=[placement]
+        )
+    fill(sharded, folder)
+    return {name: p.to_local() for name, p in sharded.items()}
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
-    """A Hugging Face Nemotron folder (config.json + safetensors) → a whole Nemotron, strictly.
-    dtype None keeps the file's. To fill a sharded model, see Runner.load_hf."""
-    cfg = read_hf_config(folder)
+    """Load a Hugging Face Nemotron folder (config.json + safetensors) as a whole model, strictly.
+    dtype None keeps the file's. Runner.load_weights fills a sharded model."""
+    cfg = read_config(folder)
     model = on_meta(cfg)
-    slices = hf_slices(Path(folder), cfg, full_shapes(cfg))
+    slices = hf_slices(Path(folder), full_shapes(cfg))
     model.load_state_dict({name: lazy[:].to(dtype) for name, lazy in slices}, assign=True)
     return model
 
 
-def shard_files(sizes: dict[str, int], owner: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File name → its tensors, of one pipeline rank and together at most `limit` bytes."""
-    files, last, room = [], None, 0
+def shard_files(sizes: dict[str, int], owner: dict[str, int], limit: int) -> dict[str, str]:
+    """Map each tensor to its file. A file holds tensors of one pipeline rank, `limit` bytes at most
+    unless a single tensor is larger."""
+    number = {}
+    n = room = 0
+    last = None
     for name in sorted(sizes, key=owner.get):
         if owner[name] != last or sizes[name] > room:
-            files, last, room = [*files, []], owner[name], limit
-        files[-1].append(name)
+            n += 1
+            room = limit
+            last = owner[name]
+        number[name] = n
         room -= sizes[name]
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    n = len(files)
-    return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": part for i, part in enumerate(files)}
+    if n == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{i:05d}-of-{n:05d}.safetensors" for name, i in number.items()}
 
 
+@torch.no_grad()
 def save_hf(
     model: "Nemotron | Runner",
     folder: str | Path,
@@ -1062,31 +1136,31 @@ def save_hf(
 ) -> None:
     """Write a folder that transformers opens, of a whole model or, all ranks together, a Runner. A
     file, at most file_bytes of one pipeline rank's tensors, is all that a host holds at once."""
-    runner, folder = model if isinstance(model, Runner) else None, Path(folder)
-    cfg, mine = (runner.model, runner.params()) if runner else (model.cfg, model.named_parameters())
-    mine = dict(mine)
+    folder = Path(folder)
+    runner = model if isinstance(model, Runner) else None
+    cfg = runner.model if runner else model.cfg
+    params = runner.params() if runner else dict(model.named_parameters())
     if cfg.lora_rank:
         raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")
-    writes = runner is None or runner.first_of_its_pipeline_rank
-    dtype = dtype or next(iter(mine.values())).dtype
+    dtype = dtype or next(iter(params.values())).dtype
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in full_shapes(cfg).items()}
     owner = runner.pipeline_rank_of() if runner else dict.fromkeys(sizes, 0)
-    files = shard_files(sizes, owner, file_bytes)
+    file_of = shard_files(sizes, owner, file_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    for file, names in files.items():
+    for file in sorted({file_of[name] for name in params}):
         tensors = {}
-        for name in names if names[0] in mine else ():
-            p = mine[name].detach()
-            p = p.full_tensor() if isinstance(p, DTensor) else p  # of all ranks together
-            if writes:
-                tensors[hf_name(name, cfg)] = p.to(dtype).cpu().contiguous()
+        for name, p in params.items():
+            if file_of[name] == file:
+                whole = p.full_tensor() if isinstance(p, DTensor) else p  # all ranks together
+                if runner is None or runner.first_of_its_pipeline_rank:
+                    tensors[hf_name(name, cfg)] = whole.to(dtype).cpu().contiguous()
         if tensors:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if runner is None or dist.get_rank() == 0:
         config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        if len(files) > 1:
-            places = {hf_name(n, cfg): file for file, names in files.items() for n in names}
+        if "model.safetensors" not in file_of.values():
+            places = {hf_name(name, cfg): file for name, file in file_of.items()}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if runner is not None:
@@ -1095,19 +1169,22 @@ def save_hf(
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A run's newest checkpoint → a Hugging Face folder, for transformers and other engines."""
+    """Convert a run's newest checkpoint to a Hugging Face folder, for transformers and engines."""
 
     run: tyro.conf.Positional[Path]
+    """Folder of the run."""
     out: tyro.conf.Positional[Path]
+    """Folder to write."""
     dtype: Literal["fp32", "bf16"] = "bf16"
+    """Dtype of the weights."""
 
 
 def export(c: ExportConfig) -> None:
+    """Write the Hugging Face folder, the tokenizer beside it."""
+    init_mesh(MeshConfig())
     cfg = replace(read_config(c.run), lora_rank=0)
-    dtypes = dict.fromkeys(full_shapes(cfg), DTYPES[c.dtype])
-    model = on_meta(cfg)
-    parts = load_parts(c.run, cfg, dtypes, init_mesh(MeshConfig()))
-    model.load_state_dict(parts, assign=True)
+    model = on_meta(cfg).to(DTYPES[c.dtype]).to_empty(device="cpu")
+    fill(dict(model.named_parameters()), c.run)
     save_hf(model, c.out)
     for file in c.run.glob("tokenizer*"):
         shutil.copy(file, c.out)
@@ -1116,9 +1193,11 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
+    """Run `parallel.py export`."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit("parallel.py plan is now `python -m recipes.plan`")
-    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.propagate = False
     log.setLevel(logging.INFO)
     try:
         export(tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__))

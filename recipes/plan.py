@@ -106,11 +106,10 @@ def built_params(plan: PlanConfig, rank: int) -> tuple[int, int]:
     """Count a pipeline rank's parameters as the training code lays them out: (on its first GPU,
     before they are divided by tensor and data parallelism)."""
     mesh = plan.mesh
-    layers = split_layers(plan.model, mesh.n_stages)
     here = whole = 0
     with imagined_mesh(mesh, plan.gpus, rank * (plan.gpus // mesh.pp)) as devices:
         for s in mesh.stages_of(rank):
-            stage = build_stage(plan.model, s, layers[s], mesh.n_stages - 1, devices, mesh, [])
+            stage = build_stage(plan.model, s, devices, mesh, [])
             for param in stage.model.parameters():
                 here += param.to_local().numel()
                 whole += param.numel()

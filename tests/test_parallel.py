@@ -351,7 +351,7 @@ def test_every_axis_waits_as_long_as_it_is_told(on_ranks):
 
 def hf_round_trip(cfg, folder, out):
     runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
-    runner.load_hf(folder)
+    runner.load_weights(folder)
     loss = runner.eval(my_batches(cfg, runner, 0), lm_loss).item()
     save_hf(runner, out, file_bytes=100_000)
     return loss
@@ -468,10 +468,9 @@ HELD = [{}, {"tp": 2}, {"tp": 2, "pp": 2, "vp": 2}, {"pp": 3, "n_layers": 7}]
 def held_here(cfg):
     """name → (this rank's piece of it, its size), built and not yet filled."""
     mesh, how = init_mesh(cfg.mesh), cfg.mesh
-    layers, last = split_layers(cfg.model, how.pp * how.vp), how.pp * how.vp - 1
     held = {}
     for s in how.stages_of(mesh["pp"].get_local_rank()):
-        stage = build_stage(cfg.model, s, layers[s], last, mesh, how, [])
+        stage = build_stage(cfg.model, s, mesh, how, [])
         for name, p in stage.model.named_parameters():
             where = zip(p.placements, p.device_mesh.get_coordinate(), strict=True)
             piece = tuple(i for cut, i in where if not cut.is_replicate())
