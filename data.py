@@ -1,19 +1,18 @@
-"""Text in, token batches out: tokenizers, `prepare`, token files, a sampler without state; chat
-template, rows of conversations, pairs and scored responses, and their packing.
+"""Turn text into batches of tokens: tokenizers, token files, sampler, chat template, rows, packing.
 
-Everything here is about text and needs neither a model nor torch. Section 2.1 of the report
-(blend), arXiv 2402.16819 (tokenizer, hygiene).
+Nothing here needs a model or torch. The blend is that of section 2.1 of the report
+(arXiv 2406.11704); tokenizer and cleaning of text follow arXiv 2402.16819.
 
     python data.py prepare english=books/ code=src/ --out data/mine
     python data.py show data/mine
 """
 
 import ast
-import base64
-import difflib
+import bisect
+import contextlib
 import gzip
 import hashlib
-import inspect
+import itertools
 import json
 import logging
 import os
@@ -33,370 +32,397 @@ from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
+import tokenizers
 import tyro
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 log = logging.getLogger("nemotron4")
 
 IGNORE = -100  # a target that no loss counts: model.py's constant, without importing torch for it
 
+Record = dict[str, Any]  # a JSON object
+Arrays = dict[str, np.ndarray]
+Counts = dict[str, int]
+Blend = dict[str, float]  # source → weight
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
-# Nemotron's control tokens and their ids (SPEC 2.1); <extra_id_0..2> open the system turn, a turn,
-# and a label.
+# Nemotron's control tokens, in the order of their ids in NVIDIA's tokenizer. <extra_id_0> opens the
+# system turn, <extra_id_1> every other turn, and <extra_id_2> the label of a scored response.
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 
-# Words with one leading space, digits one by one, runs of marks, runs of white space. Without
-# look-ahead, so that the regular expression runs in linear time; nothing is dropped, so decoding
-# gives the text back byte for byte.
+# Cuts a text into words with one leading space, single digits, runs of punctuation and runs of
+# white space. It has no look-ahead, so that matching takes linear time, and it drops nothing, so
+# that decoding gives the text back byte for byte.
 PATTERN = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\p{N}|\s+"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code asks of any tokenizer."""
+    """Defines what the rest of the code asks of a tokenizer."""
 
     vocab_size: int
     specials: dict[str, int]  # control token → id
-    path: Path
 
     def encode(self, text: str) -> np.ndarray:
-        """Text → int32 ids; control tokens spelt out in a text stay text."""
+        """Turn a text into int32 ids; control tokens spelt out in it stay text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids → text, control tokens spelt out, broken UTF-8 replaced."""
+        """Turn ids into a text, with control tokens spelt out and broken UTF-8 replaced."""
+
+    def save(self, folder: Path) -> str:
+        """Write the file that `load_tokenizer` reads into the folder, and return its name."""
 
     def special(self, name: str) -> int:
-        """The id of a control token: one of SPECIALS."""
+        """Return the id of a control token, one of SPECIALS."""
         if name not in self.specials:
-            have = sorted(self.specials)
-            raise ValueError(f"the tokenizer has no control token {name!r}, only {have}")
+            raise ValueError(f"no control token {name!r} in the tokenizer, only {[*self.specials]}")
         return self.specials[name]
-
-    def save(self, folder: Path) -> str:
-        """Write what `load_tokenizer` needs into the folder; returns the file's name."""
-        return shutil.copyfile(self.path, folder / f"tokenizer{self.path.suffix}").name
-
-
-class BytePairs(Tokenizer):
-    """Byte-level BPE run by tiktoken: ours, by `train_bpe`, or any encoding that tiktoken names."""
-
-    def __init__(self, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
-        self.encoding = tiktoken.Encoding(
-            "nemotron4", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-        )
-        self.specials = specials
-        self.vocab_size = self.encoding.max_token_value + 1
-
-    @classmethod
-    def named(cls, name: str) -> "BytePairs":
-        """A tiktoken encoding, <|endoftext|> as </s>, the other control tokens added at its end."""
-        base = tiktoken.get_encoding(name)
-        specials = dict(base._special_tokens)
-        specials["</s>"] = specials.pop("<|endoftext|>")  # one name an id
-        new = (token for token in SPECIALS if token != "</s>")
-        specials |= {token: base.max_token_value + 1 + i for i, token in enumerate(new)}
-        return cls(base._pat_str, base._mergeable_ranks, specials)
-
-    @classmethod
-    def load(cls, path: Path) -> "BytePairs":
-        spec = json.loads(path.read_text())
-        ranks = {base64.b64decode(token): rank for token, rank in spec["ranks"].items()}
-        return cls(spec["pattern"], ranks, spec["specials"])
-
-    def save(self, folder: Path) -> str:
-        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        spec = {
-            "pattern": self.encoding._pat_str,
-            "specials": self.specials,
-            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-        }
-        (folder / "tokenizer.bpe.json").write_text(json.dumps(spec, indent=0))
-        return "tokenizer.bpe.json"
-
-    def encode(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode(list(map(int, ids)))
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json, run by the `tokenizers` library."""
+    """Runs a tokenizer.json with `tokenizers`, or with tiktoken, which is faster, if it can."""
 
     # other tokenizers' spellings of our control tokens
-    PADS, ENDS = ("[PAD]", "<|pad|>"), ("<|endoftext|>", "<|end_of_text|>", "<eos>")
-    ALIASES = {"<pad>": PADS, "<s>": ("<bos>",), "</s>": ENDS}
+    ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+    ALIASES = {"<pad>": ("[PAD]", "<|pad|>"), "<s>": ("<bos>",), "</s>": ENDS}
 
-    def __init__(self, path: Path) -> None:
-        import tokenizers
-
-        self.path = path
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self.tokenizer.encode_special_tokens = True  # text stays text
-        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+    def __init__(self, standard: tokenizers.Tokenizer) -> None:
+        self.standard = standard
+        standard.encode_special_tokens = True  # text stays text
+        vocab = standard.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values())
-        added = self.tokenizer.get_added_tokens_decoder()
+        added = standard.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items()}
         for name in SPECIALS:
-            if known := [s for s in (name, *self.ALIASES.get(name, ())) if s in vocab]:
+            known = [s for s in (name, *self.ALIASES.get(name, ())) if s in vocab]
+            if known:
                 self.specials[name] = vocab[known[0]]
+        self.encoding = tiktoken_encoding(json.loads(standard.to_str()))
+
+    def save(self, folder: Path) -> str:
+        self.standard.save(str(folder / "tokenizer.json"), pretty=False)
+        return "tokenizer.json"
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        if self.encoding:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+        return np.array(self.standard.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+        ids = list(map(int, ids))
+        if self.encoding:
+            return self.encoding.decode(ids)
+        return self.standard.decode(ids, skip_special_tokens=False)
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece .model file, such as NVIDIA's nemotron_2_256k.model."""
+    """Runs a SentencePiece .model file, such as NVIDIA's nemotron_2_256k.model."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
         self.path = path
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size, unk = self.processor.vocab_size(), self.processor.unk_id()
+        self.vocab_size = self.processor.vocab_size()
+        unknown = self.processor.unk_id()
         ids = {name: self.processor.piece_to_id(name) for name in SPECIALS}
-        self.specials = {name: i for name, i in ids.items() if i != unk or name == "<unk>"}
+        self.specials = {name: i for name, i in ids.items() if i != unknown or name == "<unk>"}
+
+    def save(self, folder: Path) -> str:
+        return shutil.copyfile(self.path, folder / "tokenizer.model").name
 
     def encode(self, text: str) -> np.ndarray:
-        # user-defined pieces match anywhere in a text: a mark in it is cut after one character
+        # control tokens match anywhere in a text: cut each one after its first character
         for mark in self.specials:
             if mark != "<unk>":
                 text = text.replace(mark, mark[0] + "\0" + mark[1:])
-        ids = [i for part in text.split("\0") for i in self.processor.encode(part)]
+        ids = []
+        for part in text.split("\0"):
+            ids += self.processor.encode(part)
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode(list(map(int, ids)))
 
 
-LOADERS = {".bpe.json": BytePairs.load, ".model": SentencePiece, ".json": HuggingFace}
+LOADERS: dict[str, Callable[[Path], Tokenizer]] = {
+    ".model": SentencePiece,
+    ".json": lambda path: HuggingFace(tokenizers.Tokenizer.from_file(str(path))),
+}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A tokenizer from a file (LOADERS says which), a folder with one, or tiktoken by name."""
+    """Load a tokenizer from a file, from a folder that holds one, or from tiktoken by name."""
     path = Path(spec)
     if path.is_dir():
-        names = [f"tokenizer{suffix}" for suffix in LOADERS]
-        found = [path / name for name in names if (path / name).exists()]
+        found = [path / f"tokenizer{s}" for s in LOADERS if (path / f"tokenizer{s}").exists()]
         if not found:
-            raise ValueError(f"{path}: no tokenizer in this folder; it needs {' or '.join(names)}")
+            raise ValueError(f"{path}: no tokenizer.model or tokenizer.json in this folder")
         path = found[0]
-    for suffix, load in LOADERS.items():
-        if path.name.endswith(suffix) and path.exists():
-            return load(path)
+    if path.suffix in LOADERS and path.exists():
+        return LOADERS[path.suffix](path)
     names = tiktoken.list_encoding_names()
     if str(spec) in names:
-        return BytePairs.named(str(spec))
-    close = difflib.get_close_matches(str(spec), names, n=1)
-    raise ValueError(
-        f"tokenizer {str(spec)!r} is neither a file (.bpe.json, .model, tokenizer.json) nor one of "
-        f"tiktoken's ({', '.join(names)})" + (f"; did you mean {close[0]}?" if close else "")
-    )
+        return from_tiktoken(str(spec))
+    kinds = f"a file (.model, tokenizer.json) nor one of tiktoken's: {', '.join(names)}"
+    raise ValueError(f"tokenizer {str(spec)!r} is neither {kinds}")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairs:
-    """Byte-level BPE: SPECIALS as ids 0..6, the 256 bytes, then merges. Same texts, same result."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
+    """Train a byte-level BPE, whose ids are SPECIALS, then the 256 bytes, then the merges."""
     least = len(SPECIALS) + 256
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size}: control tokens and bytes need at least {least}")
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = hf_pre_tokenizer()
-    start = dict(special_tokens=[*SPECIALS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **start)
-    tok.train_from_iterator(texts, trainer)
-    if (found := tok.get_vocab_size()) < vocab_size:
+    standard = byte_level(models.BPE(ignore_merges=True), PATTERN)
+    start = dict(special_tokens=list(SPECIALS), show_progress=False)
+    start["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **start)
+    standard.train_from_iterator(texts, trainer)
+    found = standard.get_vocab_size()
+    if found < vocab_size:
         raise ValueError(f"too few distinct words for vocab_size={vocab_size}: ask for {found}")
-    byte = {char: b for b, char in byte_chars().items()}
-    vocab = {t: i for t, i in tok.get_vocab().items() if t not in SPECIALS}
-    ranks = {bytes(byte[char] for char in t): i for t, i in vocab.items()}
-    return BytePairs(PATTERN, ranks, {t: i for i, t in enumerate(SPECIALS)})
+    return HuggingFace(standard)
 
 
-def hf_pre_tokenizer() -> Any:
-    """PATTERN for the `tokenizers` library: split, then bytes as printable characters."""
-    from tokenizers import Regex, pre_tokenizers
+def from_tiktoken(name: str) -> HuggingFace:
+    """Return one of tiktoken's encodings as a tokenizer.json would have it, with all SPECIALS.
 
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, level])
+    Its <|endoftext|> becomes </s>; the other control tokens get new ids behind its last one.
+    """
+    base = tiktoken.get_encoding(name)
+    specials = dict(base._special_tokens)
+    specials["</s>"] = specials.pop("<|endoftext|>")
+    missing = [token for token in SPECIALS if token not in specials]
+    specials |= {token: base.max_token_value + 1 + i for i, token in enumerate(missing)}
+    chars = byte_chars()
+    vocab = {}
+    for token, rank in sorted(base._mergeable_ranks.items(), key=lambda item: item[1]):
+        vocab["".join(chars[byte] for byte in token)] = rank
+    merges = []  # tiktoken joins any two neighbours that make a token, the lowest id first
+    for token in vocab:
+        for cut in range(1, len(token)):
+            if token[:cut] in vocab and token[cut:] in vocab:
+                merges.append((token[:cut], token[cut:]))
+    # `tokenizers` takes $ for a line's end and {1,3}+ for a repetition: spell them unambiguously
+    pattern = base._pat_str.replace("$", r"\z").replace("}+", "}")
+    standard = byte_level(models.BPE(vocab | specials, merges, ignore_merges=True), pattern)
+    standard.add_special_tokens(list(specials))
+    return HuggingFace(standard)
+
+
+def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    """Return a tokenizer that splits a text at `pattern` and runs `model` on the bytes of parts."""
+    standard = tokenizers.Tokenizer(model)
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    standard.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    standard.decoder = decoders.ByteLevel()
+    return standard
+
+
+def tiktoken_encoding(spec: Record) -> tiktoken.Encoding | None:
+    """Return what gives the same ids, if a tokenizer.json has the form that `byte_level` makes."""
+    specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    match spec:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"behavior": "Isolated", "pattern": {"Regex": pattern}},
+                    {"add_prefix_space": False, "use_regex": False},
+                ]
+            },
+            "model": {"ignore_merges": True, "vocab": vocab},
+        } if specials.keys() >= set(SPECIALS):
+            byte_of = {char: byte for byte, char in byte_chars().items()}
+            ranks = {}
+            for token in vocab.keys() - specials:
+                ranks[bytes(byte_of[char] for char in token)] = vocab[token]
+            return tiktoken.Encoding(
+                "nemotron4", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+            )
+    return None
 
 
 def byte_chars() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes, as `tokenizers` writes its vocabulary."""
+    """Return GPT-2's printable character for each byte, in which `tokenizers` spells tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    others = [byte for byte in range(256) if byte not in printable]
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 # ---- documents -----------------------------------------------------------------------------------
 
-# fmt: off
-TEXT_SUFFIXES = (
-    ".txt", ".md", ".rst", ".tex", ".html", ".xml", ".css", ".js", ".ts", ".tsx", ".jsx", ".py",
-    ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".rb",
-    ".php", ".swift", ".m", ".cs", ".lua", ".pl", ".r", ".jl", ".sh", ".sql", ".yaml", ".yml",
-    ".toml", ".ini", ".cfg", ".cmake", ".asm", ".f90", ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp",
-    ".el", ".proto", ".tf", ".dart", ".v", ".vhd",
-)
-# fmt: on
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-# A larger text file becomes several documents, cut at line ends: memory stays bounded.
-LONGEST = 4 << 20
+# A larger text file becomes several documents, cut at line ends, so that memory stays bounded.
+MAX_DOCUMENT_BYTES = 4 << 20
 
 
 class BadDocument(ValueError):
-    """A document that cannot be read: file and line, the rule, and what to do."""
-
-    def __init__(self, where: object, rule: str) -> None:
-        super().__init__(f"{where}: {rule}, or --skip-bad")
+    """Says where a document or row cannot be read, which rule it breaks, and what to do."""
 
 
-# Readers yield what they could not read as well: whether that ends the run is the caller's choice.
-Documents = Iterator[str | BadDocument]
-Reader = Callable[[], Documents]
+OnBad = Callable[[BadDocument], None]  # readers give it what they cannot read, and go on
+Texts = Iterator[tuple[str, Any]]  # what readers yield: ("FILE:LINE", what should be a text)
 
 
-def files_of(root: Path) -> list[Path]:
-    """The files to read below a folder, in a fixed order: none hidden, none of unknown suffix."""
-    if not root.exists():
-        raise ValueError(f"{root}: no such file or folder")
-    if root.is_file():
-        return [root]
-    known = (p for p in root.rglob("*") if p.name.endswith(TEXT_SUFFIXES + ROW_SUFFIXES))
-    seen = (p for p in known if "/." not in f"/{p.relative_to(root).as_posix()}")
-    return sorted(p for p in seen if p.is_file())
+def refuse(bad: BadDocument) -> None:
+    """Stop at the first bad document."""
+    raise bad from None
 
 
-def read_text(path: Path) -> Documents:
-    """A text file as one document, or as several where it is larger than LONGEST."""
-    line = 1
-    with path.open("rb") as f:
-        while piece := f.read(LONGEST):
-            if len(piece) == LONGEST:
-                piece += f.readline()
-            try:
-                yield piece.decode("utf-8")
-            except UnicodeDecodeError as e:
-                at, byte = line + piece[: e.start].count(b"\n"), piece[e.start]
-                yield BadDocument(f"{path}:{at}", f"not UTF-8 (byte 0x{byte:02x}): convert it")
-            line += piece.count(b"\n")
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[str, bytes | BadDocument]]:
-    """("FILE:NUMBER", line), gzipped or not, blank lines left out; a gzip stream that breaks off
-    ends as bad."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        yield str(path), BadDocument(path, f"broken gzip stream ({e}): fetch it again")
-
-
-def read_jsonl(
-    file: str | Path, on_bad: Callable[[BadDocument], None] | None = None, text_field: str = ""
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("FILE:LINE", object) of each line of a JSON Lines file, gzipped or not; "-" is stdin.
-
-    A line that is not a JSON object raises BadDocument, or is handed to `on_bad` and left out. With
-    `text_field`, a line that does not begin with { is a text, read as {text_field: line}.
-    """
-    if str(file) == "-":
-        lines = ((f"-:{n}", line.encode()) for n, line in enumerate(sys.stdin, 1) if line.strip())
-    else:
-        lines = numbered_lines(Path(file))
-    for where, line in lines:
-        if text_field and not isinstance(line, BadDocument) and not line.startswith(b"{"):
-            yield where, {text_field: line.decode().rstrip("\n")}
-            continue
-        try:
-            row = json_object(line)
-        except ValueError as e:
-            bad = e if isinstance(e, BadDocument) else BadDocument(where, f"{e}: mend the line")
-            if on_bad is None:
-                raise bad from None
-            on_bad(bad)
-            continue
-        yield where, row
+def count_bad(bad: BadDocument, skip_bad: bool, counts: Counts, level: int = logging.DEBUG) -> None:
+    """Count and log a bad document if `skip_bad`, or else stop at it."""
+    if not skip_bad:
+        raise BadDocument(f"{bad}, or --skip-bad") from None
+    log.log(level, f"left out: {bad}")
+    counts["bad"] += 1
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file, or the lines of one, so that a reader finds it whole or not at all."""
-    with path.with_name(path.name + ".tmp").open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else (f"{line}\n" for line in text))
-    path.with_name(path.name + ".tmp").rename(path)
+    """Write a text, or lines, to a file that readers find either complete or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    lines = [text] if isinstance(text, str) else (f"{line}\n" for line in text)
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    unfinished.rename(path)
 
 
-def row_text(line: bytes, text_field: str, where: str) -> str | BadDocument:
+def parse_line(line: bytes, text_field: str) -> Record:
+    """Return the JSON object on a line, or {text_field: line} if that is set and there is none."""
+    if text_field and not line.startswith(b"{"):
+        return {text_field: line.decode().rstrip("\r\n")}
     try:
         row = json.loads(line)
-        row[text_field].encode()
-        return row[text_field]
-    except UnicodeEncodeError as e:
-        return BadDocument(where, f"a lone surrogate at character {e.start}: mend the line")
-    except ValueError as e:
-        return BadDocument(where, f"not JSON ({e}): mend the line")
-    except (KeyError, TypeError, AttributeError):
-        have = f"it has {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        return BadDocument(where, f"no string in field {text_field!r} ({have}): set --text-field")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON ({e})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    if b"\\ud" in line.lower():
+        json.dumps(row, ensure_ascii=False).encode()  # raises a ValueError for a lone surrogate
+    return row
 
 
-def read_parquet(path: Path, text_field: str) -> Documents:
+def read_jsonl(
+    file: str | Path, on_bad: OnBad = refuse, text_field: str = ""
+) -> Iterator[tuple[str, Record]]:
+    """Yield ("FILE:LINE", object) for each line of a JSON Lines file, gzipped or not.
+
+    Blank lines are left out, and "-" is standard input. A line that is not a JSON object, and a
+    gzip stream that breaks off, go to `on_bad`, which raises them by default. With `text_field`, a
+    line that does not begin with { is a text and becomes {text_field: line}.
+    """
+    opened = contextlib.nullcontext(sys.stdin.buffer)
+    if str(file) != "-":
+        opened = gzip.open(file) if str(file).endswith(".gz") else open(file, "rb")
     try:
-        import pyarrow
+        with opened as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_line(line, text_field)
+                except ValueError as e:
+                    on_bad(BadDocument(f"{file}:{number}: {e}: mend the line"))
+                else:
+                    yield f"{file}:{number}", row
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        on_bad(BadDocument(f"{file}: broken gzip stream ({e}): fetch it again"))
+
+
+def read_json_texts(path: Path, text_field: str, on_bad: OnBad) -> Texts:
+    """Yield one field of each object in a JSON Lines file, or the object if it has none."""
+    for where, row in read_jsonl(path, on_bad):
+        yield where, row.get(text_field, row)
+
+
+def read_parquet(path: Path, text_field: str, on_bad: OnBad) -> Texts:
+    """Yield one column of a parquet file, a batch of rows at a time."""
+    try:
         import pyarrow.parquet
     except ImportError as e:
         raise ValueError(f"{path}: parquet needs pyarrow: pip install -e '.[parquet]'") from e
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            if text_field not in (names := table.schema_arrow.names):
+            names = table.schema_arrow.names
+            if text_field not in names:
                 rule = f"no column {text_field!r} (it has {names}): set --text-field"
-                yield BadDocument(path, rule)
-                return
+                return on_bad(BadDocument(f"{path}: {rule}"))
             batches = table.iter_batches(batch_size=1024, columns=[text_field])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            for row, text in enumerate(texts, 1):
-                rule = f"no string in column {text_field!r}: mend it"
-                yield text if isinstance(text, str) else BadDocument(f"{path}: row {row}", rule)
+            columns = (batch.column(0).to_pylist() for batch in batches)
+            for number, value in enumerate(itertools.chain.from_iterable(columns), 1):
+                yield f"{path}: row {number}", value
     except pyarrow.ArrowException as e:
-        yield BadDocument(path, f"broken parquet file ({e}): fetch it again")
+        on_bad(BadDocument(f"{path}: broken parquet file ({e}): fetch it again"))
 
 
-def read_documents(paths: list[Path], text_field: str) -> Documents:
+def read_text(path: Path, text_field: str, on_bad: OnBad) -> Texts:
+    """Yield a text file as one document, or as several if it exceeds MAX_DOCUMENT_BYTES."""
+    line = 1
+    with path.open("rb") as file:
+        while piece := file.read(MAX_DOCUMENT_BYTES):
+            if len(piece) == MAX_DOCUMENT_BYTES:
+                piece += file.readline()
+            try:
+                yield f"{path}:{line}", piece.decode("utf-8")
+            except UnicodeDecodeError as e:
+                bad_line = line + piece[: e.start].count(b"\n")
+                rule = f"not UTF-8 (byte 0x{piece[e.start]:02x}): convert it"
+                on_bad(BadDocument(f"{path}:{bad_line}: {rule}"))
+            line += piece.count(b"\n")
+
+
+READERS = {  # by the end of a file's name
+    r"\.jsonl(\.gz)?": read_json_texts,
+    r"\.parquet": read_parquet,
+    r"\.(txt|md|rst|tex|html|xml|css|js|ts|tsx|jsx|py|c|h|cc|cpp|hpp|cu|cuh|java|kt|scala|go|rs|rb"
+    r"|php|swift|m|cs|lua|pl|r|jl|sh|sql|yaml|yml|toml|ini|cfg|cmake|asm|f90|hs|ml|ex|erl|clj|lisp"
+    r"|el|proto|tf|dart|v|vhd)": read_text,
+}
+
+
+def reader_of(path: Path) -> Callable[[Path, str, OnBad], Texts] | None:
+    """Return the reader of a file, or None if the end of its name is not known."""
+    known = [ending for ending in READERS if re.search(f"{ending}$", path.name)]
+    return READERS[known[0]] if known else None
+
+
+def files_of(root: Path) -> list[Path]:
+    """List the readable files below a folder in a fixed order, with hidden ones left out."""
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder")
+    if root.is_file():
+        return [root]
+    known = [path for path in root.rglob("*") if reader_of(path) and path.is_file()]
+    return sorted(p for p in known if "/." not in f"/{p.relative_to(root).as_posix()}")
+
+
+def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refuse) -> Iterator[str]:
+    """Yield the documents of files; a given file with another ending is read as text."""
     for path in paths:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            for where, line in numbered_lines(path):
-                yield line if isinstance(line, BadDocument) else row_text(line, text_field, where)
-        elif path.suffix == ".parquet":
-            yield from read_parquet(path, text_field)
-        else:
-            yield from read_text(path)
-
-
-# ---- the corpus that every machine has -----------------------------------------------------------
+        for where, text in (reader_of(path) or read_text)(path, text_field, on_bad):
+            if isinstance(text, str):
+                yield text
+            else:
+                rule = f"no string in field {text_field!r} ({str(text)[:60]}): set --text-field"
+                on_bad(BadDocument(f"{where}: {rule}"))
 
 
 def standard_library() -> list[Path]:
-    """Python's own library, as source files; its tests and other people's packages left out."""
+    """List the source files of Python's own library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip"}
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def embedded_code() -> Documents:
-    return read_documents(standard_library(), "")
+def embedded_code(on_bad: OnBad = refuse) -> Iterator[str]:
+    """Yield the source files of Python's own library."""
+    return read_documents(standard_library(), "", on_bad)
 
 
-def embedded_english() -> Documents:
-    """Text written by people: the topics that `help()` shows, and each module's docstrings."""
+def embedded_english() -> Iterator[str]:
+    """Yield English by people: the topics that `help()` shows, and the docstrings of modules."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -406,41 +432,32 @@ def embedded_english() -> Documents:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # a template or an example of bad code: it has no docstrings
-        nodes = (n for n in ast.walk(tree) if isinstance(n, documented))
-        docs = (d for n in nodes if (d := ast.get_docstring(n, clean=False)))
-        text = "\n\n".join(map(inspect.cleandoc, docs))
+        nodes = filter(lambda node: isinstance(node, documented), ast.walk(tree))
+        text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
         if len(text) > 200:
             yield text
 
 
-EMBEDDED = {"english": embedded_english, "code": embedded_code}
+EMBEDDED = {"english": lambda on_bad: embedded_english(), "code": embedded_code}
 
 # ---- prepare -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Text files → token files."""
+    """Turn text into token files."""
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
     """NAME=PATH of each source: a file or folder of text, Markdown, source code, .jsonl, .jsonl.gz
-    or .parquet. Several paths may share a name. None: Python's own library and documentation."""
-    out: Path = Path("data/python")
-    """Folder to make. It appears when it is complete, not before."""
-    tokenizer: str = ""
-    """A tokenizer file or a tiktoken encoding's name. Empty: one is trained on these texts."""
-    vocab_size: int = 32_768
-    """Size of the trained tokenizer (unused with --tokenizer)."""
-    text_field: str = "text"
-    """Field of a JSON or parquet row that holds the text."""
-    val_fraction: float = 0.01
-    """Share of the documents kept for validation, picked by their content's hash."""
-    skip_bad: bool = False
-    """Count and leave out documents that cannot be read, instead of stopping at the first."""
-    train_bytes: int = 100_000_000
-    """About how much text the tokenizer is trained on."""
-    workers: int = os.cpu_count() or 1
-    """Threads that encode (tiktoken, tokenizers and sentencepiece all release Python's lock)."""
+    or .parquet. Several paths may share a name. Default: Python's own library and documentation."""
+    out: Path = Path("data/python")  # Folder to make. It appears when it is complete, not before.
+    tokenizer: str = ""  # File, or name of a tiktoken encoding. Empty: one is trained on the texts.
+    vocab_size: int = 32_768  # Size of the trained tokenizer (unused with --tokenizer).
+    text_field: str = "text"  # Field of a JSON or parquet row that holds the text.
+    val_fraction: float = 0.01  # Share of the documents for validation, picked by content's hash.
+    skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first.
+    train_bytes: int = 100_000_000  # Amount of text, roughly, that the tokenizer is trained on.
+    workers: int = os.cpu_count() or 1  # Threads that encode (encoders release Python's lock).
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -449,8 +466,11 @@ class PrepareConfig:
             raise ValueError(f"workers={self.workers}, train_bytes={self.train_bytes}: at least 1")
 
 
-def open_sources(cfg: PrepareConfig) -> dict[str, Reader]:
-    """Source name → a function that reads its documents from the start."""
+Source = Callable[[OnBad], Iterator[str]]  # reads a source's documents from the start
+
+
+def open_sources(cfg: PrepareConfig) -> dict[str, Source]:
+    """Return the sources by name, or the embedded corpus if none is given."""
     if not cfg.sources:
         return dict(EMBEDDED)
     files: dict[str, list[Path]] = {}
@@ -465,84 +485,130 @@ def open_sources(cfg: PrepareConfig) -> dict[str, Reader]:
     return {name: partial(read_documents, paths, cfg.text_field) for name, paths in files.items()}
 
 
-class Hygiene:
-    """Drops what is bad, empty or an exact duplicate, and counts it."""
+def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Iterator[str]:
+    """Yield about cfg.train_bytes of text, an equal share from the beginning of each source."""
+    on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dict(bad=0))
+    share = cfg.train_bytes // len(sources)
+    for name, read in sources.items():
+        left = share
+        for text in tqdm(
+            read(on_bad), f"{name}: text for the tokenizer", unit=" docs", leave=False
+        ):
+            yield text
+            left -= len(text)
+            if left < 0:
+                break
+        if left == share:
+            raise ValueError(f"source {name!r} is empty: no document in it")
 
-    def __init__(self, skip_bad: bool) -> None:
-        self.skip_bad = skip_bad
-        self.seen = sqlite3.connect("")  # a temporary file: memory stays bounded
-        self.seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
 
-    def clean(self, documents: Documents) -> Iterator[tuple[str, int, int]]:
-        """→ (text, bytes, first 64 bits of its digest)."""
-        self.counts = dict(bad=0, empty=0, duplicate=0)
-        for text in documents:
-            if isinstance(text, BadDocument):
-                if not self.skip_bad:
-                    raise text
-                self.counts["bad"] += 1
-            elif not text.strip():
-                self.counts["empty"] += 1
-            else:
-                raw, insert = text.encode(), "INSERT OR IGNORE INTO digests VALUES (?)"
-                digest = hashlib.blake2b(raw, digest_size=16).digest()
-                if self.seen.execute(insert, (digest,)).rowcount:
-                    yield text, len(raw), int.from_bytes(digest[:8], "big")
-                else:
-                    self.counts["duplicate"] += 1
+def clean(
+    documents: Iterable[str], seen: sqlite3.Connection, dropped: Counts
+) -> Iterator[tuple[str, int, int]]:
+    """Yield (text, number of bytes, first 64 bits of its digest) of each document worth keeping.
+
+    Blank documents, and exact duplicates whose digest is among `seen`, are counted in `dropped`.
+    """
+    insert = "INSERT OR IGNORE INTO digests VALUES (?)"
+    for text in documents:
+        raw = text.encode()
+        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        if not text.strip():
+            dropped["empty"] += 1
+        elif not seen.execute(insert, (digest,)).rowcount:
+            dropped["duplicate"] += 1
+        else:
+            yield text, len(raw), int.from_bytes(digest[:8], "big")
 
 
 def encode_all(
-    docs: Iterable[Any], encode: Callable[[str], np.ndarray], workers: int
+    documents: Iterable[Any], encode: Callable[[str], np.ndarray], workers: int
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """(document, ids) in order, encoded by threads; a document is (text, bytes, ...)."""
+    """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...).
 
-    def work(group: list[Any]) -> list[tuple[Any, np.ndarray]]:
-        return [(doc, encode(doc[0])) for doc in group]
-
-    waiting, group, size = deque(), [], 0
+    About a million characters a worker are under way at a time, so that memory stays bounded.
+    """
+    under_way = deque()
+    n_chars = 0
     with ThreadPoolExecutor(workers) as pool:
-        for doc in docs:
-            group.append(doc)
-            size += doc[1]
-            if size >= 1 << 18:  # groups of about 256 kB, never more than 4 a worker in flight
-                waiting.append(pool.submit(work, group))
-                group, size = [], 0
-                if len(waiting) >= 4 * workers:
-                    yield from waiting.popleft().result()
-        waiting.append(pool.submit(work, group))
-        while waiting:
-            yield from waiting.popleft().result()
+        for document in documents:
+            under_way.append((document, pool.submit(encode, document[0])))
+            n_chars += len(document[0])
+            while n_chars > workers << 20:
+                document, future = under_way.popleft()
+                n_chars -= len(document[0])
+                yield document, future.result()
+        for document, future in under_way:
+            yield document, future.result()
 
 
 class TokenWriter:
     """Appends to STEM.bin (tokens, </s> after each document) and STEM.idx (int64: its offsets)."""
 
     def __init__(self, stem: str, dtype: type, eos: int) -> None:
-        self.bin, self.idx = open(f"{stem}.bin", "wb"), open(f"{stem}.idx", "wb")
-        self.dtype, self.eos = dtype, np.array([eos], dtype).tobytes()
-        self.counts, self.crc = dict(documents=0, tokens=0, bytes=0), 0
+        self.bin = open(f"{stem}.bin", "wb")
+        self.idx = open(f"{stem}.idx", "wb")
+        self.dtype = dtype
+        self.eos = np.array([eos], dtype).tobytes()
+        self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
         self.idx.write(np.int64(0).tobytes())
 
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
         document = ids.astype(self.dtype).tobytes() + self.eos
-        self.crc = zlib.crc32(document, self.crc)
         self.bin.write(document)
         self.counts["documents"] += 1
         self.counts["tokens"] += len(ids) + 1
         self.counts["bytes"] += n_bytes
+        self.counts["crc"] = zlib.crc32(document, self.counts["crc"])
         self.idx.write(np.int64(self.counts["tokens"]).tobytes())
 
-    def close(self) -> dict[str, int]:
-        for f in (self.bin, self.idx):
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-        return {**self.counts, "crc": self.crc}
+    def close(self) -> Counts:
+        """Flush both files to disk, and return the split's entry of the manifest."""
+        for file in (self.bin, self.idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return self.counts
+
+
+def prepare_source(
+    cfg: PrepareConfig, stem: Path, tokenizer: Tokenizer, seen: sqlite3.Connection, read: Source
+) -> Record:
+    """Write one source's train and validation files, and return its entry of the manifest."""
+    name = stem.name
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    eos = tokenizer.special("</s>")
+    writers = {split: TokenWriter(f"{stem}.{split}", dtype, eos) for split in ("train", "val")}
+    dropped = dict(bad=0, empty=0, duplicate=0)
+    on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dropped)
+    documents = clean(read(on_bad), seen, dropped)
+    with tqdm(desc=name, unit="B", unit_scale=True) as bar:
+        for (_, n_bytes, digest), ids in encode_all(documents, tokenizer.encode, cfg.workers):
+            split = "val" if digest < cfg.val_fraction * 2**64 else "train"
+            writers[split].write(ids, n_bytes)
+            bar.update(n_bytes)
+    train = writers["train"].close()
+    val = writers["val"].close()
+    if not train["documents"]:
+        raise ValueError(f"source {name!r} is empty: no document left for training ({dropped})")
+    if not val["documents"] and cfg.val_fraction:
+        log.warning(f"{name}: too few documents for a validation split of {cfg.val_fraction}")
+    both = {unit: train[unit] + val[unit] for unit in ("documents", "tokens", "bytes")}
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    log.info(
+        f"{name}: {both['documents']:,} documents ({val['documents']:,} for validation), "
+        f"{both['tokens']:,} tokens, {both['bytes'] / both['tokens']:.2f} bytes per token; "
+        f"dropped: {reasons}"
+    )
+    return dict(train=train, val=val, dropped=dropped, dtype=np.dtype(dtype).name)
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    """Tokenize all sources: same input, same bytes; a killed run leaves only OUT.partial."""
+    """Write a folder with the tokenizer, each source's token files, and a manifest.
+
+    The same input gives the same bytes. Everything is written to OUT.partial, which becomes OUT
+    when it is complete: a killed run leaves nothing that looks whole.
+    """
     if cfg.out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another --out")
     sources = open_sources(cfg)
@@ -554,61 +620,17 @@ def prepare(cfg: PrepareConfig) -> None:
     else:
         tokenizer = train_bpe(training_texts(cfg, sources), cfg.vocab_size)
     file = tokenizer.save(folder)
-    tokenizer = load_tokenizer(folder / file)
-    hygiene, entries = Hygiene(cfg.skip_bad), {}
+    seen = sqlite3.connect("")  # a temporary file, so that memory stays bounded
+    seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+    entries = {}
     for name, read in sources.items():
-        entries[name] = prepare_source(cfg, folder / name, tokenizer, hygiene, read())
-    vocab_size, eos = tokenizer.vocab_size, tokenizer.special("</s>")
+        entries[name] = prepare_source(cfg, folder / name, tokenizer, seen, read)
+    vocab_size = tokenizer.vocab_size
+    eos = tokenizer.special("</s>")
     manifest = dict(vocab_size=vocab_size, eos=eos, tokenizer=file, sources=entries)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
     folder.rename(cfg.out)
     log.info(f"{cfg.out}: complete, vocabulary {vocab_size:,}")
-
-
-def training_texts(cfg: PrepareConfig, sources: dict[str, Reader]) -> Iterator[str]:
-    """About cfg.train_bytes of text, an equal share from each source, in the order of the files."""
-    for name, read in sources.items():
-        share, title = cfg.train_bytes // len(sources), f"{name}: text for the tokenizer"
-        left = share
-        for text in tqdm(read(), desc=title, unit=" docs", leave=False):
-            if isinstance(text, str):
-                yield text
-                left -= len(text)
-                if left < 0:
-                    break
-            elif not cfg.skip_bad:
-                raise text
-        if left == share:
-            raise ValueError(f"source {name!r} is empty: no document in it")
-
-
-def prepare_source(
-    cfg: PrepareConfig, stem: Path, tokenizer: Tokenizer, hygiene: Hygiene, documents: Documents
-) -> dict[str, Any]:
-    """One source's train and validation files; returns its entry of the manifest."""
-    name, eos = stem.name, tokenizer.special("</s>")
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    writers = {split: TokenWriter(f"{stem}.{split}", dtype, eos) for split in ("train", "val")}
-    encoded = encode_all(hygiene.clean(documents), tokenizer.encode, cfg.workers)
-    with tqdm(desc=name, unit="B", unit_scale=True) as bar:
-        for (_, n_bytes, digest), ids in encoded:
-            split = "val" if digest < cfg.val_fraction * 2**64 else "train"
-            writers[split].write(ids, n_bytes)
-            bar.update(n_bytes)
-    train, val = (writer.close() for writer in writers.values())
-    if not train["documents"]:
-        left = f"{hygiene.counts}, {val['documents']} for validation"
-        raise ValueError(f"source {name!r} is empty: no document left for training ({left})")
-    if not val["documents"] and cfg.val_fraction:
-        log.warning(f"{name}: too few documents for a validation split of {cfg.val_fraction}")
-    both = {unit: train[unit] + val[unit] for unit in ("documents", "tokens", "bytes")}
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in hygiene.counts.items())
-    log.info(
-        f"{name}: {both['documents']:,} documents ({val['documents']:,} for validation), "
-        f"{both['tokens']:,} tokens, {both['bytes'] / both['tokens']:.2f} bytes per token; "
-        f"dropped: {dropped}"
-    )
-    return dict(train=train, val=val, dropped=hygiene.counts, dtype=np.dtype(dtype).name)
 
 
 # ---- token files and the sampler -----------------------------------------------------------------
@@ -617,7 +639,7 @@ REPORT_BLEND = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # report s
 
 
 class TokenData:
-    """A prepared folder, memory-mapped."""
+    """Opens a folder that `prepare` made; its token files are memory-mapped."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -631,7 +653,7 @@ class TokenData:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens: a run that is resumed on other data is another run."""
+        """Identify the training tokens: a run must not be resumed on others."""
         entries = self.manifest["sources"].items()
         return " ".join(f"{s}:{e['train']['tokens']}:{e['train']['crc']:08x}" for s, e in entries)
 
@@ -642,29 +664,32 @@ class TokenData:
         return self.manifest["sources"][source][split]["tokens"]
 
     def bytes_per_token(self, source: str) -> float:
-        """Of the validation split: makes losses comparable between tokenizers."""
+        """Return a source's validation ratio, which makes losses of tokenizers comparable."""
         val = self.manifest["sources"][source]["val"]
         return val["bytes"] / val["tokens"]
 
     def tokens(self, source: str, split: str) -> np.ndarray:
-        path, n = self.folder / f"{source}.{split}.bin", self.n_tokens(source, split)
-        dtype, size = np.dtype(self.manifest["sources"][source]["dtype"]), path.stat().st_size
-        if size != n * dtype.itemsize:
-            want = f"the manifest says {n} tokens of {dtype}"
-            raise ValueError(f"{path}: {size} bytes, {want}: prepare it again")
-        return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)  # no file maps as empty
+        path = self.folder / f"{source}.{split}.bin"
+        dtype = np.dtype(self.manifest["sources"][source]["dtype"])
+        n_tokens = self.n_tokens(source, split)
+        n_bytes = path.stat().st_size
+        if n_bytes != n_tokens * dtype.itemsize:
+            rule = f"the manifest says {n_tokens} tokens of {dtype}: prepare it again"
+            raise ValueError(f"{path}: {n_bytes} bytes, {rule}")
+        return np.memmap(path, dtype, "r") if n_bytes else np.zeros(0, dtype)  # no empty map exists
 
     def offsets(self, source: str, split: str) -> np.ndarray:
-        """int64 (documents + 1): document d is tokens[offsets[d] : offsets[d + 1]], with </s>."""
+        """Return int64 (documents + 1): document d is tokens[offsets[d]:offsets[d + 1]]."""
         return np.memmap(self.folder / f"{source}.{split}.idx", np.int64, "r")
 
-    def blend(self, weights: dict[str, float]) -> dict[str, float]:
-        """Weights that sum to one; by default the report's for its names, else by tokens."""
+    def blend(self, weights: Blend) -> Blend:
+        """Scale weights to sum to one; without any, take the report's or the sources' sizes."""
         if not weights and set(self.sources) <= set(REPORT_BLEND):
-            weights = {s: REPORT_BLEND[s] for s in self.sources}
+            weights = {source: REPORT_BLEND[source] for source in self.sources}
         elif not weights:
-            weights = {s: self.n_tokens(s, "train") for s in self.sources}
-        if unknown := sorted(set(weights) - set(self.sources)):
+            weights = {source: self.n_tokens(source, "train") for source in self.sources}
+        unknown = sorted(set(weights) - set(self.sources))
+        if unknown:
             raise ValueError(f"the blend names {unknown}, {self.folder} has {list(self.sources)}")
         total = sum(weights.values())
         if min(weights.values()) < 0 or not 0 < total < float("inf"):
@@ -674,148 +699,156 @@ class TokenData:
 
 
 def permute(i: int, n: int, key: int) -> int:
-    """Where element i of n goes in the shuffle `key`: a bijection of 0..n-1, in O(1) memory."""
-    # a four-round Feistel network, walked until it lands inside n
+    """Return the place of element i of n in the shuffle that `key` names, in O(1) memory.
+
+    A Feistel network of four rounds permutes the numbers of 2 * half bits, and is applied until the
+    result is below n. Its constants are splitmix64's (https://prng.di.unimi.it/splitmix64.c).
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
-        left, right = i >> half, i & mask
+        left = i >> half
+        right = i & mask
         for turn in range(4):
             x = (right + key + turn * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-            left, right = right, left ^ ((x ^ x >> 29) * 0x94D049BB133111EB >> 32 & mask)
+            left ^= (x ^ x >> 29) * 0x94D049BB133111EB >> 32 & mask
+            left, right = right, left
         i = left << half | right
         if i < n:
             return i
 
 
-def shares_of(blend: dict[str, float]) -> dict[str, int]:
-    """A source's share among itself and those after it, in 2^-32: integers agree everywhere."""
+def shares_of(blend: Blend) -> Counts:
+    """Return each source's share of what the sources before it leave, in units of 2^-32.
+
+    Weights 0.5, 0.3, 0.2 give shares 0.5, 0.6, 1. Integers round alike on every machine.
+    """
     rest = np.cumsum(list(blend.values())[::-1])[::-1]
-    return {s: round(w / r * 2**32) for (s, w), r in zip(blend.items(), rest, strict=True)}
+    sources = zip(blend.items(), rest, strict=True)
+    return {source: round(weight / left * 2**32) for (source, weight), left in sources}
 
 
-def drawn(shares: dict[str, int], i: int) -> dict[str, int]:
-    """How many of the first i samples of one blend come from each source."""
-    out = {}
-    for name, share in shares.items():
-        out[name] = share * i >> 32
-        i -= out[name]
-    return out
-
-
+@dataclass(eq=False)
 class Sampler:
-    """Sample number i → a window of seq_len tokens, as a pure function of (seed, i).
+    """Maps sample number i to a window of seq_len tokens, as a pure function of (seed, i).
 
-    Nothing to save, nothing to resume. Sources are interleaved so that after any number of samples
-    each is within a sample or two of its weight; within a source each epoch is a fresh shuffle of
-    its windows, each window seen once. The last window of a source is padded.
+    There is nothing to save and nothing to resume. Sources are interleaved so that after any number
+    of samples each is within a sample or two of its weight. Within a source each epoch is a fresh
+    shuffle of its windows, each seen once; the last window of a source is padded.
     """
 
-    def __init__(
-        self,
-        data: TokenData,
-        blend: dict[str, float],
-        seq_len: int,
-        seed: int,
-        split: str = "train",
-        isolate: bool = False,
-        later: dict[int, dict[str, float]] | None = None,
-    ) -> None:
-        """later: blends by the sample that they begin at; `blend` is the one before them."""
-        self.seq_len, self.seed, self.isolate = seq_len, seed, isolate
-        blends = {0: blend, **(later or {})}
-        names = list(dict.fromkeys(s for b in blends.values() for s in b))
-        self.tokens = {s: data.tokens(s, split) for s in names}
-        self.offsets = {s: data.offsets(s, split) for s in names}
-        self.windows = {s: -(-(len(t) - 1) // seq_len) for s, t in self.tokens.items()}
-        for s, t in self.tokens.items():
-            if split == "train" and len(t) <= seq_len:
-                rule = f"fewer than one window of seq_len={seq_len} + 1: add text, or shorten it"
-                raise ValueError(f"source {s!r} has {len(t)} tokens, {rule}")
-        self.parts = [(first, shares_of(blends[first])) for first in sorted(blends)]
+    data: TokenData
+    blend: Blend
+    seq_len: int
+    seed: int
+    split: str = "train"
+    isolate: bool = False  # keep documents apart, see `batch`
+    later: dict[int, Blend] = field(default_factory=dict)  # by the sample that each begins at
 
-    def part(self, i: int) -> tuple[int, dict[str, int], dict[str, int]]:
-        """The blend that sample i is drawn from: (its first sample, its shares, samples that each
-        source gave before it)."""
-        before = dict.fromkeys(self.windows, 0)
-        for (first, shares), after in zip(self.parts, [*self.parts[1:], None], strict=True):
-            if after is None or i < after[0]:
-                return first, shares, before
-            for s, n in drawn(shares, after[0] - first).items():
-                before[s] += n
+    def __post_init__(self) -> None:
+        """Open the sources, and split the run by blend into parts (first sample, end, shares)."""
+        blends = {0: self.blend, **self.later}
+        sources = dict.fromkeys(itertools.chain(*blends.values()))
+        self.tokens = {source: self.data.tokens(source, self.split) for source in sources}
+        self.offsets = {source: self.data.offsets(source, self.split) for source in sources}
+        self.windows = {s: -(-(len(t) - 1) // self.seq_len) for s, t in self.tokens.items()}
+        for source, tokens in self.tokens.items():
+            if self.split == "train" and len(tokens) <= self.seq_len:
+                rule = f"fewer than one window of seq_len={self.seq_len} + 1: add text, or lower it"
+                raise ValueError(f"source {source!r} has {len(tokens)} tokens, {rule}")
+        firsts = sorted(blends)
+        shares = [shares_of(blends[first]) for first in firsts]
+        self.parts = list(zip(firsts, [*firsts[1:], sys.maxsize], shares, strict=True))
 
-    def counts(self, i: int) -> dict[str, int]:
-        """How many of the first i samples come from each source."""
-        first, shares, before = self.part(max(0, i - 1))
-        return before | {s: before[s] + n for s, n in drawn(shares, i - first).items()}
+    def counts(self, i: int) -> Counts:
+        """Return how many of the first i samples come from each source.
+
+        The first source of a blend gets its share of the samples, rounded down; the next one its
+        share of what is left, and so on; the last one gets the rest. Weights 0.5, 0.3, 0.2 give
+
+            i  0  1  2  3  4  5  6  7  8  9 10
+            a  0  0  1  1  2  2  3  3  4  4  5    floor(0.5 i)
+            b  0  0  0  1  1  1  1  2  2  3  3    floor(0.6 (i - a))
+            c  0  1  1  1  1  2  2  2  2  2  2    i - a - b
+
+        From i to i + 1 one count grows, by one: that is the source of sample i.
+        """
+        counts = dict.fromkeys(self.windows, 0)
+        for first, end, shares in self.parts:
+            left = max(0, min(i, end) - first)
+            for source, share in shares.items():
+                n_samples = share * left >> 32
+                counts[source] += n_samples
+                left -= n_samples
+        return counts
 
     def locate(self, i: int) -> tuple[str, int, int]:
-        """Sample i → (source, epoch, window)."""
-        first, shares, before = self.part(i)
-        i -= first
-        for name, share in shares.items():  # noqa: B007
-            k = share * i >> 32  # samples of this source before sample i
-            if share * (i + 1) >> 32 > k:
-                break
-            i -= k
-        epoch, j = divmod(before[name] + k, self.windows[name])
-        key = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=8).digest()
-        return name, epoch, permute(j, self.windows[name], int.from_bytes(key, "big"))
+        """Return (source, epoch, window) of sample i."""
+        before = self.counts(i)
+        after = self.counts(i + 1)
+        source = next(source for source in after if after[source] > before[source])
+        n_windows = self.windows[source]
+        epoch, place = divmod(before[source], n_windows)
+        key = hashlib.blake2b(f"{self.seed}/{source}/{epoch}".encode(), digest_size=8).digest()
+        return source, epoch, permute(place, n_windows, int.from_bytes(key, "big"))
 
     def describe(self, samples: Iterable[int]) -> str:
-        """The documents that samples are cut from, by source and number."""
-        out: dict[str, list[str]] = {}
+        """Name the documents that samples are cut from, by source and number, for the log."""
+        named: dict[str, list[str]] = {}
         for source, _, window in map(self.locate, samples):
+            offsets = self.offsets[source]
             ends = window * self.seq_len + np.array([0, self.seq_len])
-            a, b = np.searchsorted(self.offsets[source], ends, side="right") - 1
-            out.setdefault(source, []).append(f"{a}-{min(b, len(self.offsets[source]) - 2)}")
-        return "; ".join(f"{s} documents {', '.join(d)}" for s, d in out.items())
+            first, last = np.searchsorted(offsets, ends, side="right") - 1
+            named.setdefault(source, []).append(f"{first}-{min(last, len(offsets) - 2)}")
+        return "; ".join(f"{source} documents {', '.join(n)}" for source, n in named.items())
 
     def epochs(self, i: int) -> dict[str, float]:
-        """How often each source has been gone through after i samples."""
-        return {s: n / self.windows[s] for s, n in self.counts(i).items()}
+        """Return how often each source has been gone through after i samples."""
+        return {source: n / self.windows[source] for source, n in self.counts(i).items()}
 
-    def batch(self, samples: Iterable[int]) -> dict[str, np.ndarray]:
-        """Tokens and targets, int64 (B, T), targets IGNOREd where there is nothing to predict.
+    def batch(self, samples: Iterable[int]) -> Arrays:
+        """Return tokens and targets, int64 (B, T), with IGNORE where there is nothing to predict.
 
-        With `isolate` also document ids and positions that restart with each document, and no
-        target across a document's end.
+        With `isolate` there are also document ids, and positions that restart with each document,
+        and no target lies across the end of one.
         """
         rows = [self.row(*self.locate(i)) for i in samples]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def row(self, source: str, epoch: int, window: int) -> dict[str, np.ndarray]:
-        T, start = self.seq_len, window * self.seq_len
+    def row(self, source: str, epoch: int, window: int) -> Arrays:
+        """Return one sample's row of each array of `batch`, int64 (T)."""
+        T = self.seq_len
+        start = window * T
         piece = self.tokens[source][start : start + T + 1].astype(np.int64)
-        tokens, targets = np.zeros(T, np.int64), np.full(T, IGNORE)
-        tokens[: len(piece[:T])] = piece[:T]
-        targets[: len(piece) - 1] = piece[1:]
-        row = {"tokens": tokens, "targets": targets}
+        row = {"tokens": np.zeros(T, np.int64), "targets": np.full(T, IGNORE)}
+        row["tokens"][: len(piece)] = piece[:T]
+        row["targets"][: len(piece) - 1] = piece[1:]
         if self.isolate:
-            at = np.arange(start, start + T + 1)
-            documents = np.searchsorted(self.offsets[source], at, side="right") - 1
-            targets[documents[1:] != documents[:-1]] = IGNORE
-            documents = documents[:-1]
-            new = np.diff(documents, prepend=-1) != 0
-            positions = np.arange(T) - np.maximum.accumulate(np.where(new, np.arange(T), 0))
-            row |= {"positions": positions, "documents": documents}
+            places = np.arange(start, start + T + 1)
+            documents = np.searchsorted(self.offsets[source], places, side="right") - 1
+            row["targets"][documents[1:] != documents[:-1]] = IGNORE
+            row["documents"] = documents[:-1]
+            begins = np.diff(documents[:-1], prepend=-1) != 0
+            first = np.maximum.accumulate(np.where(begins, np.arange(T), 0))
+            row["positions"] = np.arange(T) - first
         return row
 
 
-# ---- chat template -------------------------------------------------------------------------------
+# ---- chat template and rewards -------------------------------------------------------------------
 
 ROLES = {"user": "User", "assistant": "Assistant"}
-# NeMo-Aligner's system text for the reward model (SPEC 2.3)
+MARKER = re.compile("<extra_id_[012]>")
+# the system text that NVIDIA's reward model was trained with (NeMo-Aligner's steerlm examples)
 REWARD_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
 Messages = list[dict[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
+Rendered = tuple[np.ndarray, np.ndarray]  # ids, int32 (T), and which of them are trained, bool (T)
 
 
 def check_messages(messages: Messages) -> None:
-    """ValueError, naming the message and the rule: an optional system turn, then user and assistant
-    in turns, the user first."""
+    """Raise a ValueError unless messages are [system,] user, assistant, user ... in this order."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: a list of {role, content}, at least one")
     for i, message in enumerate(messages):
@@ -823,27 +856,28 @@ def check_messages(messages: Messages) -> None:
             raise ValueError(f"messages[{i}]: an object with a role and a text as content")
         first = messages[0].get("role") == "system"
         want = "system" if i == 0 and first else ("user", "assistant")[(i - first) % 2]
-        if (role := message.get("role")) != want:
-            rule = "an optional system turn, then user and assistant in turns"
-            raise ValueError(f"messages[{i}] has role {role!r}, not {want!r}: {rule}")
+        if message.get("role") != want:
+            rule = f"not {want!r}: an optional system turn, then user and assistant in turns"
+            raise ValueError(f"messages[{i}] has role {message.get('role')!r}, {rule}")
     if messages[-1]["role"] == "system":
         raise ValueError("messages: a user turn is missing after the system turn")
 
 
-def render_chat(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Messages in the Nemotron template → ids, int32 (T), and which of them are trained, bool (T).
+def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
+    """Render messages in the template of https://huggingface.co/nvidia/Nemotron-4-340B-Instruct.
 
     Trained are an assistant's text and the <extra_id_1> after it, by which it learns to stop. A
-    missing system turn is an empty one. After a last user turn comes the head of the answer, for
-    the model to go on from. Texts are tokenised apart from what surrounds them, so that no token
-    spans a boundary, and a marker spelt out in one stays text. No bos. (SPEC 2.2)
+    missing system turn is an empty one. A last user turn is followed by the head of an answer, for
+    the model to go on from. Each text is tokenized apart from what surrounds it, so that no token
+    spans a boundary, and a marker spelt out in a text stays text. There is no <s>.
     """
     check_messages(messages)
-    start, turn = ([tokenizer.special(f"<extra_id_{i}>")] for i in (0, 1))
-    system, turns = messages[0]["content"], messages[1:]
     if messages[0]["role"] != "system":
-        system, turns = "", messages
-    pieces = [(start, False), (tokenizer.encode(f"System\n{system}\n"), False)]
+        messages = [{"role": "system", "content": ""}, *messages]
+    system, *turns = messages
+    start = [tokenizer.special("<extra_id_0>")]
+    turn = [tokenizer.special("<extra_id_1>")]
+    pieces = [(start, False), (tokenizer.encode(f"System\n{system['content']}\n"), False)]
     answered = False
     for message in turns:
         pieces += [(turn, answered), (tokenizer.encode(ROLES[message["role"]] + "\n"), False)]
@@ -852,13 +886,16 @@ def render_chat(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, n
     pieces.append((turn, answered))
     if not answered:
         pieces.append((tokenizer.encode("Assistant\n"), False))
-    ids = np.concatenate([np.asarray(part, np.int32) for part, _ in pieces])
-    return ids, np.concatenate([np.full(len(part), trained) for part, trained in pieces])
+    ids = [np.asarray(piece, np.int32) for piece, _ in pieces]
+    trained = [np.full(len(piece), answer) for piece, answer in pieces]
+    return np.concatenate(ids), np.concatenate(trained)
 
 
 def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
-    """The reward model's input, int32 (T): the conversation up to the assistant turn to be scored,
-    then <extra_id_2>, whose state the head reads."""
+    """Render a conversation for the reward model, int32 (T); the default system is REWARD_SYSTEM.
+
+    After the assistant's turn to be scored comes <extra_id_2>, whose hidden state the head reads.
+    """
     check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError("messages: the last one, which is scored, must be the assistant's")
@@ -868,45 +905,45 @@ def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
     return np.append(ids[:-1], np.int32(tokenizer.special("<extra_id_2>")))
 
 
-# ---- rewards -------------------------------------------------------------------------------------
-
 # HelpSteer2's attributes, each 0 to 4; NVIDIA's head has Open Assistant's four before them
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 NINE_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity", *ATTRIBUTES)
-REWARD_WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)  # the released 340B's (SPEC 2.3)
+REWARD_WEIGHTS = (0.3, 0.74, 0.46, 0.47, -0.33)  # huggingface.co/nvidia/Nemotron-4-340B-Reward
 
 
 def aggregate(attributes: Any, weights: Sequence[float] = REWARD_WEIGHTS) -> Any:
-    """Attributes (..., 5 or 9) → one reward (...); five weights leave out the first four of nine.
-    Lists, arrays and tensors alike."""
-    x = attributes if hasattr(attributes, "shape") else np.asarray(attributes, dtype=float)
-    n, k = x.shape[-1], len(weights)
+    """Sum attributes (..., 5 or 9) by weights, of which five leave out the first four of nine."""
+    if not hasattr(attributes, "shape"):
+        attributes = np.asarray(attributes, dtype=float)
+    n = attributes.shape[-1]
+    k = len(weights)
     if n not in (5, 9) or k not in (5, n):
         raise ValueError(f"{n} attributes, {k} weights: 5 or 9 attributes, 5 weights or as many")
-    return sum(w * x[..., n - k + i] for i, w in enumerate(weights))
+    return sum(weight * attributes[..., n - k + i] for i, weight in enumerate(weights))
 
 
 def best_and_worst(
     responses: Sequence[str], rewards: Sequence[float], finished: Sequence[bool], min_gap: float = 0
 ) -> tuple[int, int] | None:
-    """Of one prompt's responses the numbers of chosen and rejected; unfinished ones and repetitions
-    are left out. None: a tie, or their rewards are less than min_gap apart."""
-    first = {text: i for i, text in reversed([*enumerate(responses)]) if finished[i]}
-    order = sorted(first.values(), key=lambda i: (-rewards[i], i))
+    """Return the numbers of the chosen and the rejected response to one prompt.
+
+    Unfinished responses and repetitions are left out. None is a tie, or a gap below min_gap.
+    """
+    distinct: dict[str, int] = {}
+    for i, text in enumerate(responses):
+        if finished[i]:
+            distinct.setdefault(text, i)
+    order = sorted(distinct.values(), key=lambda i: (-rewards[i], i))
     gap = rewards[order[0]] - rewards[order[-1]] if order else 0
     return (order[0], order[-1]) if gap > 0 and gap >= min_gap else None
 
 
 # ---- rows of alignment data ----------------------------------------------------------------------
 
-MARKER = re.compile("<extra_id_[012]>")
-TO_ANSWER = "<extra_id_1>Assistant\n"  # what a templated prompt ends with
-
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An example as token ids: a conversation or a scored response is one segment, a preference
-    pair two, chosen and rejected."""
+    """Holds one row in segments: a pair has two, chosen and rejected, any other row has one."""
 
     ids: tuple[np.ndarray, ...]  # int32 (T) of each segment
     trained: tuple[np.ndarray, ...]  # bool (T): the tokens that a loss counts
@@ -919,91 +956,76 @@ class Example:
 
     @property
     def key(self) -> str:
-        """Hash of the tokens and of which are trained: what its log-probabilities depend on."""
+        """Hash what log-probabilities depend on: the tokens, and which of them are trained."""
         digest = hashlib.blake2b(digest_size=16)
         for ids, trained in zip(self.ids, self.trained, strict=True):
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + trained.tobytes())
         return digest.hexdigest()
 
 
-# What a JSON object becomes: a conversation, or a pair's two, still unchecked, and values
+# the conversation of a JSON object, or the two of a pair, still unchecked, and values
 Parsed = tuple[list[Messages], np.ndarray | None]
-Rows = tuple[list[Example], dict[str, int]]
+Examples = tuple[list[Example], Counts]  # and how many rows were bad, too long or shortened
 
 
-def required(row: dict[str, Any], name: str, kind: type = object) -> Any:
+def required(row: Record, name: str, kind: type = object) -> Any:
+    """Return a field of a row, or raise a ValueError if it is missing or of another kind."""
     if row.get(name) is None or not isinstance(row[name], kind):
-        what = {str: "text", list: "list"}.get(kind, "value")
-        raise ValueError(f"no {what} in field {name!r} (it has {sorted(row)})")
+        noun = {str: "text", list: "list"}.get(kind, "value")
+        raise ValueError(f"no {noun} in field {name!r} (it has {sorted(row)})")
     return row[name]
 
 
 def numbers(values: list[Any], names: Sequence[str]) -> np.ndarray:
-    """float32, each checked to be a finite number."""
+    """Return values as float32, each checked to be a finite number."""
     for value, name in zip(values, names, strict=True):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < 3e38:
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not abs(value) < 3e38:
             raise ValueError(f"{name} is {value!r}, not a finite number")
     return np.array(values, np.float32)
 
 
-def plain(messages: Any) -> Any:
-    """Messages with role and content alone; what is none stays as it is."""
-    if not isinstance(messages, list):
-        return messages
-    keys = ("role", "content")
-    return [{k: m.get(k) for k in keys} if isinstance(m, dict) else m for m in messages]
-
-
-def parse_chat(text: str, end: str) -> Messages:
-    """A text in the Nemotron template → its messages, the system turn included. Its markers are
-    structure: one in any other place, or another end than `end`, is an error."""
-    if not text.endswith(f"\n{end}"):
-        raise ValueError(f"a templated text must end with {chr(10) + end!r}, not {text[-40:]!r}")
+def messages_of(value: Any, role: str) -> Any:
+    """Return a text as one message of `role`, and messages with their role and content alone."""
+    if not isinstance(value, list):
+        return [{"role": role, "content": value}]
     messages = []
-    for i, turn in enumerate(text[: -len(end)].split("<extra_id_1>")):
-        head, _, body = turn.partition("\n")
-        roles = {v: k for k, v in ROLES.items()} if i else {"<extra_id_0>System": "system"}
-        if head not in roles or not body.endswith("\n") or MARKER.search(body):
-            rule = f"{' or '.join(roles)}, then lines without a marker"
-            raise ValueError(f"turn {i} of a templated text is {turn[:60]!r}, not {rule}")
-        messages.append({"role": roles[head], "content": body[:-1]})
+    for message in value:
+        if isinstance(message, dict):
+            message = {key: message.get(key) for key in ("role", "content")}
+        messages.append(message)
     return messages
 
 
-def read_chat(row: dict[str, Any]) -> Parsed:
-    """{"messages": [{role, content}]}, or NeMo's {"system", "conversations": [{from, value}]}."""
-    if "messages" in row:
-        return [plain(row["messages"])], None
-    turns, names = required(row, "conversations", list), {v: k for k, v in ROLES.items()}
-    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
-    if (mask := row.get("mask") or "User") != "User":
-        raise ValueError(f"mask is {mask!r}: only 'User' is built, which trains the assistant")
-    if row.get("type") and any(turn.get("label") is not None for turn in turns):
-        raise ValueError(f"type is {row['type']!r}: conditioning on labels is not built")
-    said = [(str(turn.get("from")), turn.get("value")) for turn in turns]
-    chat = [{"role": names.get(role, role), "content": text} for role, text in said]
-    return [[{"role": "system", "content": row.get("system") or ""}, *chat]], None
+TO_ANSWER = "<extra_id_1>Assistant\n"
+numbered_lines = read_jsonl
+plain = partial(messages_of, role="user")
 
 
-def read_preference(row: dict[str, Any], rewards: bool) -> Parsed:
-    """NeMo's {"prompt", "chosen_response", "rejected_response"}: a templated prompt and answers
-    that end with the next turn's mark, or messages and plain answers. Or {"chosen", "rejected"},
-    plain answers or messages, perhaps whole conversations, with a "prompt", plain or messages."""
-    nemo = "chosen_response" in row or "rejected_response" in row
-    given = plain(required(row, "prompt") if nemo else row.get("prompt", row.get("messages", [])))
-    sides = [plain(required(row, side + "_response" * nemo)) for side in ("chosen", "rejected")]
-    if nemo and isinstance(given, str):
-        chats = [parse_chat(f"{given}{side}", "<extra_id_1>") for side in sides]
-        given = parse_chat(given, TO_ANSWER)
-    else:
-        given = given if isinstance(given, list) else [{"role": "user", "content": given}]
-        said = [s if isinstance(s, list) else [{"role": "assistant", "content": s}] for s in sides]
-        if not given and min(map(len, said)) < 2:
-            required(row, "prompt")
-        chats = [side if len(side) > 1 else [*given, *side] for side in said]
-    if any(chat[:-1] != chats[0][:-1] or given != chat[-1 - len(given) : -1] for chat in chats):
-        raise ValueError("chosen and rejected do not answer the same prompt")
+def json_object(row: Any) -> Record:
+    """Return a row as it is: the old name of what read_jsonl does."""
+    return row if isinstance(row, dict) else parse_line(row, "")
+
+
+def read_chat(row: Record) -> Parsed:
+    """Parse {"messages": [{"role", "content"}]}."""
+    return [messages_of(required(row, "messages", list), "user")], None
+
+
+def read_preference(row: Record, rewards: bool) -> Parsed:
+    """Parse {"chosen", "rejected"}, perhaps with "chosen_reward" and "rejected_reward".
+
+    They are answers to "prompt" or "messages", as texts or messages, or whole conversations, for
+    which a prompt may be missing. With `rewards`, a row must have its two.
+    """
+    prompt = messages_of(row.get("prompt", row.get("messages", [])), "user")
+    sides = [messages_of(required(row, side), "assistant") for side in ("chosen", "rejected")]
+    if not prompt and min(map(len, sides)) < 2:
+        required(row, "prompt")
+    chats = [side if len(side) > 1 else [*prompt, *side] for side in sides]
+    for chat in chats:
+        if chat[:-1] != chats[0][:-1] or chat[-1 - len(prompt) : -1] != prompt:
+            raise ValueError("chosen and rejected do not answer the same prompt")
     if chats[0] == chats[1]:
         raise ValueError("chosen and rejected are equal")
     names = ("chosen_reward", "rejected_reward")
@@ -1012,26 +1034,32 @@ def read_preference(row: dict[str, Any], rewards: bool) -> Parsed:
     return chats, None
 
 
-def read_scored(row: dict[str, Any], n_attributes: int) -> Parsed:
-    """NeMo's {"text" in the template, "label"}, {"messages", "label"}, or HelpSteer2's columns,
-    whose prompt has its earlier turns in the template."""
+def parse_prompt(text: str) -> Messages:
+    r"""Split a HelpSteer2 prompt like "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n2+2?"."""
+    role_of = {name: role for role, name in ROLES.items()}
+    messages = []
+    for turn in f"User\n{text}".split("\n<extra_id_1>"):
+        name, _, content = turn.partition("\n")
+        if name not in role_of or MARKER.search(content):
+            rule = f"{' or '.join(role_of)}, then lines without a marker"
+            raise ValueError(f"turn {len(messages)} of the prompt is {turn[:60]!r}, not {rule}")
+        messages.append({"role": role_of[name], "content": content})
+    return messages
+
+
+def read_scored(row: Record, n_attributes: int) -> Parsed:
+    """Parse {"messages", "label"}, or HelpSteer2's columns."""
     if "messages" in row:
-        chat, label = plain(row["messages"]), required(row, "label", list)
-    elif "text" in row or "label" in row:
-        chat, label = (
-            parse_chat(required(row, "text", str), "<extra_id_2>"),
-            required(row, "label", list),
-        )
+        chat = messages_of(row["messages"], "user")
+        label = required(row, "label", list)
     else:
-        before = (
-            f"<extra_id_0>System\n\n<extra_id_1>User\n{required(row, 'prompt', str)}\n{TO_ANSWER}"
-        )
-        answer = {"role": "assistant", "content": required(row, "response", str)}
-        chat = [*parse_chat(before, TO_ANSWER)[1:], answer]
+        chat = parse_prompt(required(row, "prompt", str))
+        chat.append({"role": "assistant", "content": required(row, "response", str)})
         label = [required(row, name) for name in ATTRIBUTES]
     if len(label) not in (5, 9):
         raise ValueError(f"label has {len(label)} values, not 5 or 9")
     values = numbers(label, NINE_ATTRIBUTES[-len(label) :])
+    # for nine attributes, the first four of a label of five are masked
     values = np.append(np.full(4, IGNORE, np.float32), values)[-n_attributes:]
     if (values == IGNORE).all():
         raise ValueError(f"none of the {n_attributes} attributes is labelled")
@@ -1039,6 +1067,7 @@ def read_scored(row: dict[str, Any], n_attributes: int) -> Parsed:
 
 
 def check_answers(messages: Messages) -> None:
+    """Raise a ValueError if messages do not end with an answer, or have an empty one."""
     check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
@@ -1047,83 +1076,69 @@ def check_answers(messages: Messages) -> None:
             raise ValueError(f"messages[{i}] is an empty response")
 
 
-def render_answer(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """As render_chat, with the last answer alone trained."""
+def render_answer(messages: Messages, tokenizer: Tokenizer) -> Rendered:
+    """Render messages as render_chat does, with only the last answer trained."""
     ids, trained = render_chat(messages, tokenizer)
     trained[: len(render_chat(messages[:-1], tokenizer)[0])] = False
     return ids, trained
 
 
-def render_judged(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """As render_reward, with nothing trained. An empty system turn is none: the reward model has
-    its own."""
+def render_judged(messages: Messages, tokenizer: Tokenizer) -> Rendered:
+    """Render messages as render_reward does, with nothing trained; an empty system turn is none."""
     messages = messages[1:] if messages[0] == {"role": "system", "content": ""} else messages
     ids = render_reward(messages, tokenizer)
     return ids, np.zeros(len(ids), bool)
 
 
-def json_object(line: bytes | BadDocument) -> dict[str, Any]:
-    if isinstance(line, BadDocument):
-        raise line
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON ({e})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
-    if b"\\ud" in line.lower():
-        json.dumps(row, ensure_ascii=False).encode()  # UnicodeEncodeError for a lone surrogate
-    return row
-
-
-def without_first_exchange(messages: Messages) -> Messages:
-    n = messages[0]["role"] == "system"
-    return messages[:n] + messages[n + 2 :]
+def shortened(chats: list[Messages]) -> Iterator[list[Messages]]:
+    """Yield chats as they are, then without their first exchange, and so on, until one is left."""
+    first = int(chats[0][0]["role"] == "system")
+    for n_removed in range(len(chats[0]) // 2):
+        yield [chat[:first] + chat[first + 2 * n_removed :] for chat in chats]
 
 
 def read_rows(
     path: str | Path,
-    read: Callable[[dict[str, Any]], Parsed],
-    render: Callable[[Messages], tuple[np.ndarray, np.ndarray]],
+    parse: Callable[[Record], Parsed],
+    render: Callable[[Messages], Rendered],
     seq_len: int,
     window: int = 0,
     skip_bad: bool = False,
     shorten: bool = False,
-) -> Rows:
-    """The rows with segments of at most seq_len tokens, `window` (0: seq_len) together, and counts:
-    bad ones end the run unless skip_bad; those too long are left out, or with `shorten` lose their
-    earliest exchanges. No answer is ever cut."""
-    rows, counts = [], dict(bad=0, long=0, shortened=0)
-    for where, line in numbered_lines(Path(path)):
+) -> Examples:
+    """Return a file's rows of at most seq_len tokens a segment, `window` (0: seq_len) together.
+
+    A bad row stops the run unless `skip_bad`. One that is too long is left out, or with `shorten`
+    loses its earliest exchanges until it fits; no answer is ever cut.
+    """
+    examples = []
+    counts = dict(bad=0, long=0, shortened=0)
+    on_bad = partial(count_bad, skip_bad=skip_bad, counts=counts, level=logging.WARNING)
+    for where, row in read_jsonl(path, on_bad):
         try:
-            chats, values = read(json_object(line))
+            chats, values = parse(row)
             for chat in chats:
                 check_answers(chat)
         except ValueError as e:
-            bad = e if isinstance(e, BadDocument) else BadDocument(where, f"{e}: mend the line")
-            if not skip_bad:
-                raise bad from None
-            log.warning(f"left out: {bad}")
-            counts["bad"] += 1
+            on_bad(BadDocument(f"{where}: {e}: mend the line"))
             continue
-        for cuts in range(len(chats[0]) // 2 if shorten else 1):
-            chats = [without_first_exchange(chat) for chat in chats] if cuts else chats
-            row = Example(*zip(*map(render, chats), strict=True), values, where)
-            if max(map(len, row.ids)) <= seq_len and row.length <= (window or seq_len):
-                rows.append(row)
-                counts["shortened"] += cuts > 0
+        for n_removed, shorter in enumerate(shortened(chats) if shorten else [chats]):
+            example = Example(*zip(*map(render, shorter), strict=True), values, where)
+            if max(map(len, example.ids)) <= seq_len and example.length <= (window or seq_len):
+                examples.append(example)
+                counts["shortened"] += n_removed > 0
                 break
         else:
             counts["long"] += 1
     found = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-    if not rows:
+    if not examples:
         raise ValueError(f"{path}: no row left ({found}): allow longer ones, or look at the file")
-    log.info(f"{path}: {len(rows):,} rows; {found}")
-    return rows, counts
+    log.info(f"{path}: {len(examples):,} rows; {found}")
+    return examples, counts
 
 
-def sft_rows(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options: Any) -> Rows:
-    """Conversations; every turn of the assistant is trained. options: read_rows'."""
+def sft_rows(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options: Any) -> Examples:
+    """Read conversations, in which every turn of the assistant is trained; see read_rows."""
     return read_rows(path, read_chat, partial(render_chat, tokenizer=tokenizer), seq_len, **options)
 
 
@@ -1134,95 +1149,108 @@ def preference_rows(
     rewards: bool = False,
     judged: bool = False,
     **options: Any,
-) -> Rows:
-    """Pairs. rewards: a row must have its two, there is no default; judged: in a reward model's
-    rendering. options: read_rows'."""
-    read = partial(read_preference, rewards=rewards)
+) -> Examples:
+    """Read pairs, which must have `rewards`, or are `judged` by a reward model; see read_rows."""
+    parse = partial(read_preference, rewards=rewards)
     render = partial(render_judged if judged else render_answer, tokenizer=tokenizer)
-    return read_rows(path, read, render, seq_len, **options)
+    return read_rows(path, parse, render, seq_len, **options)
 
 
 def reward_rows(
     path: str | Path, tokenizer: Tokenizer, seq_len: int, n_attributes: int = 5, **options: Any
-) -> Rows:
-    """Scored responses. A label of nine for five attributes loses its first four, one of five for
-    nine has them masked. options: read_rows'."""
+) -> Examples:
+    """Read scored responses, for a head of 5 or 9 attributes; see read_rows."""
     if n_attributes not in (5, 9):
         raise ValueError(f"n_attributes={n_attributes}: 5 or 9")
-    read = partial(read_scored, n_attributes=n_attributes)
-    return read_rows(path, read, partial(render_judged, tokenizer=tokenizer), seq_len, **options)
+    parse = partial(read_scored, n_attributes=n_attributes)
+    return read_rows(path, parse, partial(render_judged, tokenizer=tokenizer), seq_len, **options)
 
 
 def show_row(row: Example, tokenizer: Tokenizer) -> str:
-    """A row as text for a terminal, what is trained in green."""
-    out = ""
+    """Return a row as text for a terminal, with what is trained in green."""
+    shown = ""
     for ids, trained in zip(row.ids, row.trained, strict=True):
         cuts = np.flatnonzero(np.diff(trained)) + 1
         for run, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
             text = tokenizer.decode(run).replace("\x1b", "␛")  # a text must not steer the terminal
-            out += f"\x1b[32m{text}\x1b[0m" if green[0] else text
-        out += "\n"
-    return out
+            shown += f"\x1b[32m{text}\x1b[0m" if green[0] else text
+        shown += "\n"
+    return shown
 
 
 # ---- packing -------------------------------------------------------------------------------------
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which rows share a window of `room` tokens, each of at most that: longest first, each where
-    it leaves least room. A function of the lengths alone."""
-    windows, of_room, rooms = [], {}, 0  # rooms: bit r is set where a window has r places left
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if enough := rooms >> lengths[i]:
-            left = lengths[i] + (enough & -enough).bit_length() - 1
-            w = of_room[left].pop()
-            rooms ^= 0 if of_room[left] else 1 << left
+    """Return which rows share each window of `room` tokens, by their numbers.
+
+    Rows come longest first, and each goes where it leaves least room; of several such windows, into
+    the one filled last. The result is a function of the lengths alone.
+    """
+    windows: list[list[int]] = []
+    spaces: list[tuple[int, int, int]] = []  # sorted: (room left, -turn of the last row, window)
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for turn, i in enumerate(order):
+        tightest = bisect.bisect_left(spaces, (lengths[i],))
+        if tightest < len(spaces):
+            left, _, window = spaces.pop(tightest)
         else:
-            w, left = len(windows), room
+            left = room
+            window = len(windows)
             windows.append([])
-        windows[w].append(i)
-        left -= lengths[i]
-        of_room.setdefault(left, []).append(w)
-        rooms |= 1 << left
+        windows[window].append(i)
+        bisect.insort(spaces, (left - lengths[i], -turn, window))
     return windows
 
 
-def pack(
-    rows: Sequence[Example], window: int, packed: bool = True, multiple: int = 1
-) -> dict[str, np.ndarray]:
-    """Rows of one kind → W windows of T = window tokens: packed, or one a window; then empty ones
-    up to a multiple of `multiple`. With row s of its window made of n segments:
+def place(rows: Iterable[Example], into: Arrays) -> None:
+    """Write rows one behind the other into one window of each array of `pack`."""
+    start = 0
+    for s, row in enumerate(rows):
+        for k, ids in enumerate(row.ids):
+            end = start + len(ids)
+            into["tokens"][start:end] = ids
+            into["targets"][start : end - 1] = np.where(row.trained[k][1:], ids[1:], IGNORE)
+            into["positions"][start:end] = np.arange(len(ids))
+            into["documents"][start:end] = s * len(row.ids) + k
+            into["ends"][s, k] = end - 1
+            start = end
+
+
+def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: int = 1) -> Arrays:
+    """Put rows of one kind into W windows of T = window tokens, several in each or, if not, one.
+
+    Empty windows follow up to a multiple of `multiple`. With S rows in the fullest window and n
+    segments in a row, the arrays are
 
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
-    IGNORE), documents (n s + k in segment k of row s, -1 in padding): int64 (W, T)
+    IGNORE), documents (n s + k in segment k of the window's row s, -1 in padding): int64 (W, T)
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
     if all rows have values, rewards (W, S, 2) or labels (W, S, 5 or 9), float32, IGNORE for none
     """
     for row in rows:
         if row.length > window:
             raise ValueError(f"{row.where}: {row.length} tokens in a window of {window}: drop it")
-    members = (
-        best_fit([r.length for r in rows], window) if packed else [[i] for i in range(len(rows))]
-    )
-    n, shape = len(rows[0].ids), (-(-len(members) // multiple) * multiple, window)
-    slots = (shape[0], max(map(len, members)))
-    out = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE)}
-    out |= {"positions": np.zeros(shape, np.int64), "documents": np.full(shape, -1)}
-    out |= {"rows": np.full(slots, -1), "ends": np.zeros((*slots, n), np.int64)}
-    for w, inside in enumerate(members):
-        out["rows"][w, : len(inside)], at = inside, 0
-        for d in range(len(inside) * n):
-            row, k = rows[inside[d // n]], d % n
-            ids, part = row.ids[k], slice(at, at + len(row.ids[k]))
-            out["tokens"][w, part], out["documents"][w, part] = ids, d
-            out["positions"][w, part] = np.arange(len(ids))
-            out["targets"][w, part][:-1] = np.where(row.trained[k][1:], ids[1:], IGNORE)
-            at += len(ids)
-            out["ends"][w, d // n, k] = at - 1
+    groups = [[i] for i in range(len(rows))]
+    if packed:
+        groups = best_fit([row.length for row in rows], window)
+    n_segments = len(rows[0].ids)
+    n_windows = -(-len(groups) // multiple) * multiple
+    slots = (n_windows, max(map(len, groups)))
+    empty = dict(tokens=0, targets=IGNORE, positions=0, documents=-1)
+    out = {name: np.full((n_windows, window), value) for name, value in empty.items()}
+    out["rows"] = np.full(slots, -1)
+    out["ends"] = np.zeros((*slots, n_segments), np.int64)
+    for w, group in enumerate(groups):
+        out["rows"][w, : len(group)] = group
+        into = {name: array[w] for name, array in out.items()}
+        place([rows[i] for i in group], into)
     if all(row.values is not None for row in rows):
-        values = np.full((*slots, len(rows[0].values)), IGNORE, np.float32)
-        values[out["rows"] >= 0] = [rows[i].values for inside in members for i in inside]
-        out["rewards" if n == 2 else "labels"] = values
+        values = np.stack([row.values for row in rows])
+        filled = out["rows"] >= 0
+        name = "rewards" if n_segments == 2 else "labels"
+        out[name] = np.full((*slots, values.shape[1]), IGNORE, np.float32)
+        out[name][filled] = values[out["rows"][filled]]
     return out
 
 
@@ -1231,23 +1259,23 @@ def pack(
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """What a prepared folder holds, and how its batches read."""
+    """Show what a prepared folder holds, and how its batches read."""
 
-    folder: tyro.conf.Positional[Path]
-    samples: int = 3
-    """How many samples of the training blend to print."""
-    seq_len: int = 64
-    seed: int = 0
-    blend: dict[str, float] = field(default_factory=dict)
-    """Source weights; empty: the default blend."""
+    folder: tyro.conf.Positional[Path]  # Folder that `prepare` made.
+    samples: int = 3  # Number of samples of the training blend to print.
+    seq_len: int = 64  # Tokens of a sample.
+    seed: int = 0  # Seed of the order of samples.
+    blend: Blend = field(default_factory=dict)  # Weights of sources. Empty: the default blend.
 
 
 def show(cfg: ShowConfig) -> None:
+    """Log the size and weight of each source, and the text of some samples."""
     data = TokenData(cfg.folder)
-    blend, tokenizer = data.blend(cfg.blend), data.tokenizer()
+    blend = data.blend(cfg.blend)
+    tokenizer = data.tokenizer()
     for source in data.sources:
-        docs = data.manifest["sources"][source]["train"]["documents"]
-        held = f"{docs:,} documents, {data.n_tokens(source, 'train'):,} tokens"
+        train = data.manifest["sources"][source]["train"]
+        held = f"{train['documents']:,} documents, {train['tokens']:,} tokens"
         log.info(f"{source}: weight {blend.get(source, 0):.3f}, {held}")
     sampler = Sampler(data, blend, cfg.seq_len, cfg.seed)
     for i in range(cfg.samples):
@@ -1261,7 +1289,10 @@ def main() -> None:
     commands = {"prepare": PrepareConfig, "show": ShowConfig}
     try:
         cfg = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        prepare(cfg) if isinstance(cfg, PrepareConfig) else show(cfg)
+        if isinstance(cfg, PrepareConfig):
+            prepare(cfg)
+        else:
+            show(cfg)
     except (ValueError, OSError) as e:
         sys.exit(f"data.py: error: {e}")
 

@@ -780,7 +780,7 @@ def tokenize(shape: str, o: argparse.Namespace, vocab_size: int = 16_384) -> lis
     megabytes = sum(n for _, n in docs) / 1e6
     ours = data.train_bpe(texts, vocab_size)
     theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = data.hf_pre_tokenizer()
+    theirs.pre_tokenizer = ours.standard.pre_tokenizer
     start = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     specials = list(data.SPECIALS)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, **start)
