@@ -343,7 +343,8 @@ class TextStream:
             return self.held[: min(places)]
         keep = 0
         for stop in () if final else self.stop:
-            begun = [n for n in range(len(stop)) if self.held.endswith(stop[:n])]
+            most = min(len(stop), len(self.held) + 1)
+            begun = [n for n in range(most) if self.held.endswith(stop[:n])]
             keep = max(keep, begun[-1])
         end = len(self.held) - keep
         text = self.held[:end]
