@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ from data import (
     prepare,
     shares_of,
 )
-from recipes import demo
 
 ROOT = Path(__file__).parents[1]
 UGLY = [
@@ -1179,78 +1177,3 @@ def test_pairs_without_rewards_have_none_in_their_windows():
     rows = random_rows(3, "preference")
     rows[1] = data.Example(rows[1].ids, rows[1].trained, None, "")
     assert "rewards" not in data.pack(rows, 64)
-
-
-# ---- the demo's tasks ----------------------------------------------------------------------------
-
-
-def tasks(n, seed=0, **how):
-    rng = random.Random(seed)
-    return [demo.draw_task(rng, call=i % 2 == 0, **how) for i in range(n)]
-
-
-def true_reward(task, text):
-    return float(data.aggregate(task.labels(text)))
-
-
-def test_a_tasks_answer_is_right_by_hand():
-    results = {"sort": "0347", "first": "7", "last": "3", "largest": "7", "smallest": "0"}
-    assert {name: demo.Task(name, "7403").result for name in demo.OPERATIONS} == results
-    task = demo.Task("sort", "209", ("mark", "words", "sure", "brackets"))
-    assert task.answer == "Sure: (zero two nine)!"
-    assert task.prompt == "Sort 209 upwards. End with ! In words. Begin with Sure: In brackets."
-    assert demo.Task("sort", "209", call=True).prompt == "sort(209)"
-
-
-def test_the_best_answer_is_the_ideal_one_and_every_fault_costs():
-    rng = random.Random(1)
-    for task in tasks(400):
-        ideal = task.labels(task.answer)
-        assert task.right(task.answer) and all(task.met(task.answer))
-        assert ideal == [4, 4, 4, 2 + len(task.instructions), 1]
-        for text in (task.flawed(rng), task.flawed(rng), "", " \n", task.prompt, "\x00é 7" * 50):
-            labels = task.labels(text)
-            assert all(type(x) is int and 0 <= x <= 4 for x in labels) and len(labels) == 5
-            assert true_reward(task, text) < true_reward(task, task.answer)
-
-
-def test_marks_follow_what_is_wrong():
-    task = demo.Task("sort", "312", ("words", "mark"))
-    graded = {
-        "one two three!": (True, [True, True]),
-        "one two three": (True, [True, False]),
-        "123!": (True, [False, True]),
-        "one three two!": (False, [True, True]),
-        "Well, let me see. one two three!": (True, [True, True]),
-        "3": (False, [False, False]),
-    }
-    for text, (right, met) in graded.items():
-        assert (task.right(text), task.met(text)) == (right, met), text
-    rewards = {text: true_reward(task, text) for text in graded}
-    assert max(rewards, key=rewards.get) == "one two three!"
-    assert min(rewards, key=rewards.get) == "3"
-    assert task.labels("one three two!")[1] == 1 and task.labels("one two four!")[1] == 2
-
-
-def test_no_held_out_task_is_trained_on():
-    asked = [{(t.operation, t.digits) for t in tasks(3000, held_out=h)} for h in (False, True)]
-    assert not asked[0] & asked[1] and len(asked[1]) > 1000
-    rng = random.Random(0)
-    for text in (demo.draw_text(rng) for _ in range(1000)):
-        calls = re.findall(r"(\w+)\((\d+)\)", text)
-        assert not any(demo.Task(*call).held_out for call in calls)
-
-
-def test_the_demos_rows_are_what_the_stages_read(tmp_path, tokenizer):
-    rng, scored = random.Random(2), []
-    for task in tasks(20):
-        texts = [task.answer, task.flawed(rng), task.flawed(rng)]
-        scored += [demo.scored_row(task, text) for text in texts]
-    for kind in ("sft", "reward"):
-        assert len(rows_of(kind, tmp_path, tokenizer, *scored)) == len(scored)
-
-
-def test_the_demos_data_is_a_function_of_its_seed():
-    assert tasks(50, seed=3) == tasks(50, seed=3) != tasks(50, seed=4)
-    texts = [[demo.draw_text(random.Random(s)) for _ in range(3)] for s in (5, 5, 6)]
-    assert texts[0] == texts[1] != texts[2]

@@ -20,7 +20,6 @@ import parallel
 import train
 from model import SHAPES, Nemotron, init_weights
 from parallel import MeshConfig, save_hf
-from recipes import demo, iterate
 
 TINY = dataclasses.replace(
     SHAPES["nano"], dim=32, n_layers=4, head_dim=8, ffn_dim=64, vocab_size=512, seq_len=256,
@@ -389,66 +388,3 @@ def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_pa
         sums.append(align.response_sums(log_probs, batch))
     a = align.preference_margin(sums[0], sums[1], 0.1)
     assert align.dpo_loss(a).mean().item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
-    demo.demo(demo.DemoConfig(tmp_path / "demo", scale=0.004))
-    lines = (tmp_path / "demo" / "table.md").read_text().splitlines()
-    stages = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    assert stages == [
-        "stage",
-        "---",
-        "base",
-        "code_sft",
-        "general_sft",
-        "dpo",
-        *(f"rpo_{i}" for i in (1, 2, 3)),
-    ]
-    for name, init in (("code_sft", "base"), ("rpo_2", "rpo_1"), ("reward", "general_sft")):
-        cfg = json.loads((tmp_path / "demo" / name / "config.json").read_text())
-        assert cfg["init"].endswith(f"demo/{init}")
-    with pytest.raises(ValueError, match="scale"):
-        demo.DemoConfig(scale=0)
-
-
-def write_answers(cfg):
-    """In synthesize's place, as what so small a model writes never ends: rows of the right kind."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    prompts = [json.loads(line)["prompt"] for line in cfg.prompts[0].read_text().splitlines()]
-    said = [{"messages": [{"role": "user", "content": text}]} for text in prompts]
-    pair = dict(chosen="7", rejected="8", chosen_reward=1.0, rejected_reward=0.0)
-    chats = [{"messages": [*r["messages"], {"role": "assistant", "content": "7"}]} for r in said]
-    pairs = [row | pair for row in said]
-    for name, rows in (("sft", chats), ("preference", pairs), ("rpo", pairs)):
-        (cfg.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return cfg.out
-
-
-@pytest.mark.slow
-def test_rounds_go_on_where_they_were_stopped_and_leave_their_lineage(tmp_path):
-    toys = demo.DemoConfig(tmp_path / "demo", scale=0.004)
-    loop = dataclasses.replace(iterate.weak_to_strong(), out=tmp_path / "loop", demo=toys)
-    with mock.patch.object(iterate, "synthesize", side_effect=write_answers) as made:
-        iterate.iterate(dataclasses.replace(loop, rounds=1))
-        first = (tmp_path / "loop" / "lineage.json").read_text()
-        sealed = [*tmp_path.rglob("state.json"), *(tmp_path / "loop").rglob("metrics.jsonl")]
-        before = {file: file.read_bytes() for file in sealed}
-        iterate.iterate(loop)
-    assert len(before) > 10 and all(file.read_bytes() == text for file, text in before.items())
-    asked = [call.args[0] for call in made.call_args_list]
-    assert asked[:3] == asked[3:6] and len(asked) == 9
-    lineage = json.loads((tmp_path / "loop" / "lineage.json").read_text())
-    assert lineage[:3] == json.loads(first) and len(lineage) == 6
-    assert [Path(row["generator"]).name for row in lineage] == ["weak"] * 3 + ["rpo"] * 3
-    assert lineage[3]["generator"] == lineage[2]["run"]
-    assert [Path(row["init"]).name for row in lineage] == ["base", "sft", "dpo"] * 2
-    for cfg, row in zip(asked[3:], lineage, strict=True):  # who wrote, who answered
-        assert str(cfg.model) == row["generator"]
-        assert cfg.answerers == (() if row["stage"] == "sft" else (row["init"],))
-    table = (tmp_path / "loop" / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 1 + 6 and "true reward" in table[0]
-    with pytest.raises(ValueError, match="bases"):
-        iterate.IterateConfig()
-    with pytest.raises(ValueError, match="rounds=0"):
-        dataclasses.replace(loop, rounds=0)
