@@ -76,8 +76,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def sft_loss(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return −Σ log π(y_t | x, y_<t) over the trained tokens, and their number (report section
-    3.3.1)."""
+    """Return −Σ log π(y_t | x, y_<t) over the trained tokens, and their number."""
     trained = targets != IGNORE
     return -torch.where(trained, log_probs, 0).sum(), trained.sum()
 
@@ -241,17 +240,17 @@ class AlignConfig(RunConfig):
     """Settings that all stages share. The learning rate is constant unless min_lr is set."""
 
     model: ModelConfig = SHAPES["nemotron4-340b"]
-    """Model with random weights; with --init, it is that model."""
+    """Shape of a model with random weights; --init brings its own."""
     data: Path = Path("data/align.jsonl")
     """Rows, as JSON lines."""
     val: Path | None = None
     """Rows to validate on."""
     tokenizer: str = ""
-    """A file, folder or tiktoken name; default: the one in the folder of --init."""
+    """File, folder or tiktoken name of a tokenizer; default: the one in the folder of --init."""
     seq_len: int = 4096
     """Tokens of a window; longer rows are left out and counted."""
     steps: int = 0
-    """Most optimizer steps; 0: to the end of the epochs, where a run ends at the latest."""
+    """Limit of optimizer steps, beside that of the epochs; 0: no limit but the epochs."""
     epochs: float = 1.0
     """Passes over the rows."""
     packed: bool = True
@@ -259,8 +258,7 @@ class AlignConfig(RunConfig):
     shorten: bool = False
     """Rows that are too long lose their earliest exchanges instead of being left out."""
     lora_rank: int = 0
-    """Rank of adapters, trained in place of the weights; export and the next stage merge them. 0:
-    no adapters."""
+    """Rank of adapters, trained in place of the weights and merged by export; 0: no adapters."""
     lora_alpha: float = 32.0
     """Scale of the adapters, times 1 / rank."""
     lora_targets: str = "wq wk wv wo up down"
@@ -352,15 +350,13 @@ def code_sft() -> SftConfig:
 
 
 def general_sft() -> SftConfig:
-    """Fine-tune on all tasks, stage 2: 200K samples, 2 % of them code, three epochs (4,688
-    steps)."""
+    """Fine-tune on all tasks, stage 2: 200K samples, 2 % code, three epochs (4,688 steps)."""
     return SftConfig(lr=2.2e-7, epochs=3)  # searched in [1e-7, 5e-7]
 
 
 def reward() -> RewardConfig:
-    """Train the reward model: HelpSteer2's 20K responses, two epochs (317 steps), from the base
-    model."""
-    return RewardConfig(lr=7e-7, epochs=2, warmup=10 * 128)  # HelpSteer2, arXiv 2406.08673
+    """Train the reward model from the base model: 20K responses, two epochs (317 steps)."""
+    return RewardConfig(lr=7e-7, epochs=2, warmup=10 * 128)  # arXiv 2406.08673, HelpSteer2
 
 
 def dpo() -> PreferenceConfig:
@@ -527,8 +523,7 @@ class MetricSums:
         return loss
 
     def take(self) -> dict[str, float]:
-        """Return what is to be logged of all micro-batches, on all processes, since the last
-        call."""
+        """Return what is logged of all processes' micro-batches since the last call."""
         names = self.objective.names
         zero = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         totals = torch.stack([self.sums.get(name, zero) for name in names])
