@@ -327,3 +327,12 @@ def test_the_readmes_commands_of_the_recipes_parse():
 def test_pictures_of_the_readme_are_in_the_repository():
     for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_hop_of_the_architecture_page_exists():
+    page = (ROOT / ".github" / "ARCHITECTURE.md").read_text()
+    assert page.count("\n") <= 150
+    hops = re.findall(r"([a-z/]+\.py):(\w+)", page)
+    assert len(hops) > 60
+    for file, name in hops:
+        assert re.search(rf"^(def|class) {name}\b", files()[file], re.M), f"{file}:{name}"
