@@ -133,15 +133,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
-def visible_keys(positions: Tensor, documents: Tensor | None, n_keys: int | None) -> Tensor | None:
+def visible_keys(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor | None:
     """Return which keys each query may attend to, once for all layers. `attend` reads it.
 
-    Plain causal attention: None. With a cache of n_keys slots, where slot = position: a bool mask
+    Plain causal attention: None. With a cache of S slots, where slot = position: a bool mask
     (B, 1, T, S). With documents (B, T), ids that attention does not cross: on a CPU a bool mask
     (B, 1, T, T); on a GPU the documents' boundaries, int32 (n + 1), for a variable-length kernel.
     """
-    if n_keys is not None:
-        return (positions[:, :, None] >= torch.arange(n_keys, device=positions.device))[:, None]
+    if cache is not None:
+        slots = torch.arange(cache.n_keys, device=positions.device)
+        return (positions[:, :, None] >= slots)[:, None]
     if documents is None:
         return None
     if documents.is_cuda:
@@ -172,8 +173,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         is_causal=visible is None,
         enable_gqa=queries.shape[1] != k.shape[2],
     )
-    out = out.view_as(q) if one_token else out.transpose(1, 2)
-    return out.to(q.dtype)
+    return (out.view_as(q) if one_token else out.transpose(1, 2)).to(q.dtype)
 
 
 def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ class Nemotron(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         rope = rope_angles(self.cfg, positions)
-        visible = visible_keys(positions, documents, None if cache is None else cache.n_keys)
+        visible = visible_keys(positions, documents, cache)
         # embed, norm or head is None where another pipeline stage holds it
         h = self.embed(x) if self.embed else x
         for block in self.blocks.values():
@@ -407,12 +407,12 @@ def count_params(cfg: ModelConfig) -> tuple[int, int]:
     return embedding, cfg.n_layers * (matrix_params(cfg) + 2 * norm) + norm + head
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int | None = None) -> float:
+def flops_per_token(cfg: ModelConfig) -> int:
     """Count forward and backward FLOPs of a token, by the formula behind the report's MFU column.
 
     Grouped-query aware, attention not halved for causality, one output-matrix pass, no recompute.
     """
-    scores = 2 * (seq_len or cfg.seq_len) * cfg.n_heads * cfg.head_dim
+    scores = 2 * cfg.seq_len * cfg.n_heads * cfg.head_dim
     head = (cfg.n_attributes or cfg.vocab_size) * cfg.dim
     return 6 * (cfg.n_layers * (matrix_params(cfg) + scores) + head)
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -133,11 +133,8 @@ class MeshConfig:
         return ranks
 
     def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
-        """Raise ValueError, with the numbers and the rule, for what cannot run. Needs no processes.
-
-        model: the shape to be laid out; world: processes; batch: sequences of a step, over all
-        data-parallel processes; micro_batch: sequences that a process computes at once.
-        """
+        """Raise ValueError, with the numbers and the rule, for what `world` processes cannot run.
+        batch: sequences of a step, over all of them; micro_batch: computed at once by each."""
         dp = self.dp(world)
         # the model's sizes
         for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
@@ -274,8 +271,7 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
 
 
 def shut_down() -> None:
-    """Leave the job together: without the barrier gloo may abort at exit. Not for a failing rank,
-    which would hang here."""
+    """Leave the job together: without the barrier gloo may abort at exit. A failing rank hangs."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -382,9 +378,7 @@ class TokenLogProbs(torch.autograd.Function):
         return d_states.view(*grad.shape, -1), d_weight.to(weight.dtype), None, None
 
 
-def over_ranks(
-    logsumexp: Tensor, target_logit: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def over_ranks(logsumexp: Tensor, target_logit: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Combine what each tensor-parallel rank has of its words into that of the whole vocabulary:
     the log of the summed exponentials, shifted by their maximum, and the target's logit."""
     highest = logsumexp.clone()
@@ -541,8 +535,7 @@ class Stage(nn.Module):
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        if self.model.embed is not None:
-            x = tokens
+        x = tokens if self.model.embed is not None else x
         return self.model(x, positions, batch.get("documents"), targets=batch.get("targets"))
 
 
@@ -552,9 +545,7 @@ def on_meta(cfg: ModelConfig) -> Nemotron:
         return Nemotron(cfg)
 
 
-def build_stage(
-    cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, micro: list[dict[str, Tensor]]
-) -> Stage:
+def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, micro: list) -> Stage:
     """Build stage i on meta tensors: split → tensor parallel → recompute → compile → FSDP.
     micro: the list in which the stage will find its micro-batches."""
     model = on_meta(cfg)
@@ -847,10 +838,9 @@ class Checkpoints:
     4. When all of these are there, rank 0 gathers them in state.json.
     5. Rank 0 renames the folder to step_N, and removes the oldest checkpoints.
 
-    `save` does 1 and 2; `poll` what is due of 3 to 5, without waiting; `finish` all of it. `load`
+    `save` does 1 and 2, `poll` what is due of 3 to 5 without waiting, `finish` all of it. `load`
     compares the checksums. torchtitan's CheckpointManager writes in place: a kill during a save
-    leaves a folder that looks like a checkpoint.
-    """
+    leaves a folder that looks like a checkpoint."""
 
     def __init__(self, root: Path, keep: int, background: bool) -> None:
         self.root = root
@@ -858,7 +848,7 @@ class Checkpoints:
         self.background = background
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        # a group of its own, as it runs beside the training's collectives
+        # of its own, as it runs beside the training's collectives
         self.group = dist.new_group(backend="gloo") if background else None
         self.writing: Path | None = None
         self.future: Any = None  # of this rank's writing in the background
@@ -1016,7 +1006,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return {name: file for name, file in where.items() if not name.endswith("inv_freq")}
 
 
-def hf_slices(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def hf_slices(folder: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
     """Yield (our name, lazy slice) of the named tensors of a Hugging Face folder, whose names and
     shapes must be exactly those of the whole model."""
     cfg = read_config(folder)
@@ -1091,10 +1081,8 @@ def load_parts(
     cuts = tp_cuts(cfg)
     sharded = {}
     for name, dtype in dtypes.items():
-        placement = Shard(cuts[name]) if name in cuts else Replicate()
-        sharded[name] = empty(
-            shapes[name], dtype=dtype, device_mesh=mesh["tp"], placements=[placement]
-        )
+        cut = [Shard(cuts[name]) if name in cuts else Replicate()]
+        sharded[name] = empty(shapes[name], dtype=dtype, device_mesh=mesh["tp"], placements=cut)
     fill(sharded, folder)
     return {name: p.to_local() for name, p in sharded.items()}
 

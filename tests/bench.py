@@ -454,7 +454,8 @@ def preference(shape: str, o: argparse.Namespace) -> list[Result]:
         how = {"cfg": cfg, "mesh": parallel.MeshConfig(dtype=dtype)}
         runs |= {f"ours {dtype}": ("ours_dpo", how, 1), f"trl {dtype}": ("their_dpo", how, 1)}
     print(f"DPO {shape}: {PAIRS} pairs of {tokens} tokens a step, {o.rounds} rounds", flush=True)
-    rates, flops = rates_of(o.device), model.flops_per_token(cfg, tokens // (2 * PAIRS))
+    row = replace(cfg, seq_len=tokens // (2 * PAIRS))
+    rates, flops = rates_of(o.device), model.flops_per_token(row)
     return table_of(in_turns(runs, o.rounds), tokens, flops, rates, f"dpo {shape}")
 
 
