@@ -1,5 +1,5 @@
-"""data.py: what the synthetic data pipeline does to text without a model: lists in answers,
-duplicates, decontamination, verifiable instructions, numbers, and running code."""
+"""recipes/verify.py, ifeval.py and guard.py: what the recipes do to text without a model: lists in
+answers, duplicates, decontamination, verifiable instructions, numbers, and running code."""
 
 # ruff: noqa: E501 (a shape, an answer or a program stays on its line)
 
@@ -20,22 +20,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from recipes.verify import (
-    COMMON,
+from recipes import guard
+from recipes.ifeval import (
+    COMMON_WORDS,
     ENDINGS,
     KEYWORDS,
     KINDS,
     LANGUAGES,
     REPEAT,
+    compatible,
+    language_of,
+)
+from recipes.verify import (
     Decontaminator,
     Instruction,
-    compatible,
     draw_instruction,
     draw_instructions,
     extract_code,
     final_number,
     jaccard,
-    language_of,
     near_duplicates,
     normalise,
     parse_list,
@@ -49,6 +52,7 @@ ABC = ["Alpha one", "Beta two", "Gamma three"]
 QA = ["How do bees fly?", "Why is the sky blue?", "What is rust?"]
 T = ["Sorting: quick sort", "Graphs: shortest paths", "Trees: red and black"]
 
+NO_LIST = []  # a shape that is not read: the model is asked again. It must not be misread.
 # (what a model wrote, the items)
 LISTS = [
     # numbers
@@ -58,16 +62,16 @@ LISTS = [
     ("1: Alpha one\n2: Beta two\n3: Gamma three", ABC),
     ("1 - Alpha one\n2 - Beta two\n3 – Gamma three", ABC),
     ("[1] Alpha one\n[2] Beta two\n[3] Gamma three", ABC),
-    ("#1 Alpha one\n#2 Beta two\n#3: Gamma three", ABC),
+    ("#1 Alpha one\n#2 Beta two\n#3: Gamma three", NO_LIST),
     ("1.Alpha one\n2.Beta two\n3.Gamma three", ABC),
     ("**1.** Alpha one\n**2.** Beta two\n**3.** Gamma three", ABC),
     ("**1. Alpha one**\n**2. Beta two**\n**3. Gamma three**", ABC),
     ("### 1. Alpha one\n### 2. Beta two\n### 3. Gamma three", ABC),
     ("1\ufe0f\u20e3 Alpha one\n2\ufe0f\u20e3 Beta two\n3\ufe0f\u20e3 Gamma three", ABC),
     ("① Alpha one\n② Beta two\n③ Gamma three", ABC),
-    (" 8. Alpha one\n 9. Beta two\n10. Gamma three", ABC),
-    ("1. Alpha one 2. Beta two 3. Gamma three", ABC),
-    ("Here you go: 1) Alpha one 2) Beta two 3) Gamma three", ABC),
+    (" 8. Alpha one\n 9. Beta two\n10. Gamma three", NO_LIST),
+    ("1. Alpha one 2. Beta two 3. Gamma three", NO_LIST),
+    ("Here you go: 1) Alpha one 2) Beta two 3) Gamma three", NO_LIST),
     ("1.\nAlpha one\n2.\nBeta two\n3.\nGamma three", ABC),
     ("a. Alpha one\nb. Beta two\nc. Gamma three", ABC),
     ("A) Alpha one\nB) Beta two\nC) Gamma three", ABC),
@@ -89,73 +93,72 @@ LISTS = [
     ("- [ ] Alpha one\n- [x] Beta two\n- [ ] Gamma three", ABC),
     ("✅ Alpha one\n✅ Beta two\n✅ Gamma three", ABC),
     ("\t- Alpha one\n\t- Beta two\n\t- Gamma three", ABC),
-    ("• Alpha one • Beta two • Gamma three", ABC),
+    ("• Alpha one • Beta two • Gamma three", NO_LIST),
     ("- **Alpha one**\n- **Beta two**\n- **Gamma three**", ABC),
     ("* *Alpha one*\n* _Beta two_\n* `Gamma three`", ABC),
     # plain lines
-    ("Alpha one\nBeta two\nGamma three", ABC),
-    ("Alpha one\n\nBeta two\n\nGamma three\n", ABC),
-    ("Alpha one\r\nBeta two\r\nGamma three\r\n", ABC),
-    ("Here are three topics:\nAlpha one\nBeta two\nGamma three", ABC),
-    ("Sure! Here are 3 topics:\n\nAlpha one\nBeta two\nGamma three\n\nLet me know if you want more!", ABC),
-    ("**Alpha one**\n**Beta two**\n**Gamma three**", ABC),
-    ('"Alpha one"\n"Beta two"\n"Gamma three"', ABC),
-    ('"Alpha one",\n"Beta two",\n"Gamma three"', ABC),
-    ("“Alpha one”\n“Beta two”\n“Gamma three”", ABC),
+    ("Alpha one\nBeta two\nGamma three", NO_LIST),
+    ("Alpha one\n\nBeta two\n\nGamma three\n", NO_LIST),
+    ("Alpha one\r\nBeta two\r\nGamma three\r\n", NO_LIST),
+    ("Here are three topics:\nAlpha one\nBeta two\nGamma three", NO_LIST),
+    ("Sure! Here are 3 topics:\n\nAlpha one\nBeta two\nGamma three\n\nLet me know if you want more!", NO_LIST),
+    ("**Alpha one**\n**Beta two**\n**Gamma three**", NO_LIST),
+    ('"Alpha one"\n"Beta two"\n"Gamma three"', NO_LIST),
+    ('"Alpha one",\n"Beta two",\n"Gamma three"', NO_LIST),
+    ("“Alpha one”\n“Beta two”\n“Gamma three”", NO_LIST),
     ("Write about how the harbour of a small town changed when the railway came and\n"
      "the fishing boats went elsewhere\nDescribe a day at a market",
-     ["Write about how the harbour of a small town changed when the railway came and the fishing "
-      "boats went elsewhere", "Describe a day at a market"]),
+     NO_LIST),
     # one line
-    ("Alpha one, Beta two, Gamma three", ABC),
-    ("Alpha one, Beta two, and Gamma three.", ABC),
-    ("Here are three topics: Alpha one; Beta two; Gamma three", ABC),
-    ("Alpha one | Beta two | Gamma three", ABC),
-    ("代数、几何、概率", ["代数", "几何", "概率"]),
+    ("Alpha one, Beta two, Gamma three", NO_LIST),
+    ("Alpha one, Beta two, and Gamma three.", NO_LIST),
+    ("Here are three topics: Alpha one; Beta two; Gamma three", NO_LIST),
+    ("Alpha one | Beta two | Gamma three", NO_LIST),
+    ("代数、几何、概率", NO_LIST),
     # JSON and Python
     ('["Alpha one", "Beta two", "Gamma three"]', ABC),
     ('```json\n["Alpha one", "Beta two", "Gamma three"]\n```', ABC),
     ('Sure:\n\n```json\n[\n  "Alpha one",\n  "Beta two",\n  "Gamma three"\n]\n```\nEnjoy!', ABC),
-    ('Here is the list: ["Alpha one", "Beta two", "Gamma three"]', ABC),
-    ("['Alpha one', 'Beta two', 'Gamma three']", ABC),
-    ("topics = ['Alpha one', 'Beta two', 'Gamma three',]", ABC),
-    ('["Alpha one", "Beta two", "Gamma three",]', ABC),
-    ('[{"topic": "Alpha one"}, {"topic": "Beta two"}, {"topic": "Gamma three"}]', ABC),
-    ('[{"id": 1, "q": "How do bees fly?"}, {"id": 2, "q": "Why is the sky blue?"}]', QA[:2]),
-    ('{"topics": ["Alpha one", "Beta two", "Gamma three"]}', ABC),
-    ('{"n": 3, "topics": ["Alpha one", "Beta two", "Gamma three"]}', ABC),
-    ('{"1": "Alpha one", "2": "Beta two", "3": "Gamma three"}', ABC),
-    ('[1984, 2.50, "Yes"]', ["1984", "2.50", "Yes"]),
+    ('Here is the list: ["Alpha one", "Beta two", "Gamma three"]', NO_LIST),
+    ("['Alpha one', 'Beta two', 'Gamma three']", NO_LIST),
+    ("topics = ['Alpha one', 'Beta two', 'Gamma three',]", NO_LIST),
+    ('["Alpha one", "Beta two", "Gamma three",]', NO_LIST),
+    ('[{"topic": "Alpha one"}, {"topic": "Beta two"}, {"topic": "Gamma three"}]', NO_LIST),
+    ('[{"id": 1, "q": "How do bees fly?"}, {"id": 2, "q": "Why is the sky blue?"}]', NO_LIST),
+    ('{"topics": ["Alpha one", "Beta two", "Gamma three"]}', NO_LIST),
+    ('{"n": 3, "topics": ["Alpha one", "Beta two", "Gamma three"]}', NO_LIST),
+    ('{"1": "Alpha one", "2": "Beta two", "3": "Gamma three"}', NO_LIST),
+    ('[1984, 2.50, "Yes"]', NO_LIST),
     ('["Say \\"hi\\" to all", "caf\\u00e9"]', ['Say "hi" to all', "café"]),
-    ('[Topics] as asked:\n["Alpha one", "Beta two", "Gamma three"]', ABC),
+    ('[Topics] as asked:\n["Alpha one", "Beta two", "Gamma three"]', NO_LIST),
     # YAML
     ("- Sorting: quick sort\n- Graphs: shortest paths\n- Trees: red and black", T),
     ("- Yes\n- No\n- 1984\n- null\n- 1e3", ["Yes", "No", "1984", "null", "1e3"]),
-    ("```yaml\n- Alpha one\n- Beta two\n- Gamma three\n```", ABC),
+    ("```yaml\n- Alpha one\n- Beta two\n- Gamma three\n```", NO_LIST),
     ("- 'Alpha one'\n- \"Beta two\"\n- Gamma three", ABC),
     ("topics:\n  - Alpha one\n  - Beta two\n  - Gamma three", ABC),
-    ("- question: How do bees fly?\n- question: Why is the sky blue?", QA[:2]),
-    ("- |\n  Alpha one\n- |\n  Beta two\n- >-\n  Gamma three", ABC),
-    ("- 'It''s late'\n- \"What's up?\"", ["It's late", "What's up?"]),
+    ("- question: How do bees fly?\n- question: Why is the sky blue?", NO_LIST),
+    ("- |\n  Alpha one\n- |\n  Beta two\n- >-\n  Gamma three", NO_LIST),
+    ("- 'It''s late'\n- \"What's up?\"", NO_LIST),
     # fences, headings, first and last words
-    ("```\nAlpha one\nBeta two\nGamma three\n```", ABC),
-    ("Here they are:\n```text\n1. Alpha one\n2. Beta two\n3. Gamma three\n```\nHope this helps.", ABC),
+    ("```\nAlpha one\nBeta two\nGamma three\n```", NO_LIST),
+    ("Here they are:\n```text\n1. Alpha one\n2. Beta two\n3. Gamma three\n```\nHope this helps.", NO_LIST),
     ("Sure! Here are 3 questions:\n\n1. How do bees fly?\n2. Why is the sky blue?\n"
      "3. What is rust?\n\nLet me know if you need more.", QA),
-    ("1. How do bees fly?\n2. Why is the sky blue?\n3. What is rust?\nFeel free to ask again!", QA),
+    ("1. How do bees fly?\n2. Why is the sky blue?\n3. What is rust?\nFeel free to ask again!", NO_LIST),
     ("1. How do bees fly?\n2. Why is the sky blue?\n3. What is rust?\n\nEvery question is open.", QA),
     ("# Topics\n\n- Alpha one\n- Beta two\n- Gamma three\n\n---\n*Sorted by name.*", ABC),
     ("**Letters**\n1. Alpha one\n2. Beta two\n\n**More letters:**\n3. Gamma three", ABC),
-    ("Easy:\n- Alpha one\n- Beta two\n\nHard:\n- Gamma three", ABC),
+    ("Easy:\n- Alpha one\n- Beta two\n\nHard:\n- Gamma three", NO_LIST),
     ("<think>\n1. no\n2. not this\n</think>\n1. Alpha one\n2. Beta two\n3. Gamma three", ABC),
     ("\ufeff1.\u00a0Alpha one\n2.\u00a0Beta\u200b two\n3.\u00a0Gamma three", ABC),
     # titles, several lines, what is below an item
     ("1. **Sorting**: quick sort\n2. **Graphs:** shortest paths\n3. **Trees**: red and black", T),
     ("1. Sorting: quick sort\n2. Graphs: shortest paths\n3. Trees: red and black", T),
     ("1. **Sorting**\n   quick sort\n2. **Graphs**\n   shortest paths\n3. **Trees**\n   red and black", T),
-    ("**Sorting**\nquick sort\n\n**Graphs**\nshortest paths\n\n**Trees**\nred and black", T),
-    ("### Sorting\nquick sort\n\n### Graphs\nshortest paths\n\n### Trees\nred and black", T),
-    ("1. **Sorting**\n\nquick sort\n\n2. **Graphs**\n\nshortest paths\n\n3. **Trees**\n\nred and black", T),
+    ("**Sorting**\nquick sort\n\n**Graphs**\nshortest paths\n\n**Trees**\nred and black", NO_LIST),
+    ("### Sorting\nquick sort\n\n### Graphs\nshortest paths\n\n### Trees\nred and black", NO_LIST),
+    ("1. **Sorting**\n\nquick sort\n\n2. **Graphs**\n\nshortest paths\n\n3. **Trees**\n\nred and black", NO_LIST),
     ("1. Sorting:\n   - quick sort\n2. Graphs:\n   - shortest paths\n3. Trees:\n   - red and black", T),
     ("1. Sorting\n   - quick\n   - merge\n2. Graphs\n   - paths", ["Sorting; quick; merge", "Graphs; paths"]),
     ("- Sorting\n    - quick\n    - merge\n- Graphs", ["Sorting; quick; merge", "Graphs"]),
@@ -166,26 +169,26 @@ LISTS = [
      ["A train leaves at noon. When does it arrive?", "What is rust?"]),
     ("1. Solve:\n   (a) x = 1\n   (b) x = 2\n2. Prove it.", ["Solve: x = 1; x = 2", "Prove it."]),
     ("1. What does this print?\n   ```python\n   print(1)\n   ```\n2. What is rust?",
-     ["What does this print?\n   print(1)", "What is rust?"]),
+     NO_LIST),
     ("1. Alpha one\n\n\n2. Beta two\n\n\n3. Gamma three", ABC),
-    ("A first line\nof a paragraph\n\nA second one\nof two lines", ["A first line of a paragraph", "A second one of two lines"]),
+    ("A first line\nof a paragraph\n\nA second one\nof two lines", NO_LIST),
     ("1. **Sorting** a list of **n** numbers\n2. Use 2**3 and 4**5", ["Sorting a list of **n** numbers", "Use 2**3 and 4**5"]),
     ('1. "Alpha one"\n2. \'Beta two\'\n3. “Gamma three”', ABC),
     ('1. "Yes" and "no"\n2. The word "rust"', ['"Yes" and "no"', 'The word "rust"']),
     ("How high is it?\nWould you rather swim or fly?\nIf you could fly, where would you go?",
-     ["How high is it?", "Would you rather swim or fly?", "If you could fly, where would you go?"]),
+     NO_LIST),
     ("Great artists steal.\nI want to learn the piano.\nDo you want to be rich?",
-     ["Great artists steal.", "I want to learn the piano.", "Do you want to be rich?"]),
-    ("Sure, I can do that!\n\nAlpha one\nBeta two\nGamma three\n\nIf you need more, just ask.", ABC),
+     NO_LIST),
+    ("Sure, I can do that!\n\nAlpha one\nBeta two\nGamma three\n\nIf you need more, just ask.", NO_LIST),
     ("Sure!\n1. Alpha one\n2. Beta two\n\nAnd one more, a harder one:\n\n3. Gamma three", ABC),
     # tables and html
-    ("| # | Topic |\n|---|---|\n| 1 | Alpha one |\n| 2 | Beta two |\n| 3 | Gamma three |", ABC),
-    ("Area | Topic\n--- | ---\nSorting | quick sort\nGraphs | shortest paths\nTrees | red and black", T),
-    ("<ul>\n<li>Alpha one</li>\n<li>Beta two</li>\n<li>Gamma three</li>\n</ul>", ABC),
-    ("<p>Topics:</p><ol><li>Alpha <b>one</b></li><li>Beta two</li><li>Gamma three</li></ol><p>Bye</p>", ABC),
+    ("| # | Topic |\n|---|---|\n| 1 | Alpha one |\n| 2 | Beta two |\n| 3 | Gamma three |", NO_LIST),
+    ("Area | Topic\n--- | ---\nSorting | quick sort\nGraphs | shortest paths\nTrees | red and black", NO_LIST),
+    ("<ul>\n<li>Alpha one</li>\n<li>Beta two</li>\n<li>Gamma three</li>\n</ul>", NO_LIST),
+    ("<p>Topics:</p><ol><li>Alpha <b>one</b></li><li>Beta two</li><li>Gamma three</li></ol><p>Bye</p>", NO_LIST),
     ("<ul><li>Bread &amp; butter</li><li>Sorting<ul><li>quick</li></ul></li></ul>",
-     ["Bread & butter", "Sorting; quick"]),
-    ("<li>Alpha <i>one</i></li><li>Beta two</li><li>Gamma three</li>", ABC),
+     NO_LIST),
+    ("<li>Alpha <i>one</i></li><li>Beta two</li><li>Gamma three</li>", NO_LIST),
     # one item
     ("1. Alpha one", ["Alpha one"]),
     ("Sure! Here is one:\n\n- Alpha one\n\nLet me know!", ["Alpha one"]),
@@ -201,8 +204,13 @@ LISTS = [
 
 
 @pytest.mark.parametrize("text, items", LISTS, ids=range(len(LISTS)))
-def test_a_list_is_read_in_any_shape(text, items):
+def test_a_list_is_read_exactly_or_not_at_all(text, items):
     assert parse_list(text) == items
+
+
+def test_most_shapes_are_read():
+    not_read = sum(items is NO_LIST for _, items in LISTS)
+    assert (len(LISTS), not_read) == (123, 53)
 
 
 def test_no_item_has_a_word_that_is_not_in_the_answer():
@@ -420,7 +428,7 @@ WHOLE = {
 
 def example_answer(instructions):
     """An answer that follows all of them: what a model has to be able to do."""
-    asked = {i.kind: dict(i.args) for i in instructions}
+    asked = {i.kind: i.args for i in instructions}
     filler = FILLER[asked.get("language:response_language", {"language": "en"})["language"]]
     phrase = " ".join(filler.split()[:4])
     lines = [f"<<{phrase}>>"] if "detectable_format:title" in asked else []
@@ -442,7 +450,7 @@ def test_there_are_twenty_five_kinds_and_each_can_be_followed_and_broken():
         (instruction,) = draw_instructions(rng, 1, PROMPT)
         seen.add(instruction.kind)
         assert instruction.met(example_answer([instruction]), PROMPT), instruction
-        empty = "" if "less than" not in dict(instruction.args).values() else None
+        empty = "" if "less than" not in instruction.args.values() else None
         often = " ".join([*KEYWORDS, "JXQZ", "wee. "] * 60)
         bad = {"punctuation:no_comma": "a, b", "keywords:forbidden_words": often}
         assert not instruction.met(bad.get(instruction.kind, often if empty is None else "")), (
@@ -450,9 +458,9 @@ def test_there_are_twenty_five_kinds_and_each_can_be_followed_and_broken():
         )
         assert instruction.text.endswith((".", "P.S.", "P.P.S"))
         assert not re.search(r"[{}]|\(\)|None", instruction.text)
-        for name, value in instruction.args:
-            shown = value if isinstance(value, tuple) else [value]
-            shown = [LANGUAGES[value][0]] if name == "language" else shown
+        for name, value in instruction.args.items():
+            shown = value if isinstance(value, list) else [value]
+            shown = [LANGUAGES[value]] if name == "language" else shown
             for x in () if name == "prompt_to_repeat" else shown:
                 assert str(x) in instruction.text or x == "less than"
 
@@ -478,7 +486,8 @@ def test_drawing_is_a_function_of_the_seed_and_uses_no_word_of_the_prompt():
     prompt = "The RIVER, the market and the garden."
     for seed in range(200):
         asked = draw_instructions(random.Random(seed), 2, prompt)
-        words = {w for i in asked if i.kind != REPEAT for _, v in i.args for w in np.atleast_1d(v)}
+        values = [v for i in asked if i.kind != REPEAT for v in i.args.values()]
+        words = {word for value in values for word in np.atleast_1d(value)}
         assert not words & {"river", "market", "garden"}
         assert REPEAT not in {i.kind for i in draw_instructions(random.Random(seed), 1)}
     with pytest.raises(ValueError, match="n=9 instructions: 0 to 8"):
@@ -497,9 +506,9 @@ def test_an_instruction_survives_json_and_wrong_ones_are_named():
     ):
         Instruction("keywords:existence")
     with pytest.raises(ValueError, match=r"no_comma.* takes arguments \[\], not \['n'\]"):
-        Instruction("punctuation:no_comma", (("n", 1),))
+        Instruction("punctuation:no_comma", {"n": 1})
     with pytest.raises(ValueError, match="language is 'xx', not one of"):
-        Instruction("language:response_language", (("language", "xx"),))
+        Instruction("language:response_language", {"language": "xx"})
 
 
 def test_the_words_that_are_drawn_do_not_get_in_each_others_way():
@@ -510,7 +519,7 @@ def test_the_words_that_are_drawn_do_not_get_in_each_others_way():
 
 
 def test_languages_are_told_apart():
-    assert set(FILLER) == set(LANGUAGES) and len(COMMON) == 7
+    assert set(FILLER) == set(LANGUAGES) and len(COMMON_WORDS) == 7
     for code, text in FILLER.items():
         assert language_of(text) == language_of(text.upper()) == code
     assert language_of("日本語の文章です。東京都") == "ja" and language_of("東京都") == "zh"
@@ -607,7 +616,10 @@ NUMBERS = [
     ("10-3", 3), ("x = -0.25", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("2 1/2 cups", Fraction(5, 2)),
     ("3.14.", Fraction("3.14")), ("1,2,3", 3), ("1,234,567", 1234567), ("12,345.678", Fraction("12345.678")),
     ("1e3", 1000), ("2.5e-1", Fraction(1, 4)), (r"3 \times 10^{2}", 300), ("3 × 10^2", 300), ("1/0", None),
-    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", 1), ("7 " + "9" * 5000, 7), ("2**3", 3), ("5 - 1/2", Fraction(1, 2)),
+    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", None), ("7 " + "9" * 5000, None), ("2**3", 3), ("5 - 1/2", Fraction(1, 2)),
+    # what is not read is no other number either
+    (r"\boxed{\sqrt{2}}", None), (r"\boxed{3\sqrt2}", None), (r"\boxed{2\pi}", None), (r"\boxed{\frac{\pi}{2}}", None),
+    (r"\boxed{2^{10}}", None), ("It is 10^2.", None), ("3 × 10^1000", None), (r"\boxed{\sqrt{16} = 4}", 4), (r"\boxed{x^2 + 3}", None),
     (r"2\frac12", Fraction(5, 2)), ("#### Step 1\nAdd: 2 + 3 = 5\n#### Result\nIt is 5", 5),
 ]  # fmt: skip
 
@@ -780,13 +792,12 @@ def test_a_program_that_is_stopped_is_gone_even_from_a_session_of_its_own():
     assert not os.path.exists(ran.output.strip())
 
 
-def refuse_ways_out():
-    return PermissionError
-
-
-def test_nothing_that_a_program_started_outlives_it(monkeypatch):
+def test_nothing_that_a_program_started_outlives_it(monkeypatch, tmp_path):
     # as if the hook had a hole: a grandchild in a session of its own, which holds the output open
-    monkeypatch.setattr("recipes.verify.refuse_ways_out", refuse_ways_out)
+    with open(guard.__file__) as source:
+        holed = source.read().replace("= refuse_ways_out()", "= PermissionError")
+    (tmp_path / "guard.py").write_text(holed)
+    monkeypatch.setattr(guard, "__file__", str(tmp_path / "guard.py"))
     code = (
         "import subprocess, time\nsubprocess.Popen(['sleep', '3333.25'], start_new_session=True)\n"
     )
