@@ -336,7 +336,7 @@ NUMBER = re.compile(
     rf"""(?<![\w.)\]])(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
     (?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?
     (?:(?:e|\s?[×x*]\s?10\^\{{?)(?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?
-    (?P<odd>e[0-9]|{NOT_READ})?|{NOT_READ}""",
+    (?P<odd>e[+-]?[0-9]|\s?[×x*]\s?10\^|{NOT_READ})?|{NOT_READ}""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -357,8 +357,8 @@ def number_of(match: re.Match[str]) -> Fraction | None:
 def final_number(text: str) -> Fraction | None:
     r"""Return the number that an answer comes to, or None if there is none or it is not read.
 
-    It is the one in the last \boxed{}, after the last ####, or after the last "answer is" (in these
-    rather behind a last equals sign), else the last one in the answer. 5 % is 5.
+    It is the first one in the last \boxed{}, after the last ####, or after the last "answer is",
+    and there behind the last equals sign, if one is; else the last one in the answer. 5 % is 5.
     """
     for tex, plain in TEX.items():
         text = text.replace(tex, plain)

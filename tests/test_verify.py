@@ -619,7 +619,7 @@ NUMBERS = [
     ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", None), ("7 " + "9" * 5000, None), ("2**3", 3), ("5 - 1/2", Fraction(1, 2)),
     # what is not read is no other number either
     (r"\boxed{\sqrt{2}}", None), (r"\boxed{3\sqrt2}", None), (r"\boxed{2\pi}", None), (r"\boxed{\frac{\pi}{2}}", None),
-    (r"\boxed{2^{10}}", None), ("It is 10^2.", None), ("3 × 10^1000", None), (r"\boxed{\sqrt{16} = 4}", 4), (r"\boxed{x^2 + 3}", None),
+    (r"\boxed{2^{10}}", None), ("It is 10^2.", None), ("3 × 10^1000", None), (r"\boxed{3 \times 10^{1000}}", None), (r"\boxed{1e-1000}", None), (r"\boxed{\sqrt{16} = 4}", 4), (r"\boxed{x^2 + 3}", None),
     (r"2\frac12", Fraction(5, 2)), ("#### Step 1\nAdd: 2 + 3 = 5\n#### Result\nIt is 5", 5),
 ]  # fmt: skip
 
