@@ -27,7 +27,8 @@ from recipes.demo import (
     weak_start,
     write_prompts,
 )
-from recipes.synthesize import Pipeline, SynthesizeConfig, identity, own_prompts, rate, synthesize
+from recipes.records import Pipeline, identity
+from recipes.synthesize import SynthesizeConfig, own_prompts, rate, synthesize
 from train import choose_config, run, set_up_logging
 
 log = logging.getLogger("nemotron4")
@@ -117,9 +118,8 @@ def score_of(cfg: IterateConfig, model: Path) -> dict[str, float]:
         cfg.data, recipe="prompts", prompts=(cfg.held_out,), model=model, answerers=(),
         reward=cfg.referee or cfg.data.reward, out=cfg.out / "marks",
     ))  # fmt: skip
-    questions = own_prompts(pipeline.cfg)
-    requests = [question.request() for question in questions]
-    answers = pipeline.ask("held_out", requests, temperature=0.0)
+    questions = own_prompts(pipeline)
+    answers = pipeline.ask("held_out", questions, temperature=0.0)
     pairs = zip(questions, answers, strict=True)
     chats = [q.with_message("assistant", answer["text"], answer["id"]) for q, answer in pairs]
     ratings = rate(pipeline, "held_out_ratings", chats)

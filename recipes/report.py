@@ -1,84 +1,115 @@
-"""A plot of runs: loss, learning rate, batch size and speed.
+"""Draw runs' metrics, and the histograms of synthetic data, into pictures.
 
-python -m recipes.report runs/nano runs/try
+    python -m recipes.report runs/nano runs/try --out report.png
+
+Both need matplotlib: pip install -e '.[report]'.
 """
 
-import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from data import read_jsonl
 from train import run, set_up_logging
 
 log = logging.getLogger("nemotron4")
-
-
-# ---- report --------------------------------------------------------------------------------------
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw loss, learning rate, batch size and speed of one or several runs into one PNG."""
+    """Draw loss, learning rate, batch size and speed of one or several runs into one picture."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     out: Path = Path("report.png")
+    """File to write; its ending (png, pdf, svg) decides the format."""
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    path, rows = run / "metrics.jsonl", []
+def read_metrics(folder: Path) -> Rows:
+    """Return the rows of a run's metrics.jsonl, of which each has what is drawn."""
+    path = folder / "metrics.jsonl"
     if not path.exists():
-        raise ValueError(f"{run}: no metrics.jsonl: not a run's folder")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in ("tokens", "batch", "mfu", "lr", "loss")} | row)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: not a row of this program's metrics") from None
+        raise ValueError(f"{folder}: no metrics.jsonl: not a run's folder")
+    rows = []
+    for where, row in read_jsonl(path):
+        missing = {"tokens", "batch", "mfu", "lr", "loss", "tokens_per_s"} - row.keys()
+        if missing:
+            raise ValueError(f"{where}: no {min(missing)}: not a row of this program's metrics")
+        rows.append(row)
     return rows
 
 
+def draw_run(panels: Any, name: str, rows: Rows, measured: bool, **look: Any) -> None:
+    """Draw a run's curves over its tokens; `measured`: the speed is given as MFU."""
+    loss, rate, batch, speed = panels
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    losses = [float("nan") if row["loss"] is None else row["loss"] for row in rows]
+    loss.plot(tokens, losses, label=name, **look)
+    evaluated = [row for row in rows if "val_loss" in row]
+    at = [row["tokens"] / 1e6 for row in evaluated]
+    loss.plot(at, [row["val_loss"] for row in evaluated], "o", ms=5, color=look["color"])
+    rate.plot(tokens, [row["lr"] for row in rows], **look)
+    batch.plot(tokens, [row["batch"] for row in rows], drawstyle="steps-post", **look)
+    speeds = [row["mfu"] if measured else row["tokens_per_s"] / 1e3 for row in rows]
+    speed.plot(tokens, speeds, **look | {"lw": 1})
+
+
 def report(cfg: ReportConfig) -> None:
+    """Draw all runs into the same four panels and write the picture to `cfg.out`."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as e:
         raise ValueError("the report needs matplotlib: pip install -e '.[report]'") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     if not cfg.runs:
-        raise ValueError("no run given: train.py report RUN ...")
-    fig, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    loss, rate, batch, speed = panels.flat
-    histories = {run: read_metrics(run) for run in cfg.runs}
-    measured = all(row["mfu"] is not None for rows in histories.values() for row in rows)
+        raise ValueError("no run given: python -m recipes.report RUN ...")
+    histories = {folder: read_metrics(folder) for folder in cfg.runs}
+    every_row = sum(histories.values(), [])
+    measured = all(row["mfu"] is not None for row in every_row)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
     for i, (folder, rows) in enumerate(histories.items()):
-        tokens = [r["tokens"] / 1e6 for r in rows]
-        look = dict(color=f"C{i % 10}", lw=1 + 1.5 * (len(cfg.runs) - 1 - i), alpha=0.8)
-        losses = [float("nan") if r["loss"] is None else r["loss"] for r in rows]
-        loss.plot(tokens, losses, label=folder.name, **look)
-        val = [(r["tokens"] / 1e6, r["val_loss"]) for r in rows if "val_loss" in r]
-        loss.plot(*zip(*val, strict=True), "o", ms=5, color=look["color"]) if val else None
-        rate.plot(tokens, [r["lr"] for r in rows], label=folder.name, **look)
-        batch.plot(tokens, [r["batch"] for r in rows], drawstyle="steps-post", **look)
-        ys = [r["mfu"] if measured else r["tokens_per_s"] / 1e3 for r in rows]
-        speed.plot(tokens, ys, **{**look, "lw": 1})
-    speed.set_title("MFU, %" if measured else "thousand tokens/s (a device has no known peak)")
-    loss.set_title("loss (points: validation)")
-    rate.set_title("learning rate")
-    batch.set_title("batch, sequences")
-    for panel in panels.flat:
-        panel.set_xlabel("million tokens")
+        # earlier runs are wider, so that equal curves remain visible
+        look = {"color": f"C{i % 10}", "lw": 1 + 1.5 * (len(histories) - 1 - i), "alpha": 0.8}
+        draw_run(panels, folder.name, rows, measured, **look)
+    speed = "MFU, %" if measured else "thousand tokens/s (a device has no known peak)"
+    titles = ["loss (points: validation)", "learning rate", "batch, sequences", speed]
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set(title=title, xlabel="million tokens")
         panel.grid(alpha=0.3)
-    batch.set_ylim(bottom=0)
-    speed.set_ylim(bottom=0)
-    loss.legend()
+    for panel in panels[2:]:
+        panel.set_ylim(bottom=0)
+    panels[0].legend()
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(cfg.out, dpi=110)
+    figure.savefig(cfg.out, dpi=110)
     log.info(f"wrote {cfg.out}")
+
+
+def draw_histograms(path: Path, lengths: dict[str, list[int]], topics: Counter[str]) -> bool:
+    """Draw the lengths of texts, by what they are, and the prompts of the 20 commonest topics into
+    one picture. Returns False if there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no histograms: pip install -e '.[report]'")
+        return False
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawn = {name: sizes for name, sizes in lengths.items() if sizes}
+    if drawn:
+        left.hist(list(drawn.values()), bins=20, label=list(drawn))
+        left.legend(frameon=False)
+    left.set(xlabel="characters", ylabel="texts")
+    commonest = topics.most_common(20)[::-1]
+    names = [name[:30].replace("$", r"\$") for name, _ in commonest]  # a dollar is no formula
+    right.barh(range(len(names)), [count for _, count in commonest], tick_label=names)
+    right.set(xlabel="prompts of a topic")
+    figure.savefig(path, dpi=120)
+    return True
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 import re
 import threading
@@ -18,20 +19,14 @@ import data
 import generate
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
+from recipes import records, report, verify
 from recipes import synthesize as pipeline
-from recipes import verify
 from recipes.iterate import IterateConfig, score_of
-from recipes.synthesize import (
-    TEMPLATES,
-    Pipeline,
-    Question,
-    Reply,
-    Request,
-    SynthesizeConfig,
-    choose,
-    synthesize,
-)
+from recipes.records import Pipeline, Reply, prompt
+from recipes.synthesize import Candidate, Drop, SynthesizeConfig, choose, load_library, synthesize
 
+LIBRARY = load_library()
+TEMPLATES = LIBRARY["templates"]
 WORDS = [w for w in re.findall(r"[a-z]{4,9}", data.REWARD_SYSTEM + next(data.embedded_english()))]
 WORDS = sorted({*WORDS})
 
@@ -48,7 +43,7 @@ def form_of(template):
 
 
 FORMS = {name: form_of(text) for name, text in TEMPLATES.items()}
-LISTS = [name for name, text in TEMPLATES.items() if text.endswith(pipeline.AS_LIST)]
+LISTS = [name for name, text in TEMPLATES.items() if text.endswith(LIBRARY["list_ending"])]
 
 
 class Teacher(ThreadingHTTPServer):
@@ -175,8 +170,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
-        if status == 429:
-            self.send_header("Retry-After", "0.05")
+        if status in (429, 503):
+            self.send_header("Retry-After", "0.01")
         self.end_headers()
         self.wfile.write(content)
 
@@ -209,16 +204,16 @@ def config(teacher, out, **more):
 
 
 class Says:
-    """A backend that says what a test wants: a function of the last message and of `want`."""
+    """A backend that says what a test wants: a function of the last message."""
 
-    name = "says"
+    name, rates = "says", False
 
     def __init__(self, reply):
         self.reply = reply
 
-    def answers(self, asked, want):
-        for messages, _ in asked:
-            said = self.reply(messages[-1]["content"], want)
+    def answers(self, work):
+        for messages, _ in work:
+            said = self.reply(messages[-1]["content"])
             yield said if isinstance(said, Reply) else Reply(said)
 
 
@@ -230,7 +225,7 @@ def said_by(reply, teacher, out, **more):
 
 
 def question(text, **more):
-    return Question("given", (pipeline.user(text),), **more)
+    return prompt("given", text, **more)
 
 
 def contents(folder):
@@ -276,18 +271,6 @@ def test_every_stage_runs_and_every_file_loads_in_align(made, corpus):
         assert len(read) == info["rows"]
     report = (made / "report.md").read_text()
     assert "unfinished" in report and (made / "histograms.png").stat().st_size > 1000
-
-
-def test_both_shapes_of_a_file_become_the_same_tokens(made, corpus):
-    tokenizer, n = data.TokenData(corpus).tokenizer(), 1 << 16
-    readers = dict(
-        sft=data.sft_rows, code_sft=data.sft_rows, preference=data.preference_rows,
-        rpo=data.preference_rows, reward=data.reward_rows,
-    )  # fmt: skip
-    for name, read in readers.items():
-        one, _ = read(made / f"{name}.jsonl", tokenizer, n)
-        other, _ = read(made / f"nemo_{name}.jsonl", tokenizer, n)
-        assert [row.key for row in one] == [row.key for row in other], name
 
 
 def test_a_rerun_asks_nothing_and_changes_nothing(made, teacher):
@@ -355,7 +338,7 @@ def test_chosen_and_rejected_are_never_a_tie(made):
 def test_ground_truth_decides_where_there_is_one(made, teacher, tmp_path):
     """A number, and unit tests that are run."""
     prompts = tmp_path / "own.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in pipeline.TRUTHS * 1))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in LIBRARY["truths"]))
     how = dict(recipe="prompts", prompts=(prompts,), counts=dict(samples=8, preference_share=1))
     out = synthesize(config(teacher, tmp_path / "out", **how))
     found = {row["messages"][0]["content"]: row for row in rows(out, "preference")}
@@ -409,9 +392,9 @@ def test_a_dead_endpoint_keeps_what_was_there(made, teacher, tmp_path):
     "change, what",
     [
         (dict(counts={"question": 3}), "counts 'question'"),
-        (dict(counts={"questions": -1}), "none below 0"),
-        (dict(counts={"preference_share": 1.5}), "1.5 is above 1"),
-        (dict(counts={"materials": 11}), "11 is above 10"),
+        (dict(counts={"questions": -1}), "-1 is not in 0"),
+        (dict(counts={"preference_share": 1.5}), "1.5 is not in 0..1"),
+        (dict(counts={"materials": 11}), "11 is not in 0..10"),
         (dict(concurrency=0), "concurrency=0"),
         (dict(model=Path("nowhere"), endpoint=""), "a model is a folder"),
         (dict(prompts=(Path("missing.jsonl"),)), "missing.jsonl"),
@@ -459,7 +442,7 @@ def test_a_model_in_this_process_gives_the_same_whatever_its_batch(nano, tmp_pat
 
 
 def test_two_processes_give_what_one_gives_and_the_first_writes_it(nano, tmp_path, on_ranks):
-    cfg = local(nano, tmp_path / "one", judge="logits")
+    cfg = local(nano, tmp_path / "one", judge="text")
     one, two = synthesize(cfg), replace(cfg, out=tmp_path / "two", mesh=generate.Layout(tp=2))
     file = two.out / "records" / "responses.jsonl"
     file.parent.mkdir(parents=True)
@@ -477,30 +460,43 @@ def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teach
     out = synthesize(config(teacher, tmp_path / "out", min_helpfulness=-99.0, **both))
     lines = (out / "records" / "responses.jsonl").read_text().splitlines()
     models = Counter(json.loads(line)["model"] for line in lines)
-    assert models["teacher"] == models[pipeline.identity(nano[0])] > 20
+    assert models["teacher"] == models[records.identity(nano[0])] > 20
     rated = rows(out, "reward")
     assert len({tuple(row["label"]) for row in rated}) == len({*map(str, rated)}) > 20
     assert len(rows(out, "preference")) >= len(rows(out, "rpo")) > 5
     assert {row["judge"] for row in rows(out, "preference")} <= {"reward", "truth"}
 
 
-def test_the_judge_by_logits_is_antisymmetric_bit_by_bit(nano, tmp_path):
-    p = Pipeline(local(nano, tmp_path / "out", judge="logits"))
-    q = Question("given", ({"role": "user", "content": "Which one?"},))
-    pairs = [(q, WORDS[i], WORDS[-i]) for i in range(1, 9)]
-    margins = pipeline.compare(p, pairs)
-    swapped = pipeline.compare(Pipeline(p.cfg), [(q, b, a) for q, a, b in pairs])
-    assert margins == [-x for x in swapped] and len({*margins}) == len(margins)
+def candidates(*texts):
+    return [Candidate(question("Which one?").with_message("assistant", x, "id")) for x in texts]
+
+
+def margins(p, *texts):
+    found = candidates(*texts)
+    pipeline.compare(p, [found])
+    return [one.margins for one in found]
+
+
+def test_a_margin_is_negated_when_the_answers_are_swapped(teacher, tmp_path):
+    p = Pipeline(config(teacher, tmp_path / "out", judge="text"))
+    seen = set()
+    for i in range(1, 30):
+        (one,), (other,) = margins(p, WORDS[i], WORDS[-i])
+        assert margins(p, WORDS[-i], WORDS[i]) == [[other], [one]] == [[-one], [one]]
+        seen.add(one)
+    assert seen == {-1, 0, 1}
 
 
 def test_verdicts_count_when_both_orders_agree(teacher, tmp_path):
     p = Pipeline(config(teacher, tmp_path, judge="text"))
-    q = Question("given", ({"role": "user", "content": "Which one?"},))
     # the teacher prefers the longer, and the first where the lengths sum to a multiple of five
-    assert pipeline.compare(p, [(q, "longer text", "text"), (q, "text", "longer text")]) == [0, 0]
-    assert pipeline.compare(p, [(q, "longer", "text!"), (q, "text!", "longer")]) == [1, -1]
-    assert p.counts["judge: both orders agree"] == 2 and p.counts["judge: pairs"] == 4
-    assert pipeline.verdict_of("[[A]] or [[B]]") is pipeline.verdict_of("A") is None
+    assert margins(p, "longer text", "text") == margins(p, "text", "longer text") == [[0], [0]]
+    assert margins(p, "longer", "text!") == margins(p, "text!", "longer")[::-1] == [[1], [-1]]
+    assert p.counts["judge: both orders agree"] == 4 and p.counts["judge: verdicts"] == 8
+    assert margins(p, "longer", "text!", "longer!") == [[1, -1], [-1, -1], [1, 1]]
+    for text in ("[[A]] or [[B]]", "A", ""):
+        assert math.isnan(pipeline.verdict_of(text))
+    assert [pipeline.verdict_of(f"[[{x}]] of the two [[{x}]]") for x in "ABC"] == [1, -1, 0]
 
 
 def test_pleasantries_are_taken_out_of_what_a_played_user_says():
@@ -516,16 +512,15 @@ def test_pleasantries_are_taken_out_of_what_a_played_user_says():
         "**User:** Great - why (x+1)?": "Why (x+1)?",
         "<<USER>>\nWhy?\n<<ASSISTANT>>\nBecause.": "Why?",
     }.items():
-        assert pipeline.clean(said) == left
+        assert records.clean(said) == left
 
 
 def test_a_record_is_another_one_for_another_model_seed_or_sampling(teacher, tmp_path):
-    request = Request([{"role": "user", "content": "Hello"}])
     seen = set()
     for change in ({}, {"seed": 1}, {"temperature": 0.5}, {"model": Path("other")}):
         p = Pipeline(config(teacher, tmp_path / str(len(seen)), **change) if "model" not in change
                      else replace(config(teacher, tmp_path / "m"), **change))  # fmt: skip
-        seen.add(p.ask("stage", [request])[0]["id"])
+        seen.add(p.ask("stage", [question("Hello")])[0]["id"])
     assert len(seen) == 4
 
 
@@ -544,58 +539,67 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
         "shape": (422, {"error": "shape \ud83d"}),
     }  # fmt: skip
     p = Pipeline(config(odd, tmp_path / "out", retries=0))
-    asked = [(name, Request([pipeline.user(name)])) for name in odd.odd]
-    ((name, answer),) = p.answers("stage", asked)
-    assert (name, answer["text"], answer["tokens"]) == ("half", "a ? b", (3, 0))
+    asked = [question(name) for name in odd.odd]
+    (chat,) = filter(None, p.answers("stage", asked))
+    (answer,) = [
+        record for record in p.used.values() if record["finish_reason"] == "stop" and record["text"]
+    ]
+    assert (chat.text, chat.answer, answer["tokens"]) == ("half", "a ? b", (3, 0))
     reasons = Counter(row["reason"] for row in p.dropped)
     assert reasons == {"no answer": 1, "empty": 2, "refused": 3, "content_filter": 1}
     assert any("413" in row["evidence"] for row in p.dropped)
-    assert len(p.read(tmp_path / "out/records/stage.jsonl")) == len(asked)
+    again = Pipeline(p.cfg)
+    again.answers("stage", asked)
+    assert again.used.keys() == p.used.keys() and len(again.used) == len(asked)
+    assert again.counts == p.counts and again.model.client is not p.model.client
     for status, body in ((200, {"detail": "no such route"}), (200, "<html>"), (401, {})):
         odd.odd["again"] = status, body
         with pytest.raises(ValueError, match=rf"{odd.url}: teacher.*goes on from here"):
-            p.ask("stage", [Request([pipeline.user("again")])])
-    for want, rule in (("rewards", "of the attributes"), ("verdict", "another --judge")):
-        with pytest.raises(ValueError, match=rf"gives no log-probabilities.*{rule}"):
-            p.ask("stage", [Request([pipeline.user(want)])], want=want)
+            p.ask("stage", [question("again")])
+    rated = records.load_backend(p.cfg, "teacher", rates=True)
+    with pytest.raises(ValueError, match="gives no log-probabilities of attributes"):
+        p.ask("stage", [question("rated")], rated)
     odd.shutdown()
     odd.server_close()
 
 
 def test_what_does_not_fit_in_the_context_is_dropped_and_counted(nano, tmp_path):
-    long = " ".join(WORDS * 30)
     p = Pipeline(local(nano, tmp_path / "one"))
-    chat = [pipeline.user(long), {"role": "assistant", "content": "x"}]
-    for want, backend, messages in (
-        ("text", p.model, chat[:1]), ("verdict", p.model, chat[:1]), ("rewards", p.reward, chat),
-    ):  # fmt: skip
-        (a,) = p.ask(want, [Request(messages)], backend, want)
-        assert (a["finish_reason"], a["scores"]) == ("too long", {}), want
-    assert p.answers("text", [(0, Request(chat[:1]))]) == []
+    long = question(" ".join(WORDS * 30))
+    answered = long.with_message("assistant", "x")
+    for backend, chat in ((p.model, long), (p.reward, answered)):
+        (record,) = p.ask("stage", [chat], backend)
+        assert (record["finish_reason"], record["scores"]) == ("too long", {})
+    assert p.answers("text", [long]) == [None]
     assert p.counts["text: too long"] == 1
-    assert pipeline.compare(replace_judge(p, "logits"), [(question(long), "a", "b")]) == [0]
-    assert p.counts["judge: no verdict"] == 1
+    pairs = [Candidate(long.with_message("assistant", text, "id")) for text in "ab"]
+    pipeline.compare(p, [pairs])
+    assert [one.margins for one in pairs] == [[0], [0]]
     with pytest.raises(ValueError, match="is a language model, not a reward model"):
         Pipeline(replace(local(nano, tmp_path / "two"), reward=str(nano[0])))
 
 
-def replace_judge(p, judge):
-    p.cfg = replace(p.cfg, judge=judge)
-    return p
-
-
 def test_a_list_that_was_cut_loses_its_last_item_and_is_topped_up(teacher, tmp_path):
-    def reply(text, want):
+    def reply(text):
         if "None of these again" in text:
             return "1. three\n2. four"
         return Reply("1. one\n2. two\n3. thr", "length")
 
     p = said_by(reply, teacher, tmp_path)
-    (items,) = p.lists("macro_topics", 4, [{}])
+    items = pipeline.derive(p, "macro_topics", [pipeline.ROOT], 4)
     assert [i.text for i in items] == ["one", "two", "three", "four"]
-    p = said_by(lambda text, want: Reply("", "refused: Error code: 400"), teacher, tmp_path / "b")
-    assert p.lists("macro_topics", 4, [{}]) == [[]]
-    assert p.counts["macro_topics: lists too short"] == 1 and "list" not in p.known.get("list", {})
+    p = said_by(lambda text: Reply("", "refused: Error code: 400"), teacher, tmp_path / "b")
+    assert pipeline.derive(p, "macro_topics", [pipeline.ROOT], 4) == []
+    assert p.counts["macro_topics: lists too short"] == 1 and not p.known["list"]
+
+
+def test_an_answer_that_is_no_list_is_rewritten_by_the_model(teacher, tmp_path):
+    def reply(text):
+        return "1. one\n2. two" if text.endswith("one and two") else "one and two"
+
+    p = said_by(reply, teacher, tmp_path)
+    items = pipeline.derive(p, "macro_topics", [pipeline.ROOT], 2)
+    assert [i.text for i in items] == ["one", "two"] and len(p.known["list"]) == 1
 
 
 def test_documents_are_cut_and_each_question_about_one_is_kept(teacher, tmp_path):
@@ -603,10 +607,11 @@ def test_documents_are_cut_and_each_question_about_one_is_kept(teacher, tmp_path
     document = " ".join(WORDS[:50] * 20)
     file = tmp_path / "docs.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in [document, document, "short"]))
-    p = Pipeline(config(teacher, tmp_path / "out", documents=(file,)))
-    texts = pipeline.documents_of(p, 9)
+    p = Pipeline(config(teacher, tmp_path / "out", documents=(file,), counts=dict(documents=9)))
+    found = pipeline.documents_of(p)
+    texts = [one.text for one in found]
     assert [len(text) for text in texts] == [2000, 5] and p.counts["documents: duplicate"] == 1
-    prompts = pipeline.closed_questions(p, p.cfg.amounts(), texts)
+    prompts = pipeline.closed_questions(p, found)
     assert len(pipeline.clean_prompts(p, prompts)) == len(prompts) == 4
     assert all(texts[0] in q.messages[0]["content"] for q in prompts[:2])
     assert len(pipeline.clean_prompts(p, [*prompts, prompts[0]])) == 4
@@ -616,24 +621,35 @@ def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
     p = Pipeline(config(teacher, tmp_path))
     good, bad = [4.0] * 5, [1.0] * 5
 
-    def answers(*ratings, judge=None, **truth):
-        texts = [f"it is {i}" for i in range(len(ratings))]
-        scores = judge or [pipeline.reward_of(x) for x in ratings]
-        q = question("How many?", truth=truth)
-        return pipeline.Answers(q, texts, texts, scores, [*ratings])
+    def answers(*ratings, margins=None, truth=None):
+        found = candidates(*[f"it is {i}" for i in range(len(ratings))])
+        for i, one in enumerate(found):
+            one.rating, one.truth = ratings[i], truth and truth[i]
+            one.margins = [margins[i]] if margins else []
+        return found
 
-    assert choose(p, answers(None, bad, good)) == (2, 1, False)
-    assert choose(p, answers(None, good)) == "not rated"
-    assert choose(p, answers(good, good)) == "tie"
-    assert choose(p, answers(good)) == "fewer than two answers"
-    assert choose(p, answers(bad, None, good, answer="0")) == (0, 1, True)
+    def chosen(*ratings, **more):
+        found = answers(*ratings, **more)
+        pair = choose(p, found)
+        return pair if isinstance(pair, Drop) else tuple(found.index(one) for one in pair)
+
+    assert chosen(None, bad, good) == (2, 1)
+    assert chosen(None, good) == Drop("not rated")
+    assert chosen(good, good) == Drop("tie")
+    assert chosen(good) == Drop("fewer than two answers")
+    assert chosen(bad, None, good, truth=[True, False, False]) == (0, 1)
     assert p.counts["judge: pairs with a truth"] == 1  # of those that are rated
-    assert choose(p, answers(good, bad, answer="7")) == "all wrong"
+    assert chosen(good, bad, truth=[False, False]) == Drop("all wrong")
     # rewards are ratings, whoever chose, where they say the same
-    row = pipeline.preference_row(p, answers(good, bad, judge=[1.0, -1.0]))
-    assert row["chosen_reward"] == pipeline.reward_of(good)
-    for a in (answers(bad, good, judge=[1.0, -1.0]), answers(None, bad, judge=[1.0, -1.0])):
-        assert "chosen_reward" not in pipeline.preference_row(p, a)
+    asked = question("How many?")
+    found = answers(good, bad, margins=[1.0, -1.0])
+    assert pipeline.preference_row(p, asked, found)["chosen_reward"] == found[0].reward
+    for first in (bad, None):
+        found = answers(first, good, margins=[1.0, -1.0])
+        row = pipeline.preference_row(p, asked, found)
+        assert row["chosen"] == "it is 0" and "chosen_reward" not in row
+    assert pipeline.preference_row(p, asked, answers(None, good)) is None
+    assert p.dropped[-1]["reason"] == "not rated"
 
 
 @pytest.mark.parametrize("scope, kept", [("single", 1), ("conversation", 0), ("revision", 1)])
@@ -641,7 +657,7 @@ def test_dialogues_obey_their_instruction_where_it_reaches(teacher, tmp_path, sc
     """The second answer has a comma. The ratings are 4, 1 and 4: 3 on average."""
     answers = {"Why": "because", "And then": "well, this", "And after": "that"}
 
-    def reply(text, want):
+    def reply(text):
         if text.startswith("You play"):
             return "And after?" if "well, this" in text else "And then?"
         if text.endswith("name: number."):
@@ -649,15 +665,17 @@ def test_dialogues_obey_their_instruction_where_it_reaches(teacher, tmp_path, sc
             return "\n".join(f"{a} (0-4): {value}.0" for a in data.ATTRIBUTES)
         return answers[text.rstrip("?")]
 
-    p = said_by(reply, teacher, tmp_path)
+    p = said_by(reply, teacher, tmp_path, counts=dict(turns=3))
     no_comma = verify.Instruction("punctuation:no_comma").to_json()
     q = question("Why?", truth={"instructions": [no_comma], "scope": scope})
-    made = pipeline.dialogues(replace_judge(p, "reward"), [q], 3)
+    made = pipeline.dialogues(p, [q])
     assert len(made) == kept and p.counts["dialogue: false"] == 1 - kept
     assert [row["scores"] for row in made] == [[3.0] * 5] * kept
     p.cfg = replace(p.cfg, min_helpfulness=3.1)
-    assert pipeline.dialogues(p, [q], 3) == pipeline.dialogues(p, [q], 0) == []
+    assert pipeline.dialogues(p, [q]) == []
     assert p.counts["dialogue: not helpful"] == kept
+    p.amounts.turns = 0
+    assert pipeline.dialogues(p, [q]) == []
 
 
 def test_the_manifest_says_nothing_of_the_place(teacher, tmp_path):
@@ -673,17 +691,82 @@ def test_the_manifest_says_nothing_of_the_place(teacher, tmp_path):
 
 def test_topics_that_look_like_formulas_or_alike_are_drawn(tmp_path):
     names = ("$\\frac{", "from $5 to $10", "x" * 30 + "1", "x" * 30 + "2")
-    prompts = [question("Why?", topic=name) for name in names]
-    files = dict(sft=[], preference=[])
-    assert pipeline.draw_histograms(tmp_path / "a.png", files, prompts)
-    assert pipeline.draw_histograms(tmp_path / "b.png", files, [])
+    assert report.draw_histograms(tmp_path / "a.png", {"prompts": []}, Counter(names))
+    assert report.draw_histograms(tmp_path / "b.png", {"prompts": [3, 4]}, Counter())
+
+
+def with_templates(path, text):
+    path.write_text(text)
+    return SynthesizeConfig(templates=(path,), recipe="report")
+
+
+def test_a_file_of_templates_replaces_the_keys_that_it_has(teacher, tmp_path):
+    """What it does not have, and ids of records of other templates, stay as they are."""
+    own = """list_ending = " Answer with a numbered list."
+    personas = ["Say what a user says after {history}."]
+    [seeds]
+    materials = ["ode {}"]
+    [lists]
+    questions = "Ask {n} things about {topic}, say {{x}}."
+    [amounts]
+    questions = { report = 3 }
+    materials = { report = 1 }
+    """
+    cfg = with_templates(tmp_path / "own.toml", own)
+    library = load_library(cfg.templates)
+    templates = library["templates"]
+    assert (
+        templates["questions"]
+        .format(n=2, topic="cats")
+        .startswith("Ask 2 things about cats, say {x}. A")
+    )
+    assert templates["closed"] == LIBRARY["lists"]["closed"] + library["list_ending"]
+    assert [name for name in templates if name.startswith("user_")] == ["user_0"]
+    assert library["materials"] == ["ode {}"] and library["truths"] == LIBRARY["truths"]
+    assert (cfg.amounts().questions, cfg.amounts().subtopics) == (3, 24)
+    assert replace(cfg, counts=dict(questions=7.0)).amounts().questions == 7
+    out = synthesize(config(teacher, tmp_path / "out", recipe="prompts", templates=cfg.templates))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["config"]["templates"][0].startswith("own.toml ")
+
+
+@pytest.mark.parametrize("text, what", [
+    ("[lists]\nqestions = 'x'", r"lists.*'qestions'.*questions"),
+    ("[list]\nquestions = 'x'", r"no key 'list'"),
+    ("[lists]\nquestions = 'Ask {n} things.'", r"lists\.questions.*\{topic\}"),
+    ("[lists]\nquestions = 'Ask {n} things about {topc} {topic}.'", r"lists\.questions.*\{topc\}"),
+    ("[prompts]\nrate = 'Rate {history}: {'", r"prompts\.rate.*\{\{"),
+    ("[prompts]\nrate = 5", r"prompts\.rate.*5.*str"),
+    ("personas = ['Say something.']", r"personas\[0\].*\{history\}"),
+    ("joins = []", r"joins.*list"),
+    ("[amounts.questions]\ndemo = 'many'", r"amounts\.questions\.demo.*'many'.*int"),
+    ("[amounts.questions]\ndemon = 3", r"amounts\.questions.*'demon'.*demo"),
+    ("[seeds]\nmaterials = ['x', 5]", r"seeds\.materials\[1\].*5"),
+    ("[seeds]\ntruths = [{promt = 'x'}]", r"seeds\.truths.*'prompt'"),
+    ("[seeds]\ntruths = ['x']", r"seeds\.truths.*"),
+    ("list_ending = 'Make {k}.'", r"list_ending.*\{k\}"),
+    ("x", "line 1|end of document"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_file_of_templates_is_named(teacher, tmp_path, text, what):
+    calls = sum(teacher.calls.values())
+    with pytest.raises(ValueError, match=rf"own\.toml.*{what}"):
+        synthesize(
+            replace(
+                with_templates(tmp_path / "own.toml", text),
+                model=Path("teacher"),
+                endpoint=teacher.url,
+                out=tmp_path / "out",
+                recipe="demo",
+            )
+        )
+    assert sum(teacher.calls.values()) == calls
 
 
 def test_other_weights_have_another_identity(tmp_path):
     names = set()
     for tail in (b"1", b"2"):  # with the same embedding before them
         (tmp_path / "model.safetensors").write_bytes(bytes(4 << 20) + tail * (4 << 20))
-        names.add(pipeline.identity(tmp_path))
+        names.add(records.identity(tmp_path))
     assert len(names) == 2
 
 

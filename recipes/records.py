@@ -1,0 +1,416 @@
+"""Who answers the questions of the synthetic data pipeline, and the records of the answers."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import ATTRIBUTES, MARKER, Messages, read_jsonl, render_chat, render_reward
+from generate import (
+    EngineConfig,
+    SamplingParams,
+    Sequence,
+    attributes_of,
+    chat_stops,
+    load_engine,
+    log,
+)
+from parallel import step_folders, world_size
+from recipes.verify import Decontaminator, parse_list, read_evaluations
+
+Record = dict[str, Any]
+Sampling = dict[str, Any]
+Work = list[tuple[Messages, Sampling]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds a conversation up to a user's turn, to be answered; also a topic, or a task."""
+
+    kind: str
+    messages: tuple[dict[str, str], ...] = ()
+    parents: tuple[str, ...] = ()  # ids of the records that it comes from
+    topic: str = ""
+    template: str = ""  # the one that was filled
+    sample: int = 0  # number among equal questions
+    truth: dict[str, Any] = field(default_factory=dict)
+    """Lets a program judge answers: `answer`, `tests`, or `instructions` and their `scope`."""
+    document: str = ""
+    """The document that the question is about; it is included in the prompt."""
+
+    @property
+    def text(self) -> str:
+        """Return what the user says, without the document, which other questions share."""
+        said = [message["content"] for message in self.messages if message["role"] != "assistant"]
+        text = "\n".join(said)
+        return text.replace(self.document, "") if self.document else text
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+    def with_message(self, role: str, text: str, *parents: str) -> "Question":
+        messages = (*self.messages, {"role": role, "content": text})
+        return replace(self, messages=messages, parents=(*self.parents, *parents), sample=0)
+
+    def without_last(self, n: int) -> "Question":
+        """Remove the last n messages, each of which came from a record."""
+        messages = self.messages[: len(self.messages) - n]
+        return replace(self, messages=messages, parents=self.parents[: len(self.parents) - n])
+
+
+Questions = list[Question]
+
+
+def prompt(kind: str, text: str, *parents: str, **more: Any) -> Question:
+    return Question(kind, **more).with_message("user", text, *parents)
+
+
+class Reply(NamedTuple):
+    """Holds what a backend answers."""
+
+    text: str
+    finish_reason: str = "stop"  # or length, too long, no answer, refused: why
+    tokens: tuple[int, int] = (0, 0)  # of the prompt, of the answer
+    scores: dict[str, float] = {}  # a reward model's attributes
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+
+class Local:
+    """Answers with a model in this process: a language model writes, a reward model rates."""
+
+    def __init__(self, cfg: EngineConfig, rates: bool) -> None:
+        self.engine = load_engine(cfg)
+        self.rates = rates
+        self.name = identity(cfg.model)
+        if cfg.quantize != "none":
+            self.name += f" {cfg.quantize}"
+        if rates != bool(self.engine.cfg.n_attributes):
+            kinds = ("a language model", "a reward model")
+            raise ValueError(f"{cfg.model} is {kinds[not rates]}, not {kinds[rates]}")
+
+    def answers(self, work: Work) -> Iterator[Reply]:
+        """Yield replies in the order of the work. A kill loses at most one window of them."""
+        window = 16 * len(self.engine.slots)
+        for start in range(0, len(work), window):
+            running = [self.submit(*one) for one in work[start : start + window]]
+            yield from map(self.reply, running)
+
+    def submit(self, messages: Messages, sampling: Sampling) -> list[Sequence]:
+        """Queue a conversation, unless it leaves no room for an answer in the context."""
+        tokenizer = self.engine.tokenizer
+        if self.rates:
+            ids = render_reward(messages, tokenizer)
+            sampling = dict(max_tokens=0)
+        else:
+            ids, _ = render_chat(messages, tokenizer)
+        if len(ids) + (not self.rates) > self.engine.context:
+            return []
+        return self.engine.submit(ids, SamplingParams(stop_ids=chat_stops(tokenizer), **sampling))
+
+    def reply(self, sequences: list[Sequence]) -> Reply:
+        """Wait for the answer of the engine."""
+        if not sequences:
+            return Reply("", "too long")
+        (done,) = self.engine.finished(sequences)
+        tokens = (done.n_prompt, len(done.ids))
+        if self.rates:
+            return Reply("", "stop", tokens, attributes_of(done.scores))
+        return Reply(done.text.strip(), done.finish_reason, tokens)
+
+
+class Endpoint:
+    """Asks a model behind an OpenAI-compatible server.
+
+    The openai package repeats what failed (429, 5xx, a lost connection) after growing pauses, or
+    after the one that the server asks for."""
+
+    def __init__(self, url: str, name: str, rates: bool, concurrency: int, retries: int) -> None:
+        try:
+            import openai
+        except ImportError as e:
+            raise ValueError("--endpoint needs `pip install -e '.[endpoint]'`") from e
+        self.url = url
+        self.name = name
+        self.rates = rates
+        self.concurrency = concurrency
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        timeout = openai.Timeout(3600, connect=30)
+        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+
+    def answers(self, work: Work) -> Iterator[Reply]:
+        """Yield replies in the order of the work.
+
+        At most `concurrency` requests are under way, and as many done ones wait behind a slow one.
+        If the process is killed, at most 2 x concurrency answers are lost."""
+        pool = ThreadPoolExecutor(self.concurrency)
+        under_way = deque()
+        try:
+            for one in work:
+                if len(under_way) == 2 * self.concurrency:
+                    yield under_way.popleft().result()
+                under_way.append(pool.submit(self.ask, *one))
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, messages: Messages, sampling: Sampling) -> Reply:
+        """Return the server's answer. What it refuses for good is a reply too; any other failure
+        ends the run, which the same command continues."""
+        import openai
+
+        create = self.client.chat.completions.create
+        try:
+            done = create(model=self.name, messages=messages, **sampling)
+            choices = getattr(done, "choices", None)
+            if choices is None:
+                raise ValueError(f"no chat completion: {str(done)[:200]}")
+        except (openai.OpenAIError, ValueError) as e:
+            if getattr(e, "status_code", 0) in (400, 413, 422):  # the request's own fault
+                return Reply("", drop_surrogates(f"refused: {e}"))
+            rule = "the same command goes on from here"
+            raise ValueError(f"{self.url}: {self.name}: {e}: {rule}") from e
+        if not choices:
+            return Reply("", "no answer")
+        said = getattr(choices[0].message, "content", None)
+        text = drop_surrogates(said).strip() if isinstance(said, str) else ""
+        used = done.usage
+        tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
+        scores = self.scores(choices[0].logprobs) if self.rates else {}
+        return Reply(text, choices[0].finish_reason or "stop", tokens, scores)
+
+    def scores(self, logprobs: Any) -> dict[str, float]:
+        """Return the attributes, which NVIDIA's endpoints give as if they were log-probabilities
+        of tokens."""
+        if logprobs is None:
+            raise ValueError(f"{self.url}: {self.name} gives no log-probabilities of attributes")
+        listed = logprobs.content or []
+        return {one.token: one.logprob for one in listed if one.token in ATTRIBUTES}
+
+
+Backend = Local | Endpoint
+
+
+def drop_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs, which no file can hold."""
+    return text.encode(errors="replace").decode()
+
+
+def identity(folder: Path) -> str:
+    """Name a model by its weights, so that other weights have another name.
+
+    A run is known by the checksums of its newest checkpoint, a Hugging Face folder by the size of
+    each file and pieces from all over it."""
+    digest = hashlib.sha256()
+    steps = step_folders(folder / "checkpoints")
+    for path in [steps[-1] / "state.json"] if steps else sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(1 << 16))
+    return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+
+
+# ---- the pipeline --------------------------------------------------------------------------------
+
+
+def load_backend(cfg: Any, name: str, rates: bool) -> Backend:
+    """Load the model of a folder, or connect to one at the endpoint."""
+    if (Path(name) / "config.json").exists():
+        return Local(replace(cfg, model=Path(name)), rates)
+    if not cfg.endpoint:
+        rule = "a model is a folder with a config.json, or a name that --endpoint serves"
+        raise ValueError(f"model {name!r}, endpoint {cfg.endpoint!r}: {rule}")
+    if world_size() > 1:
+        raise ValueError("an endpoint is asked by one process: start it with python")
+    return Endpoint(cfg.endpoint, name, rates, cfg.concurrency, cfg.retries)
+
+
+class Pipeline:
+    """Holds the models by their roles, records of what they were asked, and what was dropped.
+
+    Records are one file a stage, appended to in the order of the questions, so that a killed run,
+    started again, leaves the same bytes."""
+
+    def __init__(self, cfg: Any) -> None:
+        """Load the models of a SynthesizeConfig, and read the records that are there."""
+        self.cfg = cfg
+        self.library = cfg.library()
+        self.amounts = cfg.amounts()
+        self.counts = Counter()
+        self.dropped = []
+        evaluations = read_evaluations(cfg.evaluations)
+        self.benchmarks = Decontaminator((Path(where).name, text) for where, text in evaluations)
+        load = cache(partial(load_backend, cfg))
+        self.model = load(str(cfg.model), rates=False)
+        self.answerers = [load(name, rates=False) for name in cfg.answerers] or [self.model]
+        self.reward = load(cfg.reward, rates=True) if cfg.reward else None
+        self.leads = int(os.environ.get("RANK", 0)) == 0  # the first process writes
+        self.folder = cfg.out / "records"
+        self.known = {}  # records by stage and id
+        self.used = {}  # those that this run needs, by id
+        self.read_records()
+
+    def read_records(self) -> None:
+        """Read the records' files; a last line that a kill cut short is taken away."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(self.folder.glob("*.jsonl"))
+        for file in files if self.leads else []:
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        wait_for_all()
+        for file in files:
+            for where, record in read_jsonl(file):
+                try:
+                    self.keep(record)
+                except KeyError as e:
+                    raise ValueError(f"{where}: a record without {e}: take the line out") from e
+        wait_for_all()  # nobody writes before everybody has read
+
+    def ask(
+        self, stage: str, questions: Questions, backend: Backend | None = None, **sampling: Any
+    ) -> list[Record]:
+        """Return each question's record, known or made now."""
+        backend = backend or self.model
+        if not backend.rates:
+            names = ("temperature", "top_p", "max_tokens")
+            sampling = {name: getattr(self.cfg, name) for name in names} | sampling
+        ids = [self.record_id(stage, one, backend, sampling) for one in questions]
+        known = self.known.setdefault(stage, {})
+        pairs = zip(ids, questions, strict=True)
+        missing = {key: question for key, question in pairs if key not in known}
+        work = []
+        for key, question in missing.items():
+            work.append(([*question.messages], dict(sampling, seed=int(key[:7], 16))))
+        replies = zip(missing.items(), backend.answers(work), strict=True)
+        quiet = not log.isEnabledFor(20)
+        bar = tqdm(replies, desc=stage, total=len(work), disable=quiet, leave=False)
+        for (key, question), reply in bar:
+            record = dict(id=key, stage=stage, template=question.template, model=backend.name)
+            record |= dict(sampling=sampling, seed=self.cfg.seed, sample=question.sample)
+            record |= dict(parents=question.parents, messages=question.messages)
+            self.append(record | reply._asdict())
+        records = [known[key] for key in ids]
+        self.used |= zip(ids, records, strict=True)
+        return records
+
+    def record_id(self, stage: str, one: Question, backend: Backend, sampling: Sampling) -> str:
+        """Return the hash of everything that an answer depends on."""
+        template = hash_of(self.library["templates"].get(one.template, ""))
+        want = "rewards" if backend.rates else "text"
+        asked = (stage, one.messages, one.sample, want, template)
+        return hash_of(*asked, backend.name, sampling, self.cfg.seed)
+
+    def append(self, record: Record) -> None:
+        """Write a record to the end of its stage's file, and keep it."""
+        if self.leads:
+            with (self.folder / f"{record['stage']}.jsonl").open("ab") as file:
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.keep(record)
+
+    def keep(self, record: Record) -> None:
+        """Hold a record in memory, without what was asked: there may be millions."""
+        del record["messages"]
+        self.known.setdefault(record["stage"], {})[record["id"]] = record
+
+    def fill(self, template: str, parents: tuple[str, ...] = (), **inputs: Any) -> Question:
+        """Return the question that a template becomes."""
+        text = self.library["templates"][template].format(**inputs)
+        return prompt(template, text, *parents, template=template)
+
+    def drop(self, stage: str, reason: str, chat: Question, evidence: Any) -> None:
+        """Keep out of the rows what has a fault, and say why in a row of its own."""
+        self.counts[f"{stage}: {reason}"] += 1
+        self.dropped.append(row_of(chat, stage=stage, reason=reason, evidence=evidence))
+
+    def answers(
+        self,
+        stage: str,
+        asked: Questions,
+        chats: Questions | None = None,
+        role: str = "assistant",
+        **how: Any,
+    ) -> list[Question | None]:
+        """Return each chat (by default, what was asked) with the answer as its next message.
+
+        None stands for an answer that is dropped: it did not end by itself, says nothing, is
+        over-long or has a marker of the chat template."""
+        found = []
+        records = self.ask(stage, asked, **how)
+        for chat, record in zip(chats or asked, records, strict=True):
+            text = clean(record["text"]) if role == "user" else record["text"]
+            chat = chat.with_message(role, text, record["id"])
+            reason, _, _ = record["finish_reason"].partition(":")
+            if reason == "length":
+                reason = "unfinished"
+            elif reason == "stop" and not text:
+                reason = "empty"
+            elif reason == "stop" and len(text) > self.cfg.longest:
+                reason = "over-long"
+            elif reason == "stop" and MARKER.search(text):
+                reason = "has a marker"
+            if reason != "stop":
+                evidence = f"{record['finish_reason']}, {len(text)} characters"
+                self.drop(stage, reason, chat, evidence)
+            found.append(chat if reason == "stop" else None)
+        return found
+
+    def as_lists(self, records: list[Record]) -> list[Record]:
+        """Let the model rewrite complete answers that cannot be read as a list."""
+        broken = []
+        for i, record in enumerate(records):
+            complete = record["text"] and record["finish_reason"] == "stop"
+            if complete and not parse_list(record["text"]):
+                broken.append(i)
+        asked = [self.fill("list", (records[i]["id"],), text=records[i]["text"]) for i in broken]
+        for i, record in zip(broken, self.ask("list", asked, temperature=0.0), strict=True):
+            records[i] = record
+        return records
+
+
+def hash_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def row_of(chat: Question, **more: Any) -> Record:
+    """Return a row as align.py reads it, with what it comes from."""
+    origin = dict(kind=chat.kind, topic=chat.topic, parents=chat.parents)
+    return dict(messages=chat.messages, **more, **origin)
+
+
+PLEASANTRIES = re.compile(
+    r"^\W*(thanks?( you)?( (so|very) much)?( for [^.!?\n]*)?|hi( there)?|hello( there)?|hey|sure|"
+    r"great|of course|certainly|absolutely|i('d| would) be (happy|glad) to[^.!?\n]*|"
+    r"that('s| is) (great|helpful|very helpful|interesting)[^.!?\n]*)\s*([.!,:?]+\s*|[-–—]+\s+|$)",
+    re.IGNORECASE,
+)
+
+
+def clean(text: str) -> str:
+    """Take from a played user's message its role, the assistant's next words, quotes around it,
+    greetings and thanks."""
+    text = re.sub(r"(?i)^\W*user[\s*]*[:>][\s*:>]*", "", text.strip())
+    text = text.partition("<<ASSISTANT>>")[0].strip()
+    text = re.sub(r"^[\"“]([^\"“”]*)[\"”]$", r"\1", text).strip()
+    while PLEASANTRIES.match(text):
+        text = PLEASANTRIES.sub("", text, count=1)
+    return text[:1].upper() + text[1:]
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
