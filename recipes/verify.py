@@ -336,7 +336,7 @@ NUMBER = re.compile(
     rf"""(?<![\w.)\]])(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
     (?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?
     (?:(?:e|\s?[×x*]\s?10\^\{{?)(?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?
-    (?P<odd>e[+-]?[0-9]|\s?[×x*]\s?10\^|{NOT_READ})?|{NOT_READ}""",
+    (?P<odd>e[+-]?[0-9]+|(?:\s?[×x*]\s?10)?{NOT_READ})?|{NOT_READ}""",
     re.IGNORECASE | re.VERBOSE,
 )
 
