@@ -925,10 +925,7 @@ def aggregate(attributes: Any, weights: Sequence[float] = REWARD_WEIGHTS) -> Any
 def best_and_worst(
     responses: Sequence[str], rewards: Sequence[float], finished: Sequence[bool], min_gap: float = 0
 ) -> tuple[int, int] | None:
-    """Return the numbers of the chosen and the rejected response to one prompt.
-
-    Unfinished responses and repetitions are left out. None is a tie, or a gap below min_gap.
-    """
+    """Return the numbers of the best and the worst finished response, or None in a near tie."""
     distinct: dict[str, int] = {}
     for i, text in enumerate(responses):
         if finished[i]:
@@ -997,6 +994,7 @@ def messages_of(value: Any, role: str) -> Any:
     return messages
 
 
+# old names, which recipes/synthesize.py still imports
 TO_ANSWER = "<extra_id_1>Assistant\n"
 numbered_lines = read_jsonl
 plain = partial(messages_of, role="user")
