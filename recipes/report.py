@@ -27,7 +27,7 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     out: Path = Path("report.png")
-    """File to write; its ending (png, pdf, svg) decides the format."""
+    """Picture to write; its ending is the format: png, pdf, svg …"""
 
 
 def read_metrics(folder: Path) -> Rows:
@@ -71,6 +71,10 @@ def report(cfg: ReportConfig) -> None:
     every_row = sum(histories.values(), [])
     measured = all(row["mfu"] is not None for row in every_row)
     figure = Figure(figsize=(12, 8), layout="constrained")
+    kind = cfg.out.suffix[1:]
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"--out {cfg.out}: its ending must be one of {', '.join(known)}")
     panels = figure.subplots(2, 2).flatten()
     for i, (folder, rows) in enumerate(histories.items()):
         # earlier runs are wider, so that equal curves remain visible

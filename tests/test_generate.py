@@ -758,37 +758,6 @@ def test_a_reward_model_scores_conversations_and_rewardbench_rows(
     assert said[-1] == f"the chosen one has the higher reward in {won} of 20 pairs"
 
 
-def test_lm_eval_gets_the_engines_likelihoods_and_texts(folder, tmp_path, run):
-    rng = random.Random(0)
-    words = ["import", "return", "class", "The module", "values"]
-    choice, written = tmp_path / "choice.jsonl", tmp_path / "written.jsonl"
-    rows = [
-        {
-            "question": f"{rng.choice(words)} {i}:",
-            "choices": rng.sample(words, 3),
-            "answer": rng.randrange(3),
-        }
-        for i in range(12)
-    ]
-    choice.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    written.write_text(
-        "".join(json.dumps({"question": row["question"], "answer": "x"}) + "\n" for row in rows)
-    )
-    out = tmp_path / "results.json"
-    run("evaluate", folder, "--jsonl", choice, written, "--out", out)
-    results = json.loads(out.read_text())
-    tokenizer, model, right = data.load_tokenizer(folder), load_hf(folder), 0
-    for row in rows:
-        scores = []
-        for text in row["choices"]:
-            ids = tokenizer.encode(f"{row['question']} {text}").tolist()
-            n = len(tokenizer.encode(row["question"]))
-            scores.append(sum(log_probs(model, ids)[n - 1 :]))
-        right += int(np.argmax(scores)) == row["answer"]
-    assert results["choice"]["acc,none"] == pytest.approx(right / 12)
-    assert results["written"]["exact_match,none"] == 0
-
-
 def test_a_run_of_any_mesh_can_be_sampled_from(on_ranks, corpus, tmp_path):
     axes = {"tp": 2, "pp": 2, "vp": 2}
     on_ranks(4, train_tiny, str(corpus), str(tmp_path / "run"), axes)

@@ -20,7 +20,6 @@ import train
 from data import Sampler, TokenData
 from model import ModelConfig, hf_config
 from parallel import Checkpoints, MeshConfig, Runner, init_mesh, load_hf, save_hf
-from recipes import report
 from train import PRESETS, Phase, PretrainConfig, Schedule, choose_config, micro_batches, nano
 
 ROOT = Path(__file__).parents[1]
@@ -480,15 +479,6 @@ def test_a_profile_window_writes_a_trace(on_ranks, corpus, tmp_path):
     on_ranks(2, pretrain, cfg)
     trace = json.loads((cfg.out / "trace" / "rank0.json").read_text())
     assert any("aten::mm" in str(e.get("name")) for e in trace["traceEvents"])
-
-
-def test_the_report_draws_runs_into_one_picture(on_ranks, corpus, tmp_path):
-    on_ranks(1, pretrain, config(corpus, tmp_path / "a"))
-    on_ranks(1, pretrain, two_phases(corpus, tmp_path / "b"))
-    report.report(report.ReportConfig((tmp_path / "a", tmp_path / "b"), tmp_path / "r.png"))
-    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="not a run's folder"):
-        report.report(report.ReportConfig((tmp_path,), tmp_path / "r.png"))
 
 
 def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):
