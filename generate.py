@@ -229,9 +229,7 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest, "big") + 0.5) / 2**32
 
 
-def penalize_repetition(
-    logits: Tensor, params: list[SamplingParams], seen: list[list[int]]
-) -> Tensor:
+def penalize_repeats(logits: Tensor, params: list[SamplingParams], seen: list[list[int]]) -> Tensor:
     """Lower the logits (N, V) of the tokens that each row has seen."""
     logits = logits.clone()
     for row, p, ids in zip(logits, params, seen, strict=True):
@@ -285,7 +283,7 @@ def sample(
         return logits.new_tensor([getattr(p, name) for p in params])[:, None]
 
     if any(p.repetition_penalty != 1 for p in params):
-        logits = penalize_repetition(logits, params, seen)
+        logits = penalize_repeats(logits, params, seen)
     greedy = logits.argmax(1)
     if all(p.temperature == 0 for p in params):
         return greedy
