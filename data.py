@@ -994,17 +994,6 @@ def messages_of(value: Any, role: str) -> Any:
     return messages
 
 
-# old names, which recipes/synthesize.py still imports
-TO_ANSWER = "<extra_id_1>Assistant\n"
-numbered_lines = read_jsonl
-plain = partial(messages_of, role="user")
-
-
-def json_object(row: Any) -> Record:
-    """Return a row as it is: the old name of what read_jsonl does."""
-    return row if isinstance(row, dict) else parse_line(row, "")
-
-
 def read_chat(row: Record) -> Parsed:
     """Parse {"messages": [{"role", "content"}]}."""
     return [messages_of(required(row, "messages", list), "user")], None
