@@ -19,7 +19,7 @@ import data
 import generate
 import parallel
 import train
-from recipes import demo, evaluate, iterate, plan, report, serve, synthesize
+from recipes import demo, evaluate, iterate, plan, report, rewardbench, serve, synthesize
 
 ROOT = Path(__file__).parents[1]
 CORE = ("model", "data", "parallel", "train", "align", "generate")
@@ -48,7 +48,7 @@ CAPS = {
 RECIPE_CAP = 450
 TOKENS_PER_LINE = 7.5
 CORE_TOKENS = 45_000
-RECIPE_LINES = 3_400
+RECIPE_LINES = 4_170
 
 
 def files() -> dict[str, str]:
@@ -225,12 +225,12 @@ CONFIGS += (parallel.ExportConfig, demo.DemoConfig, iterate.IterateConfig)
 CONFIGS += (align.SftConfig, align.RewardConfig, align.PreferenceConfig)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
 CONFIGS += (generate.ChatConfig, generate.ScoreConfig, evaluate.EvaluateConfig)
-CONFIGS += (serve.ServeConfig, synthesize.SynthesizeConfig)
+CONFIGS += (serve.ServeConfig, synthesize.SynthesizeConfig, rewardbench.RewardBenchConfig)
 
 
 def test_every_config_is_in_the_list():
     modules = (data, parallel, train, align, generate, demo, evaluate, iterate, plan, report)
-    for module in (*modules, serve, synthesize):
+    for module in (*modules, rewardbench, serve, synthesize):
         for name, value in vars(module).items():
             own = dataclasses.is_dataclass(value) and value.__module__ == module.__name__
             if own and name.endswith("Config"):
@@ -311,6 +311,7 @@ def test_the_readmes_commands_of_the_recipes_parse():
         "evaluate": evaluate.EvaluateConfig,
         "plan": plan.PlanConfig,
         "report": report.ReportConfig,
+        "rewardbench": rewardbench.RewardBenchConfig,
         "serve": serve.ServeConfig,
         "synthesize": synthesize.SynthesizeConfig,
     }
