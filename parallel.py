@@ -223,8 +223,6 @@ GPUS = {
     "H200": Gpu(989e12, 141e9, 4.8e12, 450e9),
     "H100 NVL": Gpu(835e12, 94e9, 3.9e12, 300e9),
     "H100 PCIe": Gpu(756e12, 80e9, 2.0e12, 300e9),
-    # torchtitan's: HBM2e at 500 W, its peak somewhere between the NVL's, taken here, and the SXM's
-    "H100 HBM2e": Gpu(835e12, 96e9, 2.4e12, 450e9),
     "H100": Gpu(989e12, 80e9, 3.35e12, 450e9),
     "A100": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9),
 }
