@@ -53,8 +53,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ServeConfig(EngineConfig):
-    """Serve /v1/chat/completions, /v1/completions and /v1/models as OpenAI does, and
-    /v1/health/live and /v1/health/ready as NVIDIA's NIM does."""
+    """Serve OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and NVIDIA's
+    /v1/health/live and /v1/health/ready."""
 
     host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all networks of this machine
     port: int = 8000  # Port to listen on
@@ -115,9 +115,7 @@ class SamplingRequest(BaseModel, extra="forbid", strict=True):
         return SamplingParams(**given | {"stop": stop} | others)
 
 
-class TextRequest(SamplingRequest):
-    """Has the fields of /v1/completions."""
-
+class TextRequest(SamplingRequest):  # of /v1/completions
     prompt: str | Ids | Annotated[list[str | Ids], FAIL_FAST]
     max_tokens: int = 16
     echo: bool = False
@@ -136,9 +134,7 @@ class TextRequest(SamplingRequest):
         return [self.prompt] if one else self.prompt
 
 
-class ChatRequest(SamplingRequest):
-    """Has the fields of /v1/chat/completions."""
-
+class ChatRequest(SamplingRequest):  # of /v1/chat/completions
     messages: Annotated[list[dict[str, str | None]], FAIL_FAST]  # data.check_messages knows more
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -237,8 +233,7 @@ class ResponseWriter:
 
 
 class ActiveRequest(Response):
-    """Answers a request: submits its prompts, collects their samples from the engine's thread and
-    sends them, whole or as a stream of events."""
+    """Answers a request with the samples that the engine's thread reports, whole or as events."""
 
     def __init__(self, state: "ServerState", asked: TextRequest | ChatRequest) -> None:
         super().__init__()
@@ -272,6 +267,8 @@ class ActiveRequest(Response):
                 choices.sort(key=itemgetter("index"))
                 answer = JSONResponse(self.head | {"choices": choices, "usage": self.usage()})
             await answer(scope, receive, send)
+        except asyncio.CancelledError:
+            pass  # the server stops
         finally:
             self.state.n_samples -= self.n_samples
             for number in numbers:
@@ -439,8 +436,10 @@ def serve(cfg: ServeConfig) -> None:
         log.warning(f"anybody who reaches {cfg.host} can use this server: set --api-key")
     driver.thread.start()
     how = {"timeout_graceful_shutdown": 5, "log_level": "warning"}
-    uvicorn.run(make_app(state), host=cfg.host, port=cfg.port, **how)
-    driver.stop()
+    try:
+        uvicorn.run(make_app(state), host=cfg.host, port=cfg.port, **how)
+    finally:  # also if the port is taken, so that the other ranks end
+        driver.stop()
     if driver.failed:
         raise RuntimeError("the engine failed") from driver.failed
 
