@@ -1,4 +1,4 @@
-"""Who answers the questions of the synthetic data pipeline, and the records of the answers."""
+"""Backends that answer the questions of the synthetic data pipeline, and records of the answers."""
 
 import hashlib
 import json
@@ -16,15 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import ATTRIBUTES, MARKER, Messages, read_jsonl, render_chat, render_reward
-from generate import (
-    EngineConfig,
-    SamplingParams,
-    Sequence,
-    attributes_of,
-    chat_stops,
-    load_engine,
-    log,
-)
+from generate import EngineConfig, SamplingParams, Sequence, attributes_of, chat_stops, load_engine
 from parallel import step_folders, world_size
 from recipes.verify import Decontaminator, parse_list, read_evaluations
 
@@ -60,13 +52,14 @@ class Question:
         return self.messages[-1]["content"]
 
     def with_message(self, role: str, text: str, *parents: str) -> "Question":
+        """Add a message; `parents` are the ids of the records that it comes from."""
         messages = (*self.messages, {"role": role, "content": text})
         return replace(self, messages=messages, parents=(*self.parents, *parents), sample=0)
 
-    def without_last(self, n: int) -> "Question":
-        """Remove the last n messages, each of which came from a record."""
-        messages = self.messages[: len(self.messages) - n]
-        return replace(self, messages=messages, parents=self.parents[: len(self.parents) - n])
+    def without_last(self, count: int) -> "Question":
+        """Remove the last messages, each of which came from a record."""
+        messages = self.messages[: len(self.messages) - count]
+        return replace(self, messages=messages, parents=self.parents[: len(self.parents) - count])
 
 
 Questions = list[Question]
@@ -137,29 +130,28 @@ class Endpoint:
     The openai package repeats what failed (429, 5xx, a lost connection) after growing pauses, or
     after the one that the server asks for."""
 
-    def __init__(self, url: str, name: str, rates: bool, concurrency: int, retries: int) -> None:
+    def __init__(self, cfg: Any, name: str, rates: bool) -> None:
         try:
             import openai
         except ImportError as e:
             raise ValueError("--endpoint needs `pip install -e '.[endpoint]'`") from e
-        self.url = url
+        self.cfg = cfg
         self.name = name
         self.rates = rates
-        self.concurrency = concurrency
         key = os.environ.get("OPENAI_API_KEY", "none")
-        timeout = openai.Timeout(3600, connect=30)
-        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+        how = dict(max_retries=cfg.retries, timeout=openai.Timeout(3600, connect=30))
+        self.client = openai.OpenAI(base_url=cfg.endpoint, api_key=key, **how)
 
     def answers(self, work: Work) -> Iterator[Reply]:
         """Yield replies in the order of the work.
 
         At most `concurrency` requests are under way, and as many done ones wait behind a slow one.
         If the process is killed, at most 2 x concurrency answers are lost."""
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool = ThreadPoolExecutor(self.cfg.concurrency)
         under_way = deque()
         try:
             for one in work:
-                if len(under_way) == 2 * self.concurrency:
+                if len(under_way) == 2 * self.cfg.concurrency:
                     yield under_way.popleft().result()
                 under_way.append(pool.submit(self.ask, *one))
             while under_way:
@@ -182,7 +174,7 @@ class Endpoint:
             if getattr(e, "status_code", 0) in (400, 413, 422):  # the request's own fault
                 return Reply("", drop_surrogates(f"refused: {e}"))
             rule = "the same command goes on from here"
-            raise ValueError(f"{self.url}: {self.name}: {e}: {rule}") from e
+            raise ValueError(f"{self.cfg.endpoint}: {self.name}: {e}: {rule}") from e
         if not choices:
             return Reply("", "no answer")
         said = getattr(choices[0].message, "content", None)
@@ -196,7 +188,9 @@ class Endpoint:
         """Return the attributes, which NVIDIA's endpoints give as if they were log-probabilities
         of tokens."""
         if logprobs is None:
-            raise ValueError(f"{self.url}: {self.name} gives no log-probabilities of attributes")
+            raise ValueError(
+                f"{self.cfg.endpoint}: {self.name} gives no log-probabilities of attributes"
+            )
         listed = logprobs.content or []
         return {one.token: one.logprob for one in listed if one.token in ATTRIBUTES}
 
@@ -238,7 +232,7 @@ def load_backend(cfg: Any, name: str, rates: bool) -> Backend:
         raise ValueError(f"model {name!r}, endpoint {cfg.endpoint!r}: {rule}")
     if world_size() > 1:
         raise ValueError("an endpoint is asked by one process: start it with python")
-    return Endpoint(cfg.endpoint, name, rates, cfg.concurrency, cfg.retries)
+    return Endpoint(cfg, name, rates)
 
 
 class Pipeline:
@@ -297,8 +291,9 @@ class Pipeline:
         for key, question in missing.items():
             work.append(([*question.messages], dict(sampling, seed=int(key[:7], 16))))
         replies = zip(missing.items(), backend.answers(work), strict=True)
-        quiet = not log.isEnabledFor(20)
-        bar = tqdm(replies, desc=stage, total=len(work), disable=quiet, leave=False)
+        bar = tqdm(
+            replies, desc=stage, total=len(work), disable=not (self.leads and work), leave=False
+        )
         for (key, question), reply in bar:
             record = dict(id=key, stage=stage, template=question.template, model=backend.name)
             record |= dict(sampling=sampling, seed=self.cfg.seed, sample=question.sample)

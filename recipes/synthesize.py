@@ -35,19 +35,9 @@ from data import (
     write_whole,
 )
 from generate import EngineConfig, check_ranges, log, run_command
+from recipes import verify
 from recipes.records import Pipeline, Question, Questions, Record, prompt, row_of
 from recipes.report import draw_histograms
-from recipes.verify import (
-    Instruction,
-    compiles,
-    draw_instructions,
-    extract_code,
-    near_duplicates,
-    normalise,
-    parse_list,
-    run_python,
-    same_number,
-)
 
 # ---- what is asked, and how much -----------------------------------------------------------------
 
@@ -177,7 +167,7 @@ def history(messages: Iterable[dict[str, str]]) -> str:
 
 def unique(items: Iterable[Question]) -> Questions:
     """Keep one question of each text."""
-    return list({normalise(item.text): item for item in items}.values())
+    return list({verify.normalise(item.text): item for item in items}.values())
 
 
 def derive(
@@ -204,12 +194,12 @@ def derive(
         records = pipeline.as_lists(pipeline.ask(stage, asked))
         for i, record in zip(short, records, strict=True):
             topic = parents[i].topic or parents[i].text
-            items = parse_list(record["text"])
+            items = verify.parse_list(record["text"])
             if record["finish_reason"] != "stop":
                 items = items[:-1]  # the last one is cut
             for text in items:
                 item = prompt(kind or stage, text, record["id"], topic=topic)
-                found[i].setdefault(normalise(text), item)
+                found[i].setdefault(verify.normalise(text), item)
     pipeline.counts[f"{stage}: lists too short"] += sum(len(items) < amount for items in found)
     return list(chain.from_iterable(islice(items.values(), amount) for items in found))
 
@@ -232,7 +222,7 @@ def plain_questions(pipeline: Pipeline, topics: Questions) -> Questions:
 def documents_of(pipeline: Pipeline) -> Questions:
     """Return the beginnings of documents, 2,000 characters at most, cut at the end of a line if
     there is one. None comes twice or is in a benchmark."""
-    paths = [*pipeline.cfg.documents]
+    paths = pipeline.cfg.documents
     given = read_documents(paths, "text") if paths else embedded_english()
     found = []
     for text in islice(filter(str.strip, given), pipeline.amounts.documents):
@@ -306,7 +296,7 @@ def instructed(pipeline: Pipeline, sources: Questions) -> Questions:
     for i in range(pipeline.amounts.instructed if sources else 0):
         source = rng.choice(sources)
         scope = ("single", "conversation", "revision")[i % 3]
-        drawn = draw_instructions(rng, rng.choice((1, 1, 2)), source.text)
+        drawn = verify.draw_instructions(rng, rng.choice((1, 1, 2)), source.text)
         text = " ".join(instruction.text for instruction in drawn)
         truth = {"instructions": [one.to_json() for one in drawn], "scope": scope}
         new = replace(source, kind=f"instructions, {scope}", truth=truth)
@@ -416,7 +406,7 @@ def hygiene(pipeline: Pipeline, stage: str, questions: Questions, new_from: int 
     """Return the questions from index `new_from` on that are neither near-duplicates of one before
     them nor in a benchmark."""
     good = []
-    twins = near_duplicates([question.text for question in questions], pipeline.cfg.near)
+    twins = verify.near_duplicates([question.text for question in questions], pipeline.cfg.near)
     for question, twin in list(zip(questions, twins, strict=True))[new_from:]:
         marker = MARKER.search(question.text)
         contaminated = pipeline.benchmarks.evidence(question.text)
@@ -475,16 +465,16 @@ def satisfies_truth(chat: Question, turns: int = 1) -> bool | None:
     truth = chat.truth
     answers = [message["content"] for message in chat.messages[1 - 2 * turns :: 2]]
     if "answer" in truth:
-        return same_number(answers[0], truth["answer"])
+        return verify.same_number(answers[0], truth["answer"])
     if "tests" in truth:
-        code = extract_code(answers[0])
-        return code is not None and run_python(f"{code}\n{truth['tests']}\n").ok
+        code = verify.extract_code(answers[0])
+        return code is not None and verify.run_python(f"{code}\n{truth['tests']}\n").ok
     if "instructions" not in truth:
         return None
     asked = chat.messages[-2 * turns]["content"]
     if truth["scope"] != "conversation":
         answers = answers[:1]
-    instructions = map(Instruction.from_json, truth["instructions"])
+    instructions = map(verify.Instruction.from_json, truth["instructions"])
     return all(one.met(text, asked) for one, text in product(instructions, answers))
 
 
@@ -637,8 +627,6 @@ def preference_row(
     row["judge"] = pipeline.cfg.judge if best.truth is None else "truth"
     if best.reward > worst.reward:
         row |= dict(chosen_reward=best.reward, rejected_reward=worst.reward)
-    else:
-        pipeline.counts["preference: no rewards, or they contradict the choice"] += 1
     return row_of(question, **row)
 
 
@@ -668,8 +656,8 @@ def genetic(pipeline: Pipeline) -> list[Record]:
                     how = rng.choice(pipeline.library["evolutions"])
                     evolved.append(pipeline.fill("evolve", task.parents, task=task.text, how=how))
         born = derive(pipeline, "crossover", crossed, 1)
-        for chat in filter(None, pipeline.answers("evolve", evolved, temperature=1.0)):
-            born.append(prompt("evolve", chat.answer, *chat.parents))
+        chats = pipeline.answers("evolve", evolved, temperature=1.0)
+        born += [prompt("evolve", chat.answer, *chat.parents) for chat in chats if chat]
         born = [replace(task, kind="code", topic="Python") for task in born]
         born = hygiene(pipeline, "code", [*population, *born], len(population))
         chats = solved(pipeline, born)
@@ -684,8 +672,8 @@ def solved(pipeline: Pipeline, tasks: Questions) -> Questions:
     chats = []
     to_judge = []
     for chat in filter(None, pipeline.answers("solve", asked, tasks)):
-        code = extract_code(chat.answer)
-        if code is None or not compiles(code):
+        code = verify.extract_code(chat.answer)
+        if code is None or not verify.compiles(code):
             pipeline.drop("code", "does not compile", chat, code)
         else:
             chats.append(chat)
@@ -710,7 +698,7 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
     random.Random(f"{cfg.seed}/split").shuffle(questions)
     split = round(len(questions) * pipeline.amounts.preference_share)
     sets = candidates_of(pipeline, questions[:split])
-    pairs = list(filter(None, map(partial(preference_row, pipeline), questions, sets)))
+    pairs = list(filter(None, map(partial(preference_row, pipeline), questions[:split], sets)))
     everyone = chain.from_iterable(sets)
     files = {"sft": dialogues(pipeline, questions[split:]), "code_sft": genetic(pipeline)}
     files["preference"] = pairs
@@ -732,9 +720,8 @@ def write_files(pipeline: Pipeline, questions: Questions, files: dict[str, list[
         written[name] = dict(rows=len(rows), sha256=digest_of(path))
     stages = defaultdict(Counter)
     for record in pipeline.used.values():
-        prompt_tokens, new_tokens = record["tokens"]
-        tokens = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        stages[record["stage"]].update(answers=1, **tokens)
+        read, new = record["tokens"]
+        stages[record["stage"]].update(answers=1, prompt_tokens=read, new_tokens=new)
     manifest = {
         "config": settled_config(pipeline),
         "amounts": vars(pipeline.amounts),
