@@ -45,14 +45,18 @@ log = logging.getLogger("nemotron4")
 # Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent; tp 8, pp 12, vp 8
 REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
 
+# names that --help lists, read off the tables
+ShapeName = Literal[tuple(SHAPES)]  # pyrefly: ignore[invalid-literal]
+GpuName = Literal[tuple(GPUS)]  # pyrefly: ignore[invalid-literal]
+
 
 @dataclass(frozen=True)
 class PlanConfig:
     """Predict the memory that a layout needs on each GPU, and the time that a step takes."""
 
-    shape: tyro.conf.Positional[Literal[tuple(SHAPES)]] = "nemotron4-340b"  # Name of a model.
+    shape: tyro.conf.Positional[ShapeName] = "nemotron4-340b"  # Name of a model.
     gpus: int = 6144  # Number of GPUs.
-    gpu: Literal[tuple(GPUS)] = "H100"  # Kind of GPU.
+    gpu: GpuName = "H100"  # Kind of GPU.
     batch: int = 2304  # Sequences per step.
     micro_batch: int = 1  # Sequences per micro-batch.
     mesh: MeshConfig = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")

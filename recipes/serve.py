@@ -45,7 +45,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ImportError as e:
-    raise ImportError("serving needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
+    raise SystemExit("recipes.serve needs FastAPI and uvicorn: pip install -e '.[serve]'") from e
 
 log = logging.getLogger("nemotron4")
 Json = dict[str, Any]
