@@ -770,6 +770,17 @@ def test_other_weights_have_another_identity(tmp_path):
     assert len(names) == 2
 
 
+def test_a_runs_identity_depends_on_its_tensors_alone(tmp_path):
+    step = tmp_path / "checkpoints" / "step_000001"
+    step.mkdir(parents=True)
+    names = []
+    for tensors, metadata in ((1, 1), (1, 2), (2, 2)):  # DCP's metadata differ from save to save
+        files = {"__0_0.distcp": [8, tensors], ".metadata": [8, metadata]}
+        (step / "state.json").write_text(json.dumps({"step": 1, "files": files}))
+        names.append(records.identity(tmp_path))
+    assert names[0] == names[1] != names[2]
+
+
 def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
     own = local(nano, tmp_path / "own")
     (tmp_path / "long.jsonl").write_text(
