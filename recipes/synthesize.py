@@ -650,7 +650,9 @@ def genetic(pipeline: Pipeline) -> list[Record]:
             for _ in range(amounts.offspring):
                 if rng.random() < 0.5:
                     some = rng.sample(population, min(3, len(population)))
-                    crossed.append(prompt("tasks", "\n".join(f"- {task.text}" for task in some)))
+                    text = "\n".join(f"- {task.text}" for task in some)
+                    parents = chain.from_iterable(task.parents for task in some)
+                    crossed.append(prompt("tasks", text, *parents))
                 else:
                     task = rng.choice(population)
                     how = rng.choice(pipeline.library["evolutions"])
