@@ -58,8 +58,6 @@ from model import (
 log = logging.getLogger("nemotron4")
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
-M_TRIM_THRESHOLD = -1  # mallopt's parameters, from malloc.h
-M_MMAP_MAX = -4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Batch = dict[str, Any]
 LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -237,6 +235,10 @@ def peak_flops(device: torch.device) -> float | None:
 def world_size() -> int:
     """Count the processes of this job, also before the process group exists."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+M_TRIM_THRESHOLD = -1  # mallopt's parameters, from malloc.h
+M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> None:
