@@ -5,6 +5,7 @@ python -m recipes.synthesize --model runs/instruct --reward runs/reward
 
 import hashlib
 import json
+import logging
 import random
 import re
 import tomllib
@@ -34,10 +35,12 @@ from data import (
     required,
     write_whole,
 )
-from generate import EngineConfig, check_ranges, log, run_command
+from generate import EngineConfig, check_ranges, run_command
 from recipes import verify
 from recipes.records import Pipeline, Question, Questions, Record, prompt, row_of
 from recipes.report import draw_histograms
+
+log = logging.getLogger("nemotron4")
 
 # ---- what is asked, and how much -----------------------------------------------------------------
 
