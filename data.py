@@ -10,12 +10,14 @@ Nothing here needs a model or torch. The blend is that of section 2.1 of the rep
 import ast
 import bisect
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import itertools
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import sqlite3
@@ -28,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import tiktoken
@@ -287,6 +289,29 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     with unfinished.open("w", encoding="utf-8") as file:
         file.writelines(lines)
     unfinished.rename(path)
+
+
+HELD: dict[Path, TextIO] = {}  # the lock files of the folders that this process writes
+
+
+def hold(folder: Path) -> None:
+    """Make this process a folder's only writer until it ends, however it ends: the kernel frees
+    the lock. Raise a ValueError that names the process which has it."""
+    path = folder.resolve() / ".lock"
+    if path in HELD and os.fstat(HELD[path].fileno()).st_nlink:  # and it was not deleted since
+        return
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        todo = "wait for it, stop it, or set another --out"
+        raise ValueError(f"{folder}: {file.read()} writes into it: {todo}") from None
+    except OSError as e:
+        log.warning(f"{folder}: no locks here ({e.strerror}): see that nothing else writes into it")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    HELD[path] = file
 
 
 def parse_line(line: bytes, text_field: str) -> Record:
