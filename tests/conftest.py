@@ -27,6 +27,15 @@ SERVER.set_forkserver_preload(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run a plain `pytest` on two cores; what is asked for by name, or debugged, stays in one
+    process. `-n 0` keeps all in one."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+    if not named and not config.option.usepdb and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 def rank_main(rank, world, store, fn, args, pipe):
     torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)
