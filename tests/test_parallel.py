@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import warnings
 from functools import partial
 
 import pytest
@@ -95,6 +96,27 @@ def plain_pytorch(cfg):
         x, y = global_batch(9, cfg.batch)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
     return out + [(loss.item(), 0.0)]
+
+
+def step_with_warnings(cfg):
+    """(messages of a step's warnings, its loss, gradient norm, loss of an evaluation)."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    batches = my_batches(cfg, runner, 0)
+    loss_fn = lm_loss if cfg.model.n_attributes == 0 else lambda out, batch: out.square().sum()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = runner.step(batches, loss_fn)
+        values = loss.item(), runner.clip_grad_norm(1.0).item(), runner.eval(batches, loss_fn).item()
+    return [str(warning.message) for warning in caught], *values
+
+
+@pytest.mark.parametrize("n_attributes", [0, 5])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_no_forward_hands_fsdp_a_view_which_torch_warns_of(on_ranks, n_attributes, recompute):
+    cfg = config(tp=2, pp=2, recompute=recompute)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, n_attributes=n_attributes))
+    for said, *_ in on_ranks(4, step_with_warnings, cfg):
+        assert not [line for line in said if "view" in line]
 
 
 MESHES = {
