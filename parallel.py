@@ -410,7 +410,7 @@ def head_forward(
 
 def reward_head_forward(forward: Callable, h: DTensor, targets: Tensor | None = None) -> Tensor:
     """Compute model.RewardHead.forward, as `forward`, on states h that are sharded over tokens."""
-    return forward(h.redistribute(placements=[Replicate()])).to_local()
+    return forward(h.redistribute(placements=[Replicate()])).to_local().clone()  # no view
 
 
 class HeadParallel(styles.ParallelStyle):
@@ -539,22 +539,23 @@ class Stage(nn.Module):
         return self.model(x, positions, batch.get("documents"), targets=batch.get("targets"))
 
 
-def on_meta(cfg: ModelConfig) -> Nemotron:
-    """Build a whole model that takes no memory."""
+def on_meta(cfg: ModelConfig, stage: int = 0, n_stages: int = 1) -> Nemotron:
+    """Build a pipeline's stage, by default the whole model, that takes no memory."""
     with torch.device("meta"):
-        return Nemotron(cfg)
+        model = Nemotron(cfg)
+    layers = split_layers(cfg, n_stages)[stage]
+    model.blocks = nn.ModuleDict({str(layer): model.blocks[str(layer)] for layer in layers})
+    if stage > 0:
+        model.embed = None
+    if stage < n_stages - 1:
+        model.norm = model.head = None
+    return model
 
 
 def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, micro: list) -> Stage:
     """Build stage i on meta tensors: split → tensor parallel → recompute → compile → FSDP.
     micro: the list in which the stage will find its micro-batches."""
-    model = on_meta(cfg)
-    layers = split_layers(cfg, how.n_stages)[i]
-    model.blocks = nn.ModuleDict({str(layer): model.blocks[str(layer)] for layer in layers})
-    if i > 0:
-        model.embed = None
-    if i < how.n_stages - 1:
-        model.norm = model.head = None
+    model = on_meta(cfg, i, how.n_stages)
     if how.tp > 1:
         here = {k: style for k, style in tp_plan().items() if getattr(model, k.split(".")[0])}
         styles.parallelize_module(model, mesh["tp"], here)
@@ -563,10 +564,11 @@ def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, mic
         model.head.forward = partial(head_forward, model.head, None)
     if how.recompute != "none":
         recompute_blocks(model, how.recompute)
+    if how.tp > 1 and model.embed is not None:
+        # a view of an AsyncCollectiveTensor: what is done to it in place FSDP would not see, and in
+        # a compiled block it loses its gradient, silently. A copy costs nothing beside a block.
+        model.embed.register_forward_hook(lambda module, args, out: out.clone())
     if how.compile:
-        if how.tp > 1 and model.embed is not None:
-            # an AsyncCollectiveTensor that enters a compiled block loses its gradient, silently
-            model.embed.register_forward_hook(lambda module, args, out: out.clone())
         for block in model.blocks.values():
             block.compile()
     stage = Stage(model, micro)
