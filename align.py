@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,11 +40,19 @@ from data import (
     preference_rows,
     reward_rows,
     sft_rows,
-    show_row,
     write_whole,
 )
 from model import IGNORE, SHAPES, ModelConfig, count_params
-from parallel import Batch, Runner, init_mesh, read_config, step_folders, world_size
+from parallel import (
+    Batch,
+    Runner,
+    copied_by_tp,
+    init_mesh,
+    local_part,
+    read_config,
+    step_folders,
+    world_size,
+)
 from train import (
     EvalSet,
     RunConfig,
@@ -535,6 +544,18 @@ class MetricSums:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
+def show_row(row: Example, tokenizer: Tokenizer) -> str:
+    """Return a row as text for a terminal, with what is trained in green."""
+    shown = ""
+    for ids, trained in zip(row.ids, row.trained, strict=True):
+        cuts = np.flatnonzero(np.diff(trained)) + 1
+        for run, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
+            text = tokenizer.decode(run).replace("\x1b", "␛")  # a text must not steer the terminal
+            shown += f"\x1b[32m{text}\x1b[0m" if green[0] else text
+        shown += "\n"
+    return shown
+
+
 def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Example]:
     """Read a file of the rows that the stage needs."""
     how = dict(seq_len=cfg.model.seq_len, skip_bad=cfg.skip_bad, shorten=cfg.shorten)
@@ -628,12 +649,27 @@ def row_set(cfg: AlignConfig, runner: Runner, rows: list[Example], path: Path) -
 # ---- the reference -------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def fingerprint(runner: Runner) -> str:
+    """Return a hash of the weights that is the same on every mesh: the sum over their fp32 bits
+    times an odd number of their place, modulo 2^64."""
+    total = torch.zeros((), dtype=torch.int64, device=runner.device)
+    for name, p in runner.params().items():
+        if copied_by_tp(p) and runner.mesh["tp"].get_local_rank() > 0:
+            continue  # counted once
+        data, index = local_part(p)
+        place = index[0] if len(index) == 1 else index[0][:, None] * p.shape[1] + index[1]
+        bits = data.float().view(torch.int32).long()
+        total += (bits * (2 * (place + zlib.crc32(name.encode())) + 1)).sum()
+    return f"{runner.reduce(total, 'dp_shard', 'tp', 'pp').item() % 2**64:016x}"
+
+
 def reference_log_probs(
     cfg: PreferenceConfig, runner: Runner, rows: list[Example], path: Path
 ) -> np.ndarray:
     """Return log π_ref of each row's two answers, (rows, 2) in fp64, by the weights that the runner
     holds now. A file beside the rows keeps them for a run with another rate or beta."""
-    weights = runner.fingerprint()
+    weights = fingerprint(runner)
     dtype = cfg.mesh.dtype
     file = cfg.reference or path.with_name(f"{path.name}.reference-{weights}-{dtype}.json")
     known = read_reference(file, weights, dtype)

@@ -442,6 +442,7 @@ HF_SIZES = {
     "rope_fraction": "partial_rotary_factor",
 }
 HF_FIXED = {
+    "model_type": "nemotron",
     "hidden_act": "relu2", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
 }
 # fmt: on
@@ -463,7 +464,6 @@ def hf_config(cfg: ModelConfig) -> dict[str, Any]:
     kind = "SequenceClassification" if cfg.n_attributes else "CausalLM"
     return {
         "architectures": [f"NemotronFor{kind}"],
-        "model_type": "nemotron",
         # transformers 4 and vLLM read the rotary sizes here, transformers 5 in rope_parameters
         **{key: getattr(cfg, name) for name, key in HF_SIZES.items()},
         "rope_parameters": {

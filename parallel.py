@@ -16,7 +16,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Container, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -32,7 +32,7 @@ import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
 import torch.utils.checkpoint as ac
 import tyro
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -73,26 +73,21 @@ class MeshConfig:
 
     tp: int = 1
     """Tensor (and sequence) parallel: heads, MLP, vocabulary and the residual's tokens divided."""
-    pp: int = 1
-    """Pipeline parallel: layers divided."""
-    vp: int = 1
-    """Virtual stages of each pipeline rank (interleaving)."""
-    dp_replicate: int = 1
-    """Copies of the sharded model (hybrid sharding)."""
+    pp: int = 1  # Pipeline parallel: layers divided.
+    vp: int = 1  # Virtual stages of each pipeline rank (interleaving).
+    dp_replicate: int = 1  # Copies of the sharded model (hybrid sharding).
     schedule: Literal["1f1b", "zero_bubble", "zbv"] = "1f1b"
     """Pipeline schedule: 1F1B (interleaved where vp > 1), interleaved zero-bubble, or its V."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Work done again in backward: none, all but matrix products and attention, or every block."""
-    compile: bool = False
-    """torch.compile of each block."""
+    compile: bool = False  # torch.compile of each block.
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of matrix products. Master weights, norms' statistics, softmax and loss are fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
     """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline."""
-    timeout: int = 1800
-    """Seconds after which a process that does not answer ends the job."""
+    timeout: int = 1800  # Seconds after which a process that does not answer ends the job.
 
     @property
     def n_stages(self) -> int:
@@ -106,10 +101,9 @@ class MeshConfig:
         """Return each axis's size, in the order of AXES."""
         rest = self.pp * self.dp_replicate * self.tp
         if min(self.pp, self.dp_replicate, self.tp) < 1 or world % rest:
-            raise ValueError(
-                f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest} does not "
-                f"divide the {world} processes: start a multiple of {rest}"
-            )
+            axes = f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest}"
+            todo = f"start a multiple of {rest}"
+            raise ValueError(f"{axes} does not divide the {world} processes: {todo}")
         return dict(zip(AXES, (self.pp, self.dp_replicate, world // rest, self.tp), strict=True))
 
     def dp(self, world: int) -> int:
@@ -140,21 +134,16 @@ class MeshConfig:
             if n % self.tp:
                 raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
         if self.n_stages > model.n_layers:
-            raise ValueError(
-                f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages, but only "
-                f"n_layers={model.n_layers}: each stage needs a layer"
-            )
-        # the batch
+            stages = f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages"
+            rule = "each stage needs a layer"
+            raise ValueError(f"{stages}, but only n_layers={model.n_layers}: {rule}")
         if min(self.vp, batch, micro_batch) < 1:
-            raise ValueError(
-                f"vp={self.vp}, batch={batch}, micro_batch={micro_batch}: all must be at least 1"
-            )
+            sizes = f"vp={self.vp}, batch={batch}, micro_batch={micro_batch}"
+            raise ValueError(f"{sizes}: all must be at least 1")
         share = batch // dp
         if batch % dp:
-            raise ValueError(
-                f"batch={batch} sequences do not divide among {dp} data-parallel processes: "
-                f"use a multiple of {dp}"
-            )
+            whom = f"{dp} data-parallel processes: use a multiple of {dp}"
+            raise ValueError(f"batch={batch} sequences do not divide among {whom}")
         if share % micro_batch:
             raise ValueError(
                 f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
@@ -164,24 +153,18 @@ class MeshConfig:
 
     def check_schedule(self, n_micro: int) -> None:
         """Raise ValueError for what torch's schedules cannot run with so many micro-batches."""
-        # the pipeline schedule
         plain = self.schedule == "1f1b"
         interleaved = self.vp > 1 or not plain
         if self.pp == 1 and interleaved:
-            raise ValueError(
-                f"vp={self.vp}, schedule={self.schedule} with pp=1: they belong to a pipeline"
-            )
+            both = f"vp={self.vp}, schedule={self.schedule}"
+            raise ValueError(f"{both} with pp=1: they belong to a pipeline")
         if n_micro < self.pp:
-            raise ValueError(
-                f"pp={self.pp} needs at least as many micro-batches, but each data-parallel "
-                f"process has {n_micro}: raise batch or lower micro_batch"
-            )
+            has = f"each data-parallel process has {n_micro}: raise batch or lower micro_batch"
+            raise ValueError(f"pp={self.pp} needs at least as many micro-batches, but {has}")
         rounds = n_micro // self.pp
         if interleaved and n_micro % rounds:
-            raise ValueError(
-                f"{n_micro} micro-batches are not a multiple of their {rounds} rounds (n // "
-                f"pp={self.pp}), which interleaving needs: use those of {self.pp}"
-            )
+            rule = f"rounds (n // pp={self.pp}), which interleaving needs: use those of {self.pp}"
+            raise ValueError(f"{n_micro} micro-batches are not a multiple of their {rounds} {rule}")
         if self.schedule == "zbv" and self.vp != 2:
             raise ValueError(f"schedule=zbv has two stages per rank, but vp={self.vp}: set vp=2")
         if not plain and (self.compile or self.recompute == "selective"):
@@ -254,6 +237,8 @@ def keep_freed_memory() -> None:
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
     """Join the job, or start a job of one. Every axis exists, of size 1 where unused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 0 < cfg.timeout < 1e9:
+        raise ValueError(f"timeout={cfg.timeout}: seconds, at least 1 and below 1e9")
     timeout = timedelta(seconds=cfg.timeout)
     if device == "cpu":
         keep_freed_memory()
@@ -615,7 +600,7 @@ class Runner:
         self.device = torch.device(mesh.device_type)
         self.micro = []  # of the step; the stages look into this very list
         self.last = cfg.n_stages - 1
-        pp_rank, replica, shard, tp_rank = mesh.get_coordinate()
+        pp_rank, replica, shard, _ = mesh.get_coordinate()
         self.stages = {}
         for i in cfg.stages_of(pp_rank):
             self.stages[i] = build_stage(model, i, mesh, cfg, self.micro)
@@ -623,7 +608,6 @@ class Runner:
             init_weights(self.stages[i].model, seed, local_part)
         self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
         self.dp_rank = replica * mesh["dp_shard"].size() + shard
-        self.first_of_its_pipeline_rank = self.dp_rank == 0 and tp_rank == 0
         self.pipeline_stages = []
         self.schedules = {}  # by the number of micro-batches
 
@@ -749,29 +733,6 @@ class Runner:
                 dist.send(x.contiguous(), group=group, group_dst=owner[s + 1])
         return x if self.last in self.stages else None
 
-    @torch.no_grad()
-    def fingerprint(self) -> str:
-        """Return a hash of the weights that is the same on every mesh: the sum over their fp32 bits
-        times an odd number of their place, modulo 2^64."""
-        total = torch.zeros((), dtype=torch.int64, device=self.device)
-        for name, p in self.params().items():
-            if copied_by_tp(p) and self.mesh["tp"].get_local_rank() > 0:
-                continue  # counted once
-            data, index = local_part(p)
-            place = index[0] if len(index) == 1 else index[0][:, None] * p.shape[1] + index[1]
-            bits = data.float().view(torch.int32).long()
-            total += (bits * (2 * (place + zlib.crc32(name.encode())) + 1)).sum()
-        return f"{self.reduce(total, 'dp_shard', 'tp', 'pp').item() % 2**64:016x}"
-
-    def pipeline_rank_of(self) -> dict[str, int]:
-        """Map every parameter of the whole model to the pipeline rank that holds it. Collective."""
-        names = [[]] * self.cfg.pp
-        dist.all_gather_object(names, list(self.params()), group=self.mesh["pp"].get_group())
-        owner = {}
-        for rank in range(self.cfg.pp):
-            owner |= dict.fromkeys(names[rank], rank)
-        return owner
-
     def load_weights(self, folder: str | Path) -> None:
         """Fill the shards from a Hugging Face folder or a run's newest checkpoint. Adapters stay as
         initialised, and so does the head of a reward model that begins as a language model."""
@@ -805,7 +766,7 @@ class Runner:
 
 def step_folders(root: Path) -> list[Path]:
     """List the checkpoints, oldest first. One that is still being written has another name."""
-    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal()]
+    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
@@ -831,6 +792,24 @@ def damage(folder: Path, part: int = 0, of: int = 1) -> str:
     return ""
 
 
+class Writer(dcp.filesystem._FileSystemWriter):  # the public one would copy once more
+    """Writer of a rank's tensors. Of a full disk torch's archive only says that a position is odd:
+    the system's error is told instead."""
+
+    def write_data(self, *args: Any) -> Any:
+        try:
+            return super().write_data(*args)
+        except RuntimeError as e:
+            raise e.__context__ or e from None
+
+
+def first_failure(e: BaseException) -> str:
+    """Say which rank failed, and why. torch's exception, no Exception by its class, has it all."""
+    failures = getattr(e, "failures", {dist.get_rank(): [e]})
+    rank = min(failures)
+    return f"rank {rank}: {failures[rank][0]}"
+
+
 class Checkpoints:
     """Checkpoints of a run, of which a reader sees a whole one or none, and knows a damaged one.
 
@@ -841,8 +820,7 @@ class Checkpoints:
     5. Rank 0 renames the folder to step_N, and removes the oldest checkpoints.
 
     `save` does 1 and 2, `poll` what is due of 3 to 5 without waiting, `finish` all of it. `load`
-    compares the checksums. torchtitan's CheckpointManager writes in place: a kill during a save
-    leaves a folder that looks like a checkpoint."""
+    compares the checksums. torchtitan's CheckpointManager writes in place."""
 
     def __init__(self, root: Path, keep: int, background: bool) -> None:
         self.root = root
@@ -862,17 +840,28 @@ class Checkpoints:
         self.writing = self.root / f"step_{step:06d}.partial"
         self.state = {"step": step, **state}
         if self.rank == 0:
-            for left_by_a_kill in self.root.glob("step_*.*"):
-                shutil.rmtree(left_by_a_kill)
+            for left in self.root.glob("step_*.*"):
+                if left.suffix in (".partial", ".old"):  # by a kill
+                    shutil.rmtree(left, ignore_errors=True)
             self.writing.mkdir(parents=True)
         dist.barrier()
-        where = str(self.writing)
+        writer = Writer(self.writing)
         if self.background:
-            self.future = dcp.async_save(tensors, checkpoint_id=where, process_group=self.group)
+            self.future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         else:
-            dcp.save(tensors, checkpoint_id=where)
+            with self.all_or_nothing():
+                dcp.save(tensors, storage_writer=writer)
             self.sign()
             self.finish()
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Remove what is half written where a write fails: it may be what fills the disk."""
+        try:
+            yield
+        except (dcp.CheckpointException, OSError) as e:
+            shutil.rmtree(self.writing, ignore_errors=True)
+            raise OSError(f"{self.writing}: not saved, and removed: {first_failure(e)}") from None
 
     def poll(self) -> None:
         """Go on with what is written. Asks no other rank, so it may be called at any time."""
@@ -903,28 +892,32 @@ class Checkpoints:
 
     def sign(self) -> None:
         """Leave the checksums of this rank's files beside them."""
-        if self.future is not None:
-            self.future.result()  # raises what went wrong in the background
-            self.future = None
-        own = list(self.writing.glob(f"__{self.rank}_*"))
-        if self.rank == 0:
-            own.append(self.writing / ".metadata")
-        sums = self.writing / f"sums_{self.rank}.tmp"
-        sums.write_text(json.dumps({f.name: checksum(f) for f in own}))
-        sums.rename(sums.with_suffix(".json"))
+        with self.all_or_nothing():
+            if self.future is not None:
+                self.future.result()  # raises what went wrong in the background
+                self.future = None
+            own = list(self.writing.glob(f"__{self.rank}_*"))
+            if self.rank == 0:
+                own.append(self.writing / ".metadata")
+            sums = self.writing / f"sums_{self.rank}.tmp"
+            sums.write_text(json.dumps({f.name: checksum(f) for f in own}))
+            sums.rename(sums.with_suffix(".json"))
 
     def seal(self, sums: list[Path]) -> None:
         """Gather all checksums in state.json, rename the folder, and remove the oldest."""
-        files = {}
-        for file in sums:
-            files |= json.loads(file.read_text())
-            file.unlink()
-        (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
         final = self.writing.with_suffix("")
-        if final.exists():
-            self.discard(final)
-        self.writing.rename(final)
-        unpinned = [folder for folder in step_folders(self.root) if not self.pinned(folder)]
+        files = {}
+        with self.all_or_nothing():
+            for file in sums:
+                files |= json.loads(file.read_text())
+                file.unlink()
+            (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
+            if final.exists():
+                self.discard(final)
+            self.writing.rename(final)
+        folders = step_folders(self.root)
+        until_now = folders[: folders.index(final) + 1]  # a later one is damaged: it was not loaded
+        unpinned = [folder for folder in until_now if not self.pinned(folder)]
         for folder in unpinned[: -self.keep]:
             self.discard(folder)
 
@@ -932,12 +925,15 @@ class Checkpoints:
         """Tell whether a checkpoint was saved with pin=True in its state: it stays."""
         try:
             return json.loads((folder / "state.json").read_text()).get("pin", False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             return False  # damaged: as any other
 
     def discard(self, folder: Path) -> None:
         """Delete a checkpoint. Half deleted, it must not have a checkpoint's name."""
-        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+        try:
+            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+        except OSError as e:
+            log.warning(f"{folder} cannot be removed ({e}): training goes on")
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fill the tensors in place from the newest checkpoint that is whole, of any mesh. Returns
@@ -949,7 +945,10 @@ class Checkpoints:
             dist.all_gather_object(found, damage(folder, self.rank, self.world))
             wrong = max(found)  # "" if no rank found anything
             if not wrong:
-                dcp.load(tensors, checkpoint_id=str(folder))
+                try:
+                    dcp.load(tensors, checkpoint_id=str(folder))
+                except dcp.CheckpointException as e:
+                    raise ValueError(f"{folder}, config.json: {first_failure(e)}") from None
                 return json.loads((folder / "state.json").read_text())
             log.warning(f"{folder} is damaged ({wrong}): trying the one before")
         if folders:
@@ -970,11 +969,15 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder}: no config.json: neither a run nor a Hugging Face folder")
-    found = json.loads(path.read_text())
-    if "model" not in found:
-        return config_from_hf(found)
     known = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{k: v for k, v in found["model"].items() if k in known})
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        if "model" in found:
+            return ModelConfig(**{k: v for k, v in found["model"].items() if k in known})
+        return config_from_hf(found)
+    except Exception as e:  # there is no end to what a stranger's file may hold
+        what = f"it has no {e}" if isinstance(e, KeyError) else e
+        raise ValueError(f"{path} describes no model of this kind: {what}") from None
 
 
 def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) -> None:
@@ -986,22 +989,23 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
         found = getattr(theirs, key)
         wanted = getattr(mine, key)
         if found != wanted:
-            raise ValueError(
-                f"{where} has {key}={found}, this run {wanted}: set --model.{key.replace('_', '-')}"
-            )
+            option = f"--model.{key.replace('_', '-')} {found}"
+            raise ValueError(f"{where} has {key}={found}, this run {wanted}: set {option}")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Map the name of each tensor in a folder to the safetensors file that holds it."""
     where = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            names = set(f.keys())
+        try:
+            with safe_open(file, framework="pt") as f:
+                names = set(f.keys())
+        except (SafetensorError, OSError) as e:
+            todo = "a part of it, or a pointer of git-lfs? Fetch it again, or git lfs pull"
+            raise ValueError(f"{file}: {e}: {todo}") from None
         for name in names:
             if name in where:  # an earlier save, in more or fewer files
-                raise ValueError(
-                    f"{folder}: {name} is in {where[name].name} and {file.name}: remove one"
-                )
+                raise ValueError(f"{name} is in {where[name]} and {file}: remove one")
             where[name] = file
     if not where:
         raise ValueError(f"{folder}: no .safetensors file in it")
@@ -1024,11 +1028,12 @@ def hf_slices(folder: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
         if name in names:
             with safe_open(where[theirs], framework="pt") as f:
                 lazy = f.get_slice(theirs)
+            kind = lazy.get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{folder}: {theirs} is {kind}: convert it, with its scales")
             if lazy.get_shape() != list(shapes[name]):
-                raise ValueError(
-                    f"{folder}: {theirs} is {lazy.get_shape()}, "
-                    f"config.json makes it {list(shapes[name])}"
-                )
+                made = f"config.json makes it {list(shapes[name])}"
+                raise ValueError(f"{folder}: {theirs} is {lazy.get_shape()}, {made}")
             yield name, lazy
 
 
@@ -1047,14 +1052,14 @@ def fill(params: dict[str, Tensor], folder: str | Path) -> None:
     cfg = read_config(folder)
     adapters = {}
     for name, shape in full_shapes(cfg).items():
-        if "lora_" in name and f"{name.rpartition('.')[0]}.weight" in params:
+        if "lora_" in name and name[:-6] + "weight" in params:
             adapters[name] = torch.empty(shape)
     state = {f"model.{name}": p for name, p in (params | adapters).items()}
     if Checkpoints(folder / "checkpoints", 2, False).load(state) is None:
         raise ValueError(f"{folder}: a run without a checkpoint: train it first")
     for name, a in adapters.items():
         if name.endswith("lora_a"):
-            data, (rows, cols) = local_part(params[f"{name.rpartition('.')[0]}.weight"])
+            data, (rows, cols) = local_part(params[name[:-6] + "weight"])
             b = adapters[name.replace("lora_a", "lora_b")][rows.cpu()]
             data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
 
@@ -1065,13 +1070,12 @@ def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
     plan = tp_plan()
     cuts = {}
     for name in full_shapes(cfg):
-        module = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
-        is_vocabulary = module == "embed" or (module == "head" and not cfg.n_attributes)
-        if is_vocabulary or isinstance(plan[module], styles.ColwiseParallel):
+        style = plan[re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]]
+        if isinstance(style, styles.ColwiseParallel | styles.RowwiseParallel):
+            cuts[name] = int(isinstance(style, styles.RowwiseParallel))
+        elif isinstance(style, HeadParallel) and not cfg.n_attributes:
             cuts[name] = 0
-        elif isinstance(plan[module], styles.RowwiseParallel):
-            cuts[name] = 1
-    return cuts
+    return cuts | {"embed.weight": 0}  # its rows are words
 
 
 def load_parts(
@@ -1099,85 +1103,83 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
     return model
 
 
-def shard_files(sizes: dict[str, int], owner: dict[str, int], limit: int) -> dict[str, str]:
-    """Map each tensor to its file. A file holds tensors of one pipeline rank, `limit` bytes at most
-    unless a single tensor is larger."""
+def shard_files(sizes: dict[str, int], limit: int) -> dict[str, str]:
+    """Map each tensor to its file, of `limit` bytes at most unless a single tensor is larger."""
     number = {}
     n = room = 0
-    last = None
-    for name in sorted(sizes, key=owner.get):
-        if owner[name] != last or sizes[name] > room:
+    for name, size in sizes.items():
+        if size > room:
             n += 1
             room = limit
-            last = owner[name]
         number[name] = n
-        room -= sizes[name]
+        room -= size
     if n == 1:
         return dict.fromkeys(sizes, "model.safetensors")
     return {name: f"model-{i:05d}-of-{n:05d}.safetensors" for name, i in number.items()}
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, and give it its name when all is done: it is there whole, or
+    not at all. One that holds anything is refused."""
+    folder = folder.resolve()
+    partial = folder.with_name(f"{folder.name}.partial")
+    for path in (folder, partial):
+        if path.is_file() or any(path.glob("*")):
+            raise ValueError(f"{path} is there, and no empty folder: remove it, or name another")
+    partial.mkdir(parents=True)  # fails if another process has just made it
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 @torch.no_grad()
 def save_hf(
-    model: "Nemotron | Runner",
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-    file_bytes: int = 5 << 30,
+    model: Nemotron, folder: str | Path, dtype: torch.dtype | None = None, file_bytes: int = 5 << 30
 ) -> None:
-    """Write a folder that transformers opens, of a whole model or, all ranks together, a Runner. A
-    file, at most file_bytes of one pipeline rank's tensors, is all that a host holds at once."""
-    folder = Path(folder)
-    runner = model if isinstance(model, Runner) else None
-    cfg = runner.model if runner else model.cfg
-    params = runner.params() if runner else dict(model.named_parameters())
+    """Write a folder that transformers opens, in files of at most file_bytes. dtype None keeps the
+    weights'. A run of any mesh is written by `export`, from its checkpoint."""
+    cfg = model.cfg
     if cfg.lora_rank:
         raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")
+    params = {hf_name(name, cfg): p for name, p in model.named_parameters()}
     dtype = dtype or next(iter(params.values())).dtype
-    sizes = {name: shape.numel() * dtype.itemsize for name, shape in full_shapes(cfg).items()}
-    owner = runner.pipeline_rank_of() if runner else dict.fromkeys(sizes, 0)
-    file_of = shard_files(sizes, owner, file_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted({file_of[name] for name in params}):
-        tensors = {}
-        for name, p in params.items():
-            if file_of[name] == file:
-                whole = p.full_tensor() if isinstance(p, DTensor) else p  # all ranks together
-                if runner is None or runner.first_of_its_pipeline_rank:
-                    tensors[hf_name(name, cfg)] = whole.to(dtype).cpu().contiguous()
-        if tensors:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    if runner is None or dist.get_rank() == 0:
+    sizes = {name: p.numel() * dtype.itemsize for name, p in params.items()}
+    file_of = shard_files(sizes, file_bytes)
+    with new_folder(Path(folder)) as partial:
+        for file in sorted(set(file_of.values())):
+            names = [name for name in params if file_of[name] == file]
+            tensors = {name: params[name].to(dtype).cpu().contiguous() for name in names}
+            save_file(tensors, partial / file, metadata={"format": "pt"})
         config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
         if "model.safetensors" not in file_of.values():
-            places = {hf_name(name, cfg): file for name, file in file_of.items()}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    if runner is not None:
-        dist.barrier()
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Convert a run's newest checkpoint to a Hugging Face folder, for transformers and engines."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    out: tyro.conf.Positional[Path]
-    """Folder to write."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Dtype of the weights."""
+    run: tyro.conf.Positional[Path]  # Folder of the run.
+    out: tyro.conf.Positional[Path]  # Folder to write.
+    dtype: Literal["fp32", "bf16"] = "bf16"  # Dtype of the weights.
 
 
 def export(c: ExportConfig) -> None:
     """Write the Hugging Face folder, the tokenizer beside it."""
-    init_mesh(MeshConfig())
-    cfg = replace(read_config(c.run), lora_rank=0)
-    model = on_meta(cfg).to(DTYPES[c.dtype]).to_empty(device="cpu")
-    fill(dict(model.named_parameters()), c.run)
-    save_hf(model, c.out)
-    for file in c.run.glob("tokenizer*"):
-        shutil.copy(file, c.out)
+    with new_folder(c.out) as partial:
+        init_mesh(MeshConfig())
+        cfg = replace(read_config(c.run), lora_rank=0)
+        model = on_meta(cfg).to(DTYPES[c.dtype]).to_empty(device="cpu")
+        fill(dict(model.named_parameters()), c.run)
+        save_hf(model, partial)
+        for file in c.run.glob("tokenizer*"):
+            shutil.copy(file, partial)
     log.info(f"{c.out}: {sum(count_params(cfg)):,} parameters, {c.dtype}")
     shut_down()
 
@@ -1186,12 +1188,10 @@ def main() -> None:
     """Run `parallel.py export`."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit("parallel.py plan is now `python -m recipes.plan`")
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-    log.propagate = False
-    log.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     try:
         export(tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__))
-    except ValueError as e:
+    except (ValueError, OSError, SafetensorError) as e:
         sys.exit(f"parallel.py: error: {e}")
 
 

@@ -1,7 +1,12 @@
 """parallel.py: the same numbers on every mesh, and checkpoints that are whole or not there."""
 
 import dataclasses
+import json
+import random
+import resource
 import shutil
+import signal
+import sys
 import warnings
 from functools import partial
 
@@ -9,18 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from model import IGNORE, SHAPES, ModelConfig, Nemotron, count_params, init_weights
+import parallel
+from model import IGNORE, SHAPES, ModelConfig, Nemotron, count_params, hf_config, init_weights
 from parallel import (
     Checkpoints,
+    ExportConfig,
     MeshConfig,
     Runner,
     TokenLogProbs,
     build_stage,
     damage,
+    export,
+    fill,
     init_mesh,
     load_hf,
     peak_flops,
+    read_config,
     save_hf,
     split_layers,
     step_folders,
@@ -106,8 +117,9 @@ def step_with_warnings(cfg):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss = runner.step(batches, loss_fn)
-        values = loss.item(), runner.clip_grad_norm(1.0).item(), runner.eval(batches, loss_fn).item()
-    return [str(warning.message) for warning in caught], *values
+        norm = runner.clip_grad_norm(1.0)
+        after = runner.eval(batches, loss_fn)
+    return [str(warning.message) for warning in caught], loss.item(), norm.item(), after.item()
 
 
 @pytest.mark.parametrize("n_attributes", [0, 5])
@@ -371,12 +383,19 @@ def test_every_axis_waits_as_long_as_it_is_told(on_ranks):
     assert on_ranks(4, group_timeouts, config(tp=2, timeout=77)) == [[77.0] * 4] * 4
 
 
-def hf_round_trip(cfg, folder, out):
+def hf_round_trip(cfg, folder, run):
+    """Loss of a Hugging Face folder's weights on this mesh, which are saved as a run's."""
     runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
     runner.load_weights(folder)
     loss = runner.eval(my_batches(cfg, runner, 0), lm_loss).item()
-    save_hf(runner, out, file_bytes=100_000)
+    save_as_run(cfg, runner, run)
     return loss
+
+
+def save_as_run(cfg, runner, run):
+    weights = {f"model.{name}": p for name, p in runner.params().items()}
+    Checkpoints(run / "checkpoints", 2, False).save(1, weights, {})
+    (run / "config.json").write_text(json.dumps({"model": dataclasses.asdict(cfg.model)}))
 
 
 HF_MESHES = [(1, {}), (3, {"batch": 6}), (4, {"tp": 2, "pp": 2, "vp": 2}), (8, {"tp": 2, "pp": 2})]
@@ -387,10 +406,12 @@ def test_hugging_face_folders_go_in_and_out_of_every_mesh(on_ranks, tmp_path, n,
     from transformers import AutoModelForCausalLM
 
     model = Nemotron(TINY)
-    save_hf(model, tmp_path / "in", file_bytes=150_000)
-    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    save_hf(model, tmp_path / "in", file_bytes=100_000)
+    files = list((tmp_path / "in").glob("*.safetensors"))
+    assert len(files) > 3 and max(f.stat().st_size for f in files) < 110_000
     cfg = config(**axes)
-    losses = on_ranks(n, hf_round_trip, cfg, tmp_path / "in", tmp_path / "out")
+    losses = on_ranks(n, hf_round_trip, cfg, tmp_path / "in", tmp_path / "run")
+    export(ExportConfig(tmp_path / "run", tmp_path / "out", "fp32"))
     x, y = global_batch(0, cfg.batch)
     with torch.no_grad():
         want = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE).item()
@@ -398,8 +419,6 @@ def test_hugging_face_folders_go_in_and_out_of_every_mesh(on_ranks, tmp_path, n,
     again = load_hf(tmp_path / "out")
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
-    files = list((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 3 and max(f.stat().st_size for f in files) < 110_000
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert (theirs(x).logits - model(x)).abs().max() < 1e-4
@@ -409,6 +428,220 @@ def test_a_hugging_face_folder_of_another_shape_is_refused(on_ranks, tmp_path):
     save_hf(Nemotron(dataclasses.replace(TINY, ffn_dim=64)), tmp_path)
     with pytest.raises(AssertionError, match="has ffn_dim=64, this run 128"):
         on_ranks(1, hf_round_trip, config(), tmp_path, tmp_path / "out")
+
+
+def one_rank_run(folder):
+    """Make a run with a checkpoint."""
+    cfg = config()
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
+    save_as_run(cfg, runner, folder)
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def content(folder):
+    """Map each path under a folder to its bytes."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_export_into_what_holds_anything_is_refused_and_changes_nothing(on_ranks, tmp_path):
+    run = tmp_path / "run"
+    on_ranks(1, one_rank_run, run)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = content(tmp_path)
+    for name in ("run", "notes", "file"):
+        with pytest.raises(ValueError, match=f"{name} is there, and no empty folder"):
+            export(ExportConfig(run, tmp_path / name))
+        with pytest.raises(ValueError, match=f"{name} is there, and no empty folder"):
+            save_hf(Nemotron(TINY), tmp_path / name)
+        assert content(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    export(ExportConfig(run, tmp_path / "empty"))
+    names = {path.name for path in (tmp_path / "empty").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("breaks", ["save_file", "hf_config"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+def test_an_export_is_whole_or_not_there(on_ranks, tmp_path, monkeypatch, breaks, error):
+    on_ranks(1, one_rank_run, tmp_path / "run")
+    before = content(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(parallel, breaks, fail)
+    for write in (
+        lambda: export(ExportConfig(tmp_path / "run", tmp_path / "out")),
+        lambda: save_hf(Nemotron(TINY), tmp_path / "out"),
+    ):
+        with pytest.raises(type(error)):
+            write()
+        assert content(tmp_path) == before and not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("*.partial"))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_an_export_to_where_nothing_can_be_written_ends_in_a_line(on_ranks, tmp_path, monkeypatch):
+    on_ranks(1, one_rank_run, tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/x/hf", str(tmp_path / "file" / "hf")):
+        monkeypatch.setattr(sys, "argv", ["parallel.py", "export", str(tmp_path / "run"), out])
+        with pytest.raises(SystemExit) as ended:
+            parallel.main()
+        assert "parallel.py: error: " in ended.value.code and "\n" not in ended.value.code
+
+
+def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
+    save_hf(Nemotron(TINY), tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="config.json .*model_type='llama': only 'nemotron'"):
+        load_hf(tmp_path / "hf")
+    del written["model_type"]  # not every converter writes it
+    file.write_text(json.dumps(written))
+    load_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_a_matrix_that_needs_a_scale_is_refused_by_its_name(tmp_path, dtype):
+    save_hf(Nemotron(TINY), tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is .*8.*: convert it, with its scales"):
+        load_hf(tmp_path / "hf")
+
+
+def test_a_part_of_a_weight_file_is_named_whatever_its_length(tmp_path):
+    save_hf(Nemotron(TINY), tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    cuts = [0, 1, 7, 8, 9, 100, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(50))]
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
+    for damaged in (pointer, b"<html>", *(whole[:n] for n in cuts)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors: .*git lfs pull") as error:
+            load_hf(tmp_path / "hf")
+        assert "\n" not in str(error.value)
+
+
+def spoilt(draw, value):
+    """Replace a value somewhere in a JSON value, or leave a key out."""
+    if isinstance(value, dict) and value and draw.random() < 0.95:
+        key = draw.choice(sorted(value))
+        if draw.random() < 0.3:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: spoilt(draw, value[key])}
+    others = [None, [], {}, "", "64", -1, 0, 2**70, 1.5, float("nan"), True, [1], {"a": 1}]
+    return draw.choice(others)
+
+
+def test_any_config_json_is_read_or_refused_in_a_line_that_names_it(tmp_path):
+    file = tmp_path / "config.json"
+    run = {"model": dataclasses.asdict(TINY), "steps": 3}
+    for text in ("", "{", "[]", "{}", "null", "3", '"a"', '{"model": []}', "[" * 100_000, "\x00"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="config.json") as error:
+            read_config(tmp_path)
+        assert "\n" not in str(error.value)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="config.json"):
+        read_config(tmp_path)
+    for whole in (run, hf_config(TINY)):
+        file.write_text("\ufeff" + json.dumps(whole), encoding="utf-8")
+        assert read_config(tmp_path) == TINY
+        draw = random.Random(1)
+        refused = 0
+        for _ in range(1000):
+            file.write_text(json.dumps(spoilt(draw, whole)))
+            try:
+                assert isinstance(read_config(tmp_path), ModelConfig)
+            except ValueError as error:
+                refused += 1
+                assert "config.json" in str(error) and "\n" not in str(error)
+        assert refused > 100
+
+
+def load_edited(folder):
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    for name, value in {"dim": 32, "n_layers": 5, "vocab_size": 95, "ffn_dim": 64}.items():
+        file.write_text(json.dumps({"model": written["model"] | {name: value}}))
+        with pytest.raises(ValueError, match="step_000001, config.json: rank 0: ") as error:
+            fill(dict(Nemotron(read_config(folder)).named_parameters()), folder)
+        assert "\n" not in str(error.value)
+
+
+def test_a_config_json_that_is_not_its_checkpoints_is_told_in_a_line(on_ranks, tmp_path):
+    on_ranks(1, one_rank_run, tmp_path)
+    on_ranks(1, load_edited, tmp_path)
+
+
+def save_on_a_full_disk(cfg, root, background, n_bytes):
+    """Save twice, the second time where no file may grow beyond n_bytes; return what is said."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    state = training_state(runner, make_optimizer(cfg, runner))
+    checkpoints = Checkpoints(root, 2, background)
+    checkpoints.save(1, state, {})
+    checkpoints.finish()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(2, state, {})
+        checkpoints.finish()
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 10_000])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_that_finds_no_room_is_gone_and_says_why(
+    on_ranks, tmp_path, background, n_bytes
+):
+    for said in on_ranks(2, save_on_a_full_disk, config(), tmp_path, background, n_bytes):
+        assert "step_000002.partial: not saved, and removed: rank " in said
+        assert "File too large" in said and "\n" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert not damage(tmp_path / "step_000001")
+
+
+def save_beside_rubbish(cfg, root):
+    """Save six times with keep=1 while the folder holds what is no checkpoint of the run."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    state = training_state(runner, make_optimizer(cfg, runner))
+    checkpoints = Checkpoints(root, 1, False)
+    (root / "step_000009.backup").mkdir()  # a user's copy
+    for name in ("step_000002", "step_000004.tar", "notes", "step_000008.partial"):
+        (root / name).write_text("x")
+    for name, text in (("step_000001", "[]"), ("step_000007", "{")):  # damaged: before and later
+        (root / name).mkdir()
+        (root / name / "state.json").write_text(text)
+    for step in (3, 4, 5):
+        checkpoints.save(step, state, {})
+    return checkpoints.load(state)["step"]
+
+
+def test_a_stray_or_damaged_file_stops_no_run_and_costs_no_checkpoint(on_ranks, tmp_path):
+    (tmp_path / "c").mkdir()
+    assert on_ranks(1, save_beside_rubbish, config(), tmp_path / "c") == [5]
+    left = {path.name for path in (tmp_path / "c").iterdir()}
+    assert {"step_000005", "step_000009.backup", "step_000002", "step_000004.tar"} <= left
+    assert "step_000004" not in left
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 10**12])
+def test_a_timeout_that_no_job_can_have_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"timeout={seconds}: seconds, at least 1"):
+        init_mesh(MeshConfig(timeout=seconds))
 
 
 IMPOSSIBLE = [

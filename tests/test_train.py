@@ -19,7 +19,7 @@ import torch
 import train
 from data import Sampler, TokenData
 from model import ModelConfig, hf_config
-from parallel import Checkpoints, MeshConfig, Runner, init_mesh, load_hf, save_hf
+from parallel import ExportConfig, MeshConfig, export, load_hf
 from train import PRESETS, Phase, PretrainConfig, Schedule, choose_config, micro_batches, nano
 
 ROOT = Path(__file__).parents[1]
@@ -362,13 +362,6 @@ def test_a_start_that_failed_does_not_lock_its_folder(on_ranks, corpus, tmp_path
     on_ranks(1, pretrain, dataclasses.replace(cfg, init=""))
 
 
-def export(cfg, out):
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, 0)
-    weights = {f"model.{n}": p for n, p in runner.params().items()}
-    Checkpoints(cfg.out / "checkpoints", 2, False).load(weights)
-    save_hf(runner, out)
-
-
 def test_a_transformers_folder_is_trained_saved_and_opened_again_in_transformers(
     on_ranks, corpus, tmp_path
 ):
@@ -384,7 +377,7 @@ def test_a_transformers_folder_is_trained_saved_and_opened_again_in_transformers
     cfg = config(corpus, tmp_path / "a", init=f"hf:{tmp_path / 'hf'}", steps=20, save_every=20)
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(tp=2, dtype="fp32"), micro_batch=2)
     on_ranks(4, pretrain, cfg)  # dp 2, tp 2
-    on_ranks(4, export, cfg, tmp_path / "out")
+    export(ExportConfig(cfg.out, tmp_path / "out", "fp32"))
     ours, again = load_hf(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     x = torch.arange(30)[None]
     with torch.no_grad():
