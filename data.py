@@ -1,7 +1,7 @@
 """Turn text into batches of tokens: tokenizers, token files, sampler, chat template, rows, packing.
 
-Nothing here needs a model or torch. The blend is that of section 2.1 of the report
-(arXiv 2406.11704); tokenizer and cleaning of text follow arXiv 2402.16819.
+The blend is that of section 2.1 of the report (arXiv 2406.11704); tokenizer and cleaning of text
+follow arXiv 2402.16819.
 
     python data.py prepare english=books/ code=src/ --out data/mine
     python data.py show data/mine
@@ -9,6 +9,7 @@ Nothing here needs a model or torch. The blend is that of section 2.1 of the rep
 
 import ast
 import bisect
+import codecs
 import contextlib
 import fcntl
 import gzip
@@ -19,13 +20,14 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import sqlite3
 import sys
 import sysconfig
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,9 +57,9 @@ Blend = dict[str, float]  # source → weight
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 
 # Cuts a text into words with one leading space, single digits, runs of punctuation and runs of
-# white space. It has no look-ahead, so that matching takes linear time, and it drops nothing, so
-# that decoding gives the text back byte for byte.
-PATTERN = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\p{N}|\s+"
+# white space; a combining mark, such as a Hindi vowel, belongs to its letter. It has no look-ahead,
+# so that matching takes linear time, and drops nothing: decoding gives the text back byte for byte.
+PATTERN = r" ?\p{L}[\p{L}\p{M}]*| ?[^\s\p{L}\p{N}]+|\p{N}|\s+"
 
 
 class Tokenizer(Protocol):
@@ -91,25 +93,31 @@ class HuggingFace(Tokenizer):
 
     def __init__(self, standard: tokenizers.Tokenizer) -> None:
         self.standard = standard
-        standard.encode_special_tokens = True  # text stays text
+        standard.no_truncation()  # a file may ask for both, of every text
+        standard.no_padding()
         vocab = standard.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values())
         added = standard.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in added.items()}
+        self.specials = {token.content: i for i, token in added.items() if token.special}
         for name in SPECIALS:
             known = [s for s in (name, *self.ALIASES.get(name, ())) if s in vocab]
             if known:
-                self.specials[name] = vocab[known[0]]
-        self.encoding = tiktoken_encoding(json.loads(standard.to_str()))
+                self.specials[name] = self.specials[known[0]] = vocab[known[0]]
+        spec = json.loads(standard.to_str())
+        self.encoding = tiktoken_encoding(spec)
+        if not self.encoding:
+            unmarked = without_marks(spec, self.specials.keys())
+            self.encoder = tokenizers.Tokenizer.from_str(unmarked)
 
     def save(self, folder: Path) -> str:
-        self.standard.save(str(folder / "tokenizer.json"), pretty=False)
+        (folder / "tokenizer.json").write_text(self.standard.to_str(), encoding="utf-8")
         return "tokenizer.json"
 
     def encode(self, text: str) -> np.ndarray:
         if self.encoding:
             return self.encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-        return np.array(self.standard.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        text.encode()  # a ValueError for a lone surrogate
+        return np.array(self.encoder.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = list(map(int, ids))
@@ -123,52 +131,45 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
 
         self.path = path
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self.processor.vocab_size()
-        unknown = self.processor.unk_id()
-        ids = {name: self.processor.piece_to_id(name) for name in SPECIALS}
-        self.specials = {name: i for name, i in ids.items() if i != unknown or name == "<unk>"}
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        load = sentencepiece.SentencePieceProcessor
+        self.processor = load(model_file=str(path))
+        self.vocab_size = len(model.pieces)
+        self.specials = {}
+        for i, piece in enumerate(model.pieces):
+            if piece.piece in SPECIALS:
+                self.specials[piece.piece] = i
+                if piece.type != piece.UNKNOWN:
+                    piece.type = piece.CONTROL  # no text matches it
+        self.encoder = load(model_proto=model.SerializeToString())
 
     def save(self, folder: Path) -> str:
         return shutil.copyfile(self.path, folder / "tokenizer.model").name
 
     def encode(self, text: str) -> np.ndarray:
-        # control tokens match anywhere in a text: cut each one after its first character
-        for mark in self.specials:
-            if mark != "<unk>":
-                text = text.replace(mark, mark[0] + "\0" + mark[1:])
-        ids = []
-        for part in text.split("\0"):
-            ids += self.processor.encode(part)
-        return np.array(ids, dtype=np.int32)
+        text.encode()  # a ValueError for a lone surrogate
+        return np.array(self.encoder.encode(text), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode(list(map(int, ids)))
 
 
-LOADERS: dict[str, Callable[[Path], Tokenizer]] = {
-    ".model": SentencePiece,
-    ".json": lambda path: HuggingFace(tokenizers.Tokenizer.from_file(str(path))),
-}
-
-
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer from a file, from a folder that holds one, or from tiktoken by name."""
+    """Load a tokenizer from a file, or from a folder that holds one."""
     path = Path(spec)
     if path.is_dir():
-        found = [path / f"tokenizer{s}" for s in LOADERS if (path / f"tokenizer{s}").exists()]
-        if not found:
-            raise ValueError(f"{path}: no tokenizer.model or tokenizer.json in this folder")
-        path = found[0]
-    if path.suffix in LOADERS and path.exists():
-        return LOADERS[path.suffix](path)
-    names = tiktoken.list_encoding_names()
-    if str(spec) in names:
-        return from_tiktoken(str(spec))
-    kinds = f"a file (.model, tokenizer.json) nor one of tiktoken's: {', '.join(names)}"
-    raise ValueError(f"tokenizer {str(spec)!r} is neither {kinds}")
+        path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file: give a .model or tokenizer.json, or their folder")
+    try:
+        if path.suffix == ".model":
+            return SentencePiece(path)
+        return HuggingFace(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as e:  # the libraries raise RuntimeError, TypeError and Exception itself
+        raise ValueError(f"{path}: broken tokenizer file ({e}): fetch it again") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
@@ -176,7 +177,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     least = len(SPECIALS) + 256
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size}: control tokens and bytes need at least {least}")
-    standard = byte_level(models.BPE(ignore_merges=True), PATTERN)
+    standard = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    standard.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    standard.decoder = decoders.ByteLevel()
     start = dict(special_tokens=list(SPECIALS), show_progress=False)
     start["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, **start)
@@ -187,45 +192,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     return HuggingFace(standard)
 
 
-def from_tiktoken(name: str) -> HuggingFace:
-    """Return one of tiktoken's encodings as a tokenizer.json would have it, with all SPECIALS.
-
-    Its <|endoftext|> becomes </s>; the other control tokens get new ids behind its last one.
-    """
-    base = tiktoken.get_encoding(name)
-    specials = dict(base._special_tokens)
-    specials["</s>"] = specials.pop("<|endoftext|>")
-    missing = [token for token in SPECIALS if token not in specials]
-    specials |= {token: base.max_token_value + 1 + i for i, token in enumerate(missing)}
-    chars = byte_chars()
-    vocab = {}
-    for token, rank in sorted(base._mergeable_ranks.items(), key=lambda item: item[1]):
-        vocab["".join(chars[byte] for byte in token)] = rank
-    merges = []  # tiktoken joins any two neighbours that make a token, the lowest id first
-    for token in vocab:
-        for cut in range(1, len(token)):
-            if token[:cut] in vocab and token[cut:] in vocab:
-                merges.append((token[:cut], token[cut:]))
-    # `tokenizers` takes $ for a line's end and {1,3}+ for a repetition: spell them unambiguously
-    pattern = base._pat_str.replace("$", r"\z").replace("}+", "}")
-    standard = byte_level(models.BPE(vocab | specials, merges, ignore_merges=True), pattern)
-    standard.add_special_tokens(list(specials))
-    return HuggingFace(standard)
-
-
-def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
-    """Return a tokenizer that splits a text at `pattern` and runs `model` on the bytes of parts."""
-    standard = tokenizers.Tokenizer(model)
-    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    standard.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
-    standard.decoder = decoders.ByteLevel()
-    return standard
-
-
 def tiktoken_encoding(spec: Record) -> tiktoken.Encoding | None:
-    """Return what gives the same ids, if a tokenizer.json has the form that `byte_level` makes."""
-    specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    """Return what gives the same ids, if a tokenizer.json has the form that `train_bpe` makes."""
+    added = spec["added_tokens"]
+    specials = {token["content"]: token["id"] for token in added}
     match spec:
         case {
             "normalizer": None,
@@ -236,8 +206,11 @@ def tiktoken_encoding(spec: Record) -> tiktoken.Encoding | None:
                 ]
             },
             "model": {"ignore_merges": True, "vocab": vocab},
-        } if specials.keys() >= set(SPECIALS):
-            byte_of = {char: byte for byte, char in byte_chars().items()}
+        } if specials.keys() >= set(SPECIALS) and all(token["special"] for token in added):
+            # GPT-2's character of each byte: itself, if it prints
+            chars = sorted(pre_tokenizers.ByteLevel.alphabet())
+            order = sorted(range(256), key=lambda byte: (chr(byte) not in chars, byte))
+            byte_of = dict(zip(chars, order, strict=True))
             ranks = {}
             for token in vocab.keys() - specials:
                 ranks[bytes(byte_of[char] for char in token)] = vocab[token]
@@ -247,12 +220,14 @@ def tiktoken_encoding(spec: Record) -> tiktoken.Encoding | None:
     return None
 
 
-def byte_chars() -> dict[int, str]:
-    """Return GPT-2's printable character for each byte, in which `tokenizers` spells tokens."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    chars = {byte: chr(byte) for byte in printable}
-    return chars | {byte: chr(256 + i) for i, byte in enumerate(others)}
+def without_marks(spec: Record, marks: Set[str]) -> str:
+    """Return a tokenizer.json in which marks have names that no text can spell; every id stays."""
+    model = spec["model"]
+    if "merges" in model:
+        model["merges"] = [m for m in model["merges"] if marks.isdisjoint((*m, "".join(m)))]
+    spelt = "|".join(map(re.escape, marks)) or "\0"
+    secret = secrets.token_hex(16)
+    return re.sub(f'"({spelt})"', rf'"\g<1>{secret}"', json.dumps(spec, ensure_ascii=False))
 
 
 # ---- documents -----------------------------------------------------------------------------------
@@ -319,41 +294,50 @@ def parse_line(line: bytes, text_field: str) -> Record:
     if text_field and not line.startswith(b"{"):
         return {text_field: line.decode().rstrip("\r\n")}
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # raises a ValueError for a lone surrogate
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON ({e})") from None
+        raise ValueError(f"not JSON, an object a line ({e})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
-    if b"\\ud" in line.lower():
-        json.dumps(row, ensure_ascii=False).encode()  # raises a ValueError for a lone surrogate
     return row
+
+
+@contextlib.contextmanager
+def open_bytes(file: str | Path, on_bad: OnBad) -> Iterator[Iterable[bytes]]:
+    """Open a file, unpacked if its content is gzip, or for "-" standard input."""
+    if str(file) == "-":
+        yield sys.stdin.buffer
+        return
+    with open(file, "rb") as raw:
+        start = raw.peek(4)
+        if start.startswith(b"\x28\xb5\x2f\xfd"):
+            raise ValueError(f"{file}: packed by zstd: unpack it first, with zstd -d")
+        packed = start.startswith(b"\x1f\x8b")
+        with gzip.open(raw) if packed else contextlib.nullcontext(raw) as unpacked:
+            try:
+                yield unpacked
+            except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+                on_bad(BadDocument(f"{file}: broken gzip stream ({e}): fetch it again"))
 
 
 def read_jsonl(
     file: str | Path, on_bad: OnBad = refuse, text_field: str = ""
 ) -> Iterator[tuple[str, Record]]:
-    """Yield ("FILE:LINE", object) for each line of a JSON Lines file, gzipped or not.
-
-    Blank lines are left out, and "-" is standard input. A line that is not a JSON object, and a
-    gzip stream that breaks off, go to `on_bad`, which raises them by default. With `text_field`, a
-    line that does not begin with { is a text and becomes {text_field: line}.
-    """
-    opened = contextlib.nullcontext(sys.stdin.buffer)
-    if str(file) != "-":
-        opened = gzip.open(file) if str(file).endswith(".gz") else open(file, "rb")
-    try:
-        with opened as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_line(line, text_field)
-                except ValueError as e:
-                    on_bad(BadDocument(f"{file}:{number}: {e}: mend the line"))
-                else:
-                    yield f"{file}:{number}", row
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        on_bad(BadDocument(f"{file}: broken gzip stream ({e}): fetch it again"))
+    """Yield ("FILE:LINE", object) for each line of a JSON Lines file that is not blank. What cannot
+    be read goes to `on_bad`. With `text_field`, a line that does not begin with { is a text."""
+    with open_bytes(file, on_bad) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                row = parse_line(line, text_field)
+            except ValueError as e:
+                on_bad(BadDocument(f"{file}:{number}: {e}: mend the line"))
+            else:
+                yield f"{file}:{number}", row
 
 
 def read_json_texts(path: Path, text_field: str, on_bad: OnBad) -> Texts:
@@ -385,7 +369,7 @@ def read_parquet(path: Path, text_field: str, on_bad: OnBad) -> Texts:
 def read_text(path: Path, text_field: str, on_bad: OnBad) -> Texts:
     """Yield a text file as one document, or as several if it exceeds MAX_DOCUMENT_BYTES."""
     line = 1
-    with path.open("rb") as file:
+    with open_bytes(path, on_bad) as file:
         while piece := file.read(MAX_DOCUMENT_BYTES):
             if len(piece) == MAX_DOCUMENT_BYTES:
                 piece += file.readline()
@@ -398,8 +382,8 @@ def read_text(path: Path, text_field: str, on_bad: OnBad) -> Texts:
             line += piece.count(b"\n")
 
 
-READERS = {  # by the end of a file's name
-    r"\.jsonl(\.gz)?": read_json_texts,
+READERS = {  # by the end of a file's name, in any case, perhaps with .gz
+    r"\.(jsonl|ndjson|json)": read_json_texts,
     r"\.parquet": read_parquet,
     r"\.(txt|md|rst|tex|html|xml|css|js|ts|tsx|jsx|py|c|h|cc|cpp|hpp|cu|cuh|java|kt|scala|go|rs|rb"
     r"|php|swift|m|cs|lua|pl|r|jl|sh|sql|yaml|yml|toml|ini|cfg|cmake|asm|f90|hs|ml|ex|erl|clj|lisp"
@@ -409,18 +393,26 @@ READERS = {  # by the end of a file's name
 
 def reader_of(path: Path) -> Callable[[Path, str, OnBad], Texts] | None:
     """Return the reader of a file, or None if the end of its name is not known."""
-    known = [ending for ending in READERS if re.search(f"{ending}$", path.name)]
-    return READERS[known[0]] if known else None
+    for ending, reader in READERS.items():
+        if re.search(rf"{ending}(\.gz)?$", path.name, re.IGNORECASE):
+            return reader
+    return None
 
 
 def files_of(root: Path) -> list[Path]:
-    """List the readable files below a folder in a fixed order, with hidden ones left out."""
+    """List the files below a folder in a fixed order, with hidden ones left out."""
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder")
-    if root.is_file():
+    if not root.is_dir():
         return [root]
-    known = [path for path in root.rglob("*") if reader_of(path) and path.is_file()]
-    return sorted(p for p in known if "/." not in f"/{p.relative_to(root).as_posix()}")
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return sorted(p for p in files if "/." not in f"/{p.relative_to(root).as_posix()}")
+
+
+def by_suffix(paths: Iterable[Path]) -> str:
+    """Count files by the ends of their names."""
+    counts = Counter(path.suffix.lower() or "without suffix" for path in paths)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common()) or "none"
 
 
 def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refuse) -> Iterator[str]:
@@ -428,9 +420,10 @@ def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refus
     for path in paths:
         for where, text in (reader_of(path) or read_text)(path, text_field, on_bad):
             if isinstance(text, str):
-                yield text
+                yield text.removeprefix("\ufeff")  # a byte order mark
             else:
-                rule = f"no string in field {text_field!r} ({str(text)[:60]}): set --text-field"
+                found = sorted(text) if isinstance(text, dict) else type(text).__name__
+                rule = f"no string in field {text_field!r} (found: {found}): set --text-field"
                 on_bad(BadDocument(f"{where}: {rule}"))
 
 
@@ -473,52 +466,59 @@ class PrepareConfig:
     """Turn text into token files."""
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=PATH of each source: a file or folder of text, Markdown, source code, .jsonl, .jsonl.gz
-    or .parquet. Several paths may share a name. Default: Python's own library and documentation."""
+    """NAME=PATH of each source: a file or folder of text, Markdown, source code, .jsonl (packed by
+    gzip or not) or .parquet, or a .json file of an object a line. Several paths may share a name.
+    Default: Python's own library and documentation."""
     out: Path = Path("data/python")  # Folder to make. It appears when it is complete, not before.
-    tokenizer: str = ""  # File, or name of a tiktoken encoding. Empty: one is trained on the texts.
+    tokenizer: str = ""  # .model or tokenizer.json file. Empty: one is trained on the texts.
     vocab_size: int = 32_768  # Size of the trained tokenizer (unused with --tokenizer).
     text_field: str = "text"  # Field of a JSON or parquet row that holds the text.
     val_fraction: float = 0.01  # Share of the documents for validation, picked by content's hash.
     skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first.
-    train_bytes: int = 100_000_000  # Amount of text, roughly, that the tokenizer is trained on.
     workers: int = os.cpu_count() or 1  # Threads that encode (encoders release Python's lock).
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: a share, 0 <= val_fraction < 1")
-        if self.workers < 1 or self.train_bytes < 1:
-            raise ValueError(f"workers={self.workers}, train_bytes={self.train_bytes}: at least 1")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: at least 1")
 
 
 Source = Callable[[OnBad], Iterator[str]]  # reads a source's documents from the start
 
 
-def open_sources(cfg: PrepareConfig) -> dict[str, Source]:
-    """Return the sources by name, or the embedded corpus if none is given."""
+def open_sources(cfg: PrepareConfig) -> tuple[dict[str, Source], str]:
+    """Return the sources by name, or the embedded corpus if none is given, and what is read."""
     if not cfg.sources:
-        return dict(EMBEDDED)
-    files: dict[str, list[Path]] = {}
+        return dict(EMBEDDED), "Python's own library and documentation"
+    files: dict[str, list[Path]] = defaultdict(list)
+    left_out: list[Path] = []
     for source in cfg.sources:
         name, _, path = source.partition("=")
         if not path or not name.replace("-", "_").isidentifier():
             raise ValueError(f"source {source!r}: write NAME=PATH, NAME of letters, digits, -, _")
-        files.setdefault(name, []).extend(files_of(Path(path).expanduser()))
+        files[name] += []
+        root = Path(path).expanduser()
+        for file in files_of(root):
+            # a .json in a folder is settings more often than rows: it is to be given by name
+            known = reader_of(file) and not re.search(r"\.json(\.gz)?$", file.name, re.I)
+            (files[name] if known or file == root else left_out).append(file)
+    left = f"files left out: {by_suffix(left_out)}"
+    sources: dict[str, Source] = {}
     for name, paths in files.items():
         if not paths:
-            raise ValueError(f"source {name!r}: no text, source code, .jsonl(.gz) or .parquet file")
-    return {name: partial(read_documents, paths, cfg.text_field) for name, paths in files.items()}
+            raise ValueError(f"source {name!r}: no text, source code, .jsonl or .parquet; {left}")
+        sources[name] = partial(read_documents, paths, cfg.text_field)
+    return sources, f"{by_suffix(itertools.chain(*files.values()))}; {left}"
 
 
 def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Iterator[str]:
-    """Yield about cfg.train_bytes of text, an equal share from the beginning of each source."""
+    """Yield about 100 MB of text, an equal share from the beginning of each source."""
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dict(bad=0))
-    share = cfg.train_bytes // len(sources)
+    share = 100_000_000 // len(sources)
     for name, read in sources.items():
         left = share
-        for text in tqdm(
-            read(on_bad), f"{name}: text for the tokenizer", unit=" docs", leave=False
-        ):
+        for text in read(on_bad):
             yield text
             left -= len(text)
             if left < 0:
@@ -531,9 +531,7 @@ def clean(
     documents: Iterable[str], seen: sqlite3.Connection, dropped: Counts
 ) -> Iterator[tuple[str, int, int]]:
     """Yield (text, number of bytes, first 64 bits of its digest) of each document worth keeping.
-
-    Blank documents, and exact duplicates whose digest is among `seen`, are counted in `dropped`.
-    """
+    Blank ones, and exact duplicates whose digest is among `seen`, are counted in `dropped`."""
     insert = "INSERT OR IGNORE INTO digests VALUES (?)"
     for text in documents:
         raw = text.encode()
@@ -549,13 +547,12 @@ def clean(
 def encode_all(
     documents: Iterable[Any], encode: Callable[[str], np.ndarray], workers: int
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...).
-
-    About a million characters a worker are under way at a time, so that memory stays bounded.
-    """
+    """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...). About
+    a million characters a worker are under way at a time, so that memory stays bounded."""
     under_way = deque()
     n_chars = 0
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for document in documents:
             under_way.append((document, pool.submit(encode, document[0])))
             n_chars += len(document[0])
@@ -565,6 +562,8 @@ def encode_all(
                 yield document, future.result()
         for document, future in under_way:
             yield document, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for them
 
 
 class TokenWriter:
@@ -574,12 +573,12 @@ class TokenWriter:
         self.bin = open(f"{stem}.bin", "wb")
         self.idx = open(f"{stem}.idx", "wb")
         self.dtype = dtype
-        self.eos = np.array([eos], dtype).tobytes()
+        self.eos = eos
         self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
         self.idx.write(np.int64(0).tobytes())
 
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
-        document = ids.astype(self.dtype).tobytes() + self.eos
+        document = np.append(ids, self.eos).astype(self.dtype).tobytes()
         self.bin.write(document)
         self.counts["documents"] += 1
         self.counts["tokens"] += len(ids) + 1
@@ -606,9 +605,9 @@ def prepare_source(
     writers = {split: TokenWriter(f"{stem}.{split}", dtype, eos) for split in ("train", "val")}
     dropped = dict(bad=0, empty=0, duplicate=0)
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dropped)
-    documents = clean(read(on_bad), seen, dropped)
+    texts = clean(read(on_bad), seen, dropped)
     with tqdm(desc=name, unit="B", unit_scale=True) as bar:
-        for (_, n_bytes, digest), ids in encode_all(documents, tokenizer.encode, cfg.workers):
+        for (_, n_bytes, digest), ids in encode_all(texts, tokenizer.encode, cfg.workers):
             split = "val" if digest < cfg.val_fraction * 2**64 else "train"
             writers[split].write(ids, n_bytes)
             bar.update(n_bytes)
@@ -618,44 +617,46 @@ def prepare_source(
         raise ValueError(f"source {name!r} is empty: no document left for training ({dropped})")
     if not val["documents"] and cfg.val_fraction:
         log.warning(f"{name}: too few documents for a validation split of {cfg.val_fraction}")
-    both = {unit: train[unit] + val[unit] for unit in ("documents", "tokens", "bytes")}
+    documents, tokens, n_bytes = (train[u] + val[u] for u in ("documents", "tokens", "bytes"))
+    found = f"{documents:,} documents ({val['documents']:,} for validation), {tokens:,} tokens"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    log.info(
-        f"{name}: {both['documents']:,} documents ({val['documents']:,} for validation), "
-        f"{both['tokens']:,} tokens, {both['bytes'] / both['tokens']:.2f} bytes per token; "
-        f"dropped: {reasons}"
-    )
+    log.info(f"{name}: {found}, {n_bytes / tokens:.2f} bytes per token; dropped: {reasons}")
     return dict(train=train, val=val, dropped=dropped, dtype=np.dtype(dtype).name)
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    """Write a folder with the tokenizer, each source's token files, and a manifest.
-
-    The same input gives the same bytes. Everything is written to OUT.partial, which becomes OUT
-    when it is complete: a killed run leaves nothing that looks whole.
-    """
+    """Write a folder with the tokenizer, each source's token files, and a manifest: OUT.partial
+    until it is complete. The same input gives the same bytes."""
     if cfg.out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another --out")
-    sources = open_sources(cfg)
+    sources, files = open_sources(cfg)
+    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     folder = cfg.out.with_name(cfg.out.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if cfg.tokenizer:
-        tokenizer = load_tokenizer(cfg.tokenizer)
-    else:
-        tokenizer = train_bpe(training_texts(cfg, sources), cfg.vocab_size)
-    file = tokenizer.save(folder)
-    seen = sqlite3.connect("")  # a temporary file, so that memory stays bounded
-    seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-    entries = {}
-    for name, read in sources.items():
-        entries[name] = prepare_source(cfg, folder / name, tokenizer, seen, read)
-    vocab_size = tokenizer.vocab_size
-    eos = tokenizer.special("</s>")
-    manifest = dict(vocab_size=vocab_size, eos=eos, tokenizer=file, sources=entries)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    folder.rename(cfg.out)
-    log.info(f"{cfg.out}: complete, vocabulary {vocab_size:,}")
+    folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
+    try:
+        for path in folder.iterdir():  # of a run that was killed
+            if path.name != ".lock":
+                path.unlink()
+        if not tokenizer:
+            tokenizer = train_bpe(training_texts(cfg, sources), cfg.vocab_size)
+        file = tokenizer.save(folder)
+        seen = sqlite3.connect("")  # a temporary file, so that memory stays bounded
+        seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        entries = {}
+        for name, read in sources.items():
+            entries[name] = prepare_source(cfg, folder / name, tokenizer, seen, read)
+        eos = tokenizer.special("</s>")
+        manifest = dict(vocab_size=tokenizer.vocab_size, eos=eos, tokenizer=file, sources=entries)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        folder.rename(cfg.out)
+        (cfg.out / ".lock").unlink()
+    except OSError as e:
+        e.filename = e.filename or str(folder)  # of a full disk Python says no name
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    log.info(f"{cfg.out}: complete, vocabulary {tokenizer.vocab_size:,}; read: {files}")
 
 
 # ---- token files and the sampler -----------------------------------------------------------------
@@ -727,8 +728,7 @@ def permute(i: int, n: int, key: int) -> int:
     """Return the place of element i of n in the shuffle that `key` names, in O(1) memory.
 
     A Feistel network of four rounds permutes the numbers of 2 * half bits, and is applied until the
-    result is below n. Its constants are splitmix64's (https://prng.di.unimi.it/splitmix64.c).
-    """
+    result is below n. Its constants are splitmix64's (https://prng.di.unimi.it/splitmix64.c)."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -744,10 +744,8 @@ def permute(i: int, n: int, key: int) -> int:
 
 
 def shares_of(blend: Blend) -> Counts:
-    """Return each source's share of what the sources before it leave, in units of 2^-32.
-
-    Weights 0.5, 0.3, 0.2 give shares 0.5, 0.6, 1. Integers round alike on every machine.
-    """
+    """Return each source's share of what those before it leave, in units of 2^-32: weights 0.5,
+    0.3, 0.2 give shares 0.5, 0.6, 1. Integers round alike on every machine."""
     rest = np.cumsum(list(blend.values())[::-1])[::-1]
     sources = zip(blend.items(), rest, strict=True)
     return {source: round(weight / left * 2**32) for (source, weight), left in sources}
@@ -757,10 +755,8 @@ def shares_of(blend: Blend) -> Counts:
 class Sampler:
     """Maps sample number i to a window of seq_len tokens, as a pure function of (seed, i).
 
-    There is nothing to save and nothing to resume. Sources are interleaved so that after any number
-    of samples each is within a sample or two of its weight. Within a source each epoch is a fresh
-    shuffle of its windows, each seen once; the last window of a source is padded.
-    """
+    After any number of samples each source is within a sample or two of its weight. Each epoch of a
+    source is a fresh shuffle of its windows, each seen once; its last window is padded."""
 
     data: TokenData
     blend: Blend
@@ -772,6 +768,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         """Open the sources, and split the run by blend into parts (first sample, end, shares)."""
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len={self.seq_len}: at least 1")
         blends = {0: self.blend, **self.later}
         sources = dict.fromkeys(itertools.chain(*blends.values()))
         self.tokens = {source: self.data.tokens(source, self.split) for source in sources}
@@ -789,14 +787,9 @@ class Sampler:
         """Return how many of the first i samples come from each source.
 
         The first source of a blend gets its share of the samples, rounded down; the next one its
-        share of what is left, and so on; the last one gets the rest. Weights 0.5, 0.3, 0.2 give
-
-            i  0  1  2  3  4  5  6  7  8  9 10
-            a  0  0  1  1  2  2  3  3  4  4  5    floor(0.5 i)
-            b  0  0  0  1  1  1  1  2  2  3  3    floor(0.6 (i - a))
-            c  0  1  1  1  1  2  2  2  2  2  2    i - a - b
-
-        From i to i + 1 one count grows, by one: that is the source of sample i.
+        share of what is left, and so on; the last one gets the rest. With weights 0.5, 0.3, 0.2 of
+        a, b, c these are floor(0.5 i), floor(0.6 (i - a)) and i - a - b. From i to i + 1 one count
+        grows, by one: that is the source of sample i.
         """
         counts = dict.fromkeys(self.windows, 0)
         for first, end, shares in self.parts:
@@ -819,24 +812,20 @@ class Sampler:
 
     def describe(self, samples: Iterable[int]) -> str:
         """Name the documents that samples are cut from, by source and number, for the log."""
-        named: dict[str, list[str]] = {}
+        said = []
         for source, _, window in map(self.locate, samples):
-            offsets = self.offsets[source]
             ends = window * self.seq_len + np.array([0, self.seq_len])
-            first, last = np.searchsorted(offsets, ends, side="right") - 1
-            named.setdefault(source, []).append(f"{first}-{min(last, len(offsets) - 2)}")
-        return "; ".join(f"{source} documents {', '.join(n)}" for source, n in named.items())
+            first, last = np.searchsorted(self.offsets[source][1:-1], ends, side="right")
+            said.append(f"{source} documents {first}-{last}")
+        return "; ".join(said)
 
     def epochs(self, i: int) -> dict[str, float]:
         """Return how often each source has been gone through after i samples."""
         return {source: n / self.windows[source] for source, n in self.counts(i).items()}
 
     def batch(self, samples: Iterable[int]) -> Arrays:
-        """Return tokens and targets, int64 (B, T), with IGNORE where there is nothing to predict.
-
-        With `isolate` there are also document ids, and positions that restart with each document,
-        and no target lies across the end of one.
-        """
+        """Return tokens and targets, int64 (B, T), with IGNORE where there is nothing to predict,
+        and with `isolate` document ids, and positions that restart with each document."""
         rows = [self.row(*self.locate(i)) for i in samples]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -872,8 +861,9 @@ Messages = list[dict[str, str]]  # {"role": "system" | "user" | "assistant", "co
 Rendered = tuple[np.ndarray, np.ndarray]  # ids, int32 (T), and which of them are trained, bool (T)
 
 
-def check_messages(messages: Messages) -> None:
-    """Raise a ValueError unless messages are [system,] user, assistant, user ... in this order."""
+def check_messages(messages: Messages, answered: bool = False) -> None:
+    """Raise a ValueError unless messages are [system,] user, assistant, user ... in this order, and
+    if they are to be `answered`, end with an answer and have no empty one."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: a list of {role, content}, at least one")
     for i, message in enumerate(messages):
@@ -884,8 +874,12 @@ def check_messages(messages: Messages) -> None:
         if message.get("role") != want:
             rule = f"not {want!r}: an optional system turn, then user and assistant in turns"
             raise ValueError(f"messages[{i}] has role {message.get('role')!r}, {rule}")
+        if answered and want == "assistant" and not message["content"].strip():
+            raise ValueError(f"messages[{i}] is an empty response")
     if messages[-1]["role"] == "system":
         raise ValueError("messages: a user turn is missing after the system turn")
+    if answered and messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
 
 
 def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
@@ -917,15 +911,14 @@ def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
 
 
 def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
-    """Render a conversation for the reward model, int32 (T); the default system is REWARD_SYSTEM.
-
-    After the assistant's turn to be scored comes <extra_id_2>, whose hidden state the head reads.
-    """
+    """Render a conversation for the reward model, int32 (T), by default with REWARD_SYSTEM.
+    Its head reads the hidden state of <extra_id_2>, which follows the assistant's scored turn."""
     check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError("messages: the last one, which is scored, must be the assistant's")
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": REWARD_SYSTEM}, *messages]
+    if messages[0]["role"] != "system" or not messages[0]["content"]:
+        turns = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": REWARD_SYSTEM}, *turns]
     ids, _ = render_chat(messages, tokenizer)
     return np.append(ids[:-1], np.int32(tokenizer.special("<extra_id_2>")))
 
@@ -945,19 +938,6 @@ def aggregate(attributes: Any, weights: Sequence[float] = REWARD_WEIGHTS) -> Any
     if n not in (5, 9) or k not in (5, n):
         raise ValueError(f"{n} attributes, {k} weights: 5 or 9 attributes, 5 weights or as many")
     return sum(weight * attributes[..., n - k + i] for i, weight in enumerate(weights))
-
-
-def best_and_worst(
-    responses: Sequence[str], rewards: Sequence[float], finished: Sequence[bool], min_gap: float = 0
-) -> tuple[int, int] | None:
-    """Return the numbers of the best and the worst finished response, or None in a near tie."""
-    distinct: dict[str, int] = {}
-    for i, text in enumerate(responses):
-        if finished[i]:
-            distinct.setdefault(text, i)
-    order = sorted(distinct.values(), key=lambda i: (-rewards[i], i))
-    gap = rewards[order[0]] - rewards[order[-1]] if order else 0
-    return (order[0], order[-1]) if gap > 0 and gap >= min_gap else None
 
 
 # ---- rows of alignment data ----------------------------------------------------------------------
@@ -987,6 +967,7 @@ class Example:
 
 # the conversation of a JSON object, or the two of a pair, still unchecked, and values
 Parsed = tuple[list[Messages], np.ndarray | None]
+Render = Callable[[Messages], Rendered]
 Examples = tuple[list[Example], Counts]  # and how many rows were bad, too long or shortened
 
 
@@ -1007,6 +988,30 @@ def numbers(values: list[Any], names: Sequence[str]) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+# Fields of a row or message that change what it says, or what of it is trained: no reader honours
+# them. And those that readers know.
+UNREAD = """tool_calls function_call tools functions documents system refusal reasoning_content
+reasoning thinking audio image images weight train training mask"""
+READ = "messages role content prompt chosen rejected chosen_reward rejected_reward response label"
+KNOWN = {*UNREAD.split(), *READ.split(), *ATTRIBUTES}
+
+
+def check_fields(fields: Record, place: str) -> None:
+    """Raise a ValueError for one of UNREAD, unless it is empty, or 1 as a weight is by default."""
+    for name in UNREAD.split():
+        if fields.get(name) not in (None, "", [], {}, 1):
+            raise ValueError(f"{place} has {name!r}, which changes it and is not read")
+
+
+def unknown_fields(row: Record) -> set[str]:
+    """Name the fields of a row and of its messages that no reader knows."""
+    names = set(row)
+    for messages in row.values():
+        if isinstance(messages, list):
+            names.update(*(message for message in messages if isinstance(message, dict)))
+    return names - KNOWN
+
+
 def messages_of(value: Any, role: str) -> Any:
     """Return a text as one message of `role`, and messages with their role and content alone."""
     if not isinstance(value, list):
@@ -1014,6 +1019,7 @@ def messages_of(value: Any, role: str) -> Any:
     messages = []
     for message in value:
         if isinstance(message, dict):
+            check_fields(message, f"messages[{len(messages)}]")
             message = {key: message.get(key) for key in ("role", "content")}
         messages.append(message)
     return messages
@@ -1025,11 +1031,8 @@ def read_chat(row: Record) -> Parsed:
 
 
 def read_preference(row: Record, rewards: bool) -> Parsed:
-    """Parse {"chosen", "rejected"}, perhaps with "chosen_reward" and "rejected_reward".
-
-    They are answers to "prompt" or "messages", as texts or messages, or whole conversations, for
-    which a prompt may be missing. With `rewards`, a row must have its two.
-    """
+    """Parse {"chosen", "rejected"}, perhaps with "chosen_reward" and "rejected_reward": answers to
+    "prompt" or "messages", as texts or messages, or whole conversations, which need no prompt."""
     prompt = messages_of(row.get("prompt", row.get("messages", [])), "user")
     sides = [messages_of(required(row, side), "assistant") for side in ("chosen", "rejected")]
     if not prompt and min(map(len, sides)) < 2:
@@ -1038,8 +1041,6 @@ def read_preference(row: Record, rewards: bool) -> Parsed:
     for chat in chats:
         if chat[:-1] != chats[0][:-1] or chat[-1 - len(prompt) : -1] != prompt:
             raise ValueError("chosen and rejected do not answer the same prompt")
-    if chats[0] == chats[1]:
-        raise ValueError("chosen and rejected are equal")
     names = ("chosen_reward", "rejected_reward")
     if rewards or any(row.get(name) is not None for name in names):
         return chats, numbers([required(row, name) for name in names], names)
@@ -1078,16 +1079,6 @@ def read_scored(row: Record, n_attributes: int) -> Parsed:
     return [chat], values
 
 
-def check_answers(messages: Messages) -> None:
-    """Raise a ValueError if messages do not end with an answer, or have an empty one."""
-    check_messages(messages)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("the last message is not the assistant's")
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"messages[{i}] is an empty response")
-
-
 def render_answer(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     """Render messages as render_chat does, with only the last answer trained."""
     ids, trained = render_chat(messages, tokenizer)
@@ -1096,56 +1087,66 @@ def render_answer(messages: Messages, tokenizer: Tokenizer) -> Rendered:
 
 
 def render_judged(messages: Messages, tokenizer: Tokenizer) -> Rendered:
-    """Render messages as render_reward does, with nothing trained; an empty system turn is none."""
-    messages = messages[1:] if messages[0] == {"role": "system", "content": ""} else messages
+    """Render messages as render_reward does, with nothing trained."""
     ids = render_reward(messages, tokenizer)
     return ids, np.zeros(len(ids), bool)
 
 
-def shortened(chats: list[Messages]) -> Iterator[list[Messages]]:
-    """Yield chats as they are, then without their first exchange, and so on, until one is left."""
+def fit(
+    chats: list[Messages], render: Render, seq_len: int, shorten: bool
+) -> tuple[list[Rendered], int]:
+    """Render chats, with `shorten` without as many of their earliest exchanges as do not fit into
+    seq_len tokens, and return this number too."""
     first = int(chats[0][0]["role"] == "system")
-    for n_removed in range(len(chats[0]) // 2):
-        yield [chat[:first] + chat[first + 2 * n_removed :] for chat in chats]
+    n_removed = 0
+    while True:
+        rendered = [render(chat[:first] + chat[first + 2 * n_removed :]) for chat in chats]
+        fits = sum(len(ids) for ids, _ in rendered) <= seq_len
+        if fits or not shorten or n_removed + 1 >= len(chats[0]) // 2:
+            return rendered, n_removed
+        n_removed += 1
 
 
 def read_rows(
     path: str | Path,
     parse: Callable[[Record], Parsed],
-    render: Callable[[Messages], Rendered],
+    render: Render,
     seq_len: int,
-    window: int = 0,
     skip_bad: bool = False,
     shorten: bool = False,
 ) -> Examples:
-    """Return a file's rows of at most seq_len tokens a segment, `window` (0: seq_len) together.
-
-    A bad row stops the run unless `skip_bad`. One that is too long is left out, or with `shorten`
-    loses its earliest exchanges until it fits; no answer is ever cut.
-    """
-    examples = []
+    """Return a file's rows of at most seq_len tokens, both sides of a pair together. A bad row
+    stops the run unless `skip_bad`. A long one is left out, or with `shorten` loses its earliest
+    exchanges until it fits; no answer is ever cut. A null column is none."""
+    examples: list[Example] = []
+    unknown = Counter()
     counts = dict(bad=0, long=0, shortened=0)
     on_bad = partial(count_bad, skip_bad=skip_bad, counts=counts, level=logging.WARNING)
     for where, row in read_jsonl(path, on_bad):
+        row = {name: value for name, value in row.items() if value is not None}
         try:
+            check_fields(row, "the row")
             chats, values = parse(row)
             for chat in chats:
-                check_answers(chat)
-        except ValueError as e:
+                check_messages(chat, answered=True)
+            rendered, n_removed = fit(chats, render, seq_len, shorten)
+            example = Example(*zip(*rendered, strict=True), values, where)
+            if len(chats) == 2 and np.array_equal(*example.ids):
+                raise ValueError("chosen and rejected are equal as tokens")
+        except (ValueError, RecursionError) as e:
             on_bad(BadDocument(f"{where}: {e}: mend the line"))
             continue
-        for n_removed, shorter in enumerate(shortened(chats) if shorten else [chats]):
-            example = Example(*zip(*map(render, shorter), strict=True), values, where)
-            if max(map(len, example.ids)) <= seq_len and example.length <= (window or seq_len):
-                examples.append(example)
-                counts["shortened"] += n_removed > 0
-                break
-        else:
+        unknown.update(unknown_fields(row))
+        if example.length > seq_len:
             counts["long"] += 1
+        else:
+            counts["shortened"] += n_removed > 0
+            examples.append(example)
     found = ", ".join(f"{count:,} {what}" for what, count in counts.items())
     if not examples:
-        raise ValueError(f"{path}: no row left ({found}): allow longer ones, or look at the file")
-    log.info(f"{path}: {len(examples):,} rows; {found}")
+        todo = "raise --seq-len" if counts["long"] else "look at the file"
+        raise ValueError(f"{path}: no row left ({found}): {todo}")
+    log.info(f"{path}: {len(examples):,} rows; {found}; fields not read: {dict(unknown) or 'none'}")
     return examples, counts
 
 
@@ -1178,27 +1179,12 @@ def reward_rows(
     return read_rows(path, parse, partial(render_judged, tokenizer=tokenizer), seq_len, **options)
 
 
-def show_row(row: Example, tokenizer: Tokenizer) -> str:
-    """Return a row as text for a terminal, with what is trained in green."""
-    shown = ""
-    for ids, trained in zip(row.ids, row.trained, strict=True):
-        cuts = np.flatnonzero(np.diff(trained)) + 1
-        for run, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
-            text = tokenizer.decode(run).replace("\x1b", "␛")  # a text must not steer the terminal
-            shown += f"\x1b[32m{text}\x1b[0m" if green[0] else text
-        shown += "\n"
-    return shown
-
-
 # ---- packing -------------------------------------------------------------------------------------
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Return which rows share each window of `room` tokens, by their numbers.
-
-    Rows come longest first, and each goes where it leaves least room; of several such windows, into
-    the one filled last. The result is a function of the lengths alone.
-    """
+    """Return which rows share each window of `room` tokens, by their numbers. Rows come longest
+    first, and each goes where it leaves least room; of several such windows, into the last."""
     windows: list[list[int]] = []
     spaces: list[tuple[int, int, int]] = []  # sorted: (room left, -turn of the last row, window)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -1233,8 +1219,7 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     """Put rows of one kind into W windows of T = window tokens, several in each or, if not, one.
 
     Empty windows follow up to a multiple of `multiple`. With S rows in the fullest window and n
-    segments in a row, the arrays are
-
+    segments in a row, the arrays are:
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
     IGNORE), documents (n s + k in segment k of the window's row s, -1 in padding): int64 (W, T)
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
@@ -1274,22 +1259,22 @@ class ShowConfig:
     """Show what a prepared folder holds, and how its batches read."""
 
     folder: tyro.conf.Positional[Path]  # Folder that `prepare` made.
-    samples: int = 3  # Number of samples of the training blend to print.
+    samples: int = 3  # Number of samples of the default blend to print.
     seq_len: int = 64  # Tokens of a sample.
-    seed: int = 0  # Seed of the order of samples.
-    blend: Blend = field(default_factory=dict)  # Weights of sources. Empty: the default blend.
 
 
 def show(cfg: ShowConfig) -> None:
     """Log the size and weight of each source, and the text of some samples."""
+    if cfg.samples < 0:
+        raise ValueError(f"samples={cfg.samples}: at least 0")
     data = TokenData(cfg.folder)
-    blend = data.blend(cfg.blend)
+    blend = data.blend({})
     tokenizer = data.tokenizer()
     for source in data.sources:
         train = data.manifest["sources"][source]["train"]
         held = f"{train['documents']:,} documents, {train['tokens']:,} tokens"
         log.info(f"{source}: weight {blend.get(source, 0):.3f}, {held}")
-    sampler = Sampler(data, blend, cfg.seq_len, cfg.seed)
+    sampler = Sampler(data, blend, cfg.seq_len, seed=0)
     for i in range(cfg.samples):
         source, epoch, window = sampler.locate(i)
         text = tokenizer.decode(sampler.batch([i])["tokens"][0])
@@ -1307,6 +1292,8 @@ def main() -> None:
             show(cfg)
     except (ValueError, OSError) as e:
         sys.exit(f"data.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped: nothing is left of it, start the same again")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from data import (
     REWARD_SYSTEM,
     PrepareConfig,
     aggregate,
-    best_and_worst,
     prepare,
     render_chat,
     render_reward,
@@ -179,11 +178,11 @@ def reward_model(cfg: DemoConfig, init: str) -> Path:
     def pairs() -> Iterator[dict[str, Any]]:
         tasks = draw_tasks(cfg, "reward pairs", 400, 0.25, held_out=True)
         for task, texts in marked_texts(cfg, cfg.out / init, tasks):
-            rewards = [task.reward(text) for text in texts]
-            if found := best_and_worst(texts, rewards, [True] * len(texts)):
-                best, worst = found
-                prompt = task.chat("")[:1]
-                yield {"messages": prompt, "chosen": texts[best], "rejected": texts[worst]}
+            rewards = {text: task.reward(text) for text in texts}
+            best = max(rewards, key=rewards.__getitem__)
+            worst = min(reversed(rewards), key=rewards.__getitem__)
+            if rewards[best] > rewards[worst]:
+                yield {"messages": task.chat("")[:1], "chosen": best, "rejected": worst}
 
     return align("reward", RewardConfig(
         data=write_rows(cfg.out / "reward.jsonl", rows()),

@@ -334,18 +334,6 @@ def test_pairwise_accuracy_equals_the_vectors():
         close(right / count, want[key])
 
 
-def test_pairs_are_built_as_in_the_vectors():
-    x, want = VECTORS["pair_building"]["inputs"], VECTORS["pair_building"]["expected"]
-    chosen, rejected = data.best_and_worst(
-        x["responses"], x["rewards"], x["finished"], x["min_gap"]
-    )
-    assert x["responses"][chosen] == want["chosen"]
-    assert x["responses"][rejected] == want["rejected"]
-    assert x["rewards"][chosen] == want["chosen_reward"]
-    assert x["rewards"][rejected] == want["rejected_reward"]
-    assert data.best_and_worst(x["responses"], x["rewards"], x["finished"], want["gap"] + 1) is None
-
-
 def test_the_chat_template_equals_the_vectors():
     tokenizer = data.train_bpe(["System User Assistant Hello. Be brief. " * 9], 270)
     x = VECTORS["chat_template_nemotron4"]["inputs"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import align
 import data
 from data import (
     SPECIALS,
@@ -178,50 +179,152 @@ def test_tiktoken_runs_a_tokenizer_json_of_our_form_and_no_other(tokenizers_of_e
         assert not load_tokenizer(other).encoding
 
 
-def test_an_unknown_tokenizer_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="'cl100k_bas' is neither a file.* tiktoken's: .*cl100k_b"):
-        load_tokenizer("cl100k_bas")
+def test_a_missing_tokenizer_is_named():
+    with pytest.raises(ValueError, match="cl100k: no such file: give a .model or tokenizer.json"):
+        load_tokenizer("cl100k")
 
 
-def test_a_tiktoken_encoding_gains_the_control_tokens(monkeypatch):
-    import tiktoken
+def saved(tok, folder, name):
+    """Write a tokenizer of `tokenizers` with Nemotron's marks as transformers writes those of a
+    SentencePiece file: the turn marks are not special, and a padding and truncation are set."""
+    path = folder / f"{name}.json"
+    tok.enable_truncation(8)
+    tok.enable_padding(length=8, pad_id=0, pad_token="<pad>")
+    spec = json.loads(tok.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = "extra_id" not in token["content"]
+    path.write_text(json.dumps(spec))
+    return path
 
-    ranks = {bytes([b]): b for b in range(256)}
-    base = tiktoken.Encoding(
-        "t", pat_str=r".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: base)
-    tok = load_tokenizer("gpt2")
-    ids = [tok.special(s) for s in SPECIALS]
-    assert len(set(ids)) == len(SPECIALS) and tok.special("</s>") == 256
-    assert tok.vocab_size == max(ids) + 1 and tok.decode(tok.encode("hé")) == "hé"
+
+@pytest.fixture(scope="session")
+def other_peoples_tokenizers(tmp_path_factory, tokenizers_of_each_kind):
+    """tokenizer.json files of several forms, and a SentencePiece file with a dummy prefix."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import UnigramTrainer
+
+    folder = tmp_path_factory.mktemp("others")
+    texts = words(200) + MORE + ["<extra_id_1> <s> </s> <pad> <|mark|>"] * 99
+    found = {}
+
+    # as Llama 2's: BPE with byte fallback; the merges could join "<s" and ">" to the mark
+    letters = sorted(set("".join(texts)) - {" "} | {"▁"})
+    pieces = [*SPECIALS, *(f"<0x{b:02X}>" for b in range(256)), *letters, "<s", "th", "he", "▁t"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("<", "s"), ("<s", ">"), ("t", "h"), ("h", "e"), ("▁", "t")]
+    llama = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    llama.normalizer = normalizers.Sequence(blanks)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    llama.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    llama.add_special_tokens(list(SPECIALS))
+    pairs = [("<s>", 2), ("</s>", 3)]
+    llama.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=pairs)
+    found["llama"] = saved(llama, folder, "llama")
+
+    byte_level = Tokenizer.from_file(str(tokenizers_of_each_kind["hugging_face"]))
+    byte_level.add_special_tokens(["<|mark|>"])
+    found["byte_level"] = saved(byte_level, folder, "byte_level")
+
+    unigram = Tokenizer(models.Unigram())  # its lattice has every piece, the marks too
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    unigram.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    how = dict(vocab_size=300, unk_token="<unk>", special_tokens=list(SPECIALS))
+    trainer = UnigramTrainer(initial_alphabet=letters, show_progress=False, **how)
+    unigram.train_from_iterator(texts, trainer)
+    found["unigram"] = saved(unigram, folder, "unigram")
+
+    normalising = Tokenizer(models.WordLevel({s: i for i, s in enumerate([*SPECIALS, "x", "hi"])},
+                                             unk_token="<unk>"))  # fmt: skip
+    normalising.normalizer = normalizers.Lowercase()
+    normalising.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    normalising.add_special_tokens(list(SPECIALS))
+    found["normalising"] = saved(normalising, folder, "normalising")
+
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "prefix"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, minloglevel=2, hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=2,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", eos_id=3,
+        user_defined_symbols=",".join(SPECIALS[4:]),
+    )  # fmt: skip
+    found["sentencepiece"] = folder / "prefix.model"
+    return {name: load_tokenizer(path) for name, path in found.items()}
 
 
-@pytest.mark.parametrize("encoding", ["gpt2", "cl100k_base", "o200k_base"])
-def test_a_tiktoken_encoding_gives_the_same_ids_once_it_is_saved(monkeypatch, tmp_path, encoding):
-    import tiktoken
-    import tiktoken_ext.openai_public as public
-    import tokenizers
+@pytest.mark.parametrize("kind", ["llama", "byte_level", "unigram", "normalising", "sentencepiece"])
+def test_no_text_yields_a_control_id_and_every_text_comes_back(other_peoples_tokenizers, kind):
+    tok = other_peoples_tokenizers[kind]
+    marks = {i for name, i in tok.specials.items() if name != "<unk>"}
+    rng = random.Random(0)
+    parts = [*tok.specials, "<s", ">", "the", " ", "  ", "\n", "<0x0A>", "x", "hi", "<|mark|>"]
+    if kind in ("llama", "byte_level", "sentencepiece"):
+        parts += ["日本", "é", "\0", "🦙", "\u0301"]  # these spell what they do not know in bytes
+    n_known = 0
+    for _ in range(2000):
+        text = "".join(rng.choices(parts, k=rng.randint(0, 12)))
+        ids = tok.encode(text).tolist()
+        assert not marks & set(ids), text
+        known = tok.special("<unk>") not in ids
+        if kind == "unigram":  # Metaspace gives no second blank to a text that begins with one
+            known &= not text.startswith(" ")
+        if kind != "normalising" and known:
+            assert tok.decode(ids) == text
+            n_known += 1
+    assert n_known > 500 or kind == "normalising"
 
-    texts = words(200) + MORE
-    ranks = data.train_bpe(texts, 600).encoding._mergeable_ranks
-    ranks = {token: i - len(SPECIALS) for token, i in ranks.items()}
-    for name in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):  # no download
-        monkeypatch.setattr(public, name, lambda *args, **how: ranks)
-    spec = {k: v for k, v in getattr(public, encoding)().items() if k != "explicit_n_vocab"}
-    base = tiktoken.Encoding(**spec)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: base)
-    tok = load_tokenizer(encoding)
-    path = tmp_path / tok.save(tmp_path)
-    again, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
-    theirs.encode_special_tokens = True
-    assert again.encoding and again.specials == tok.specials
-    rng, letters = random.Random(0), "a B1234567 \n\r\t  '’s日本é!?_-/.½\u200b\u00a0"
-    texts += UGLY + ["".join(rng.choices(letters, k=rng.randint(1, 60))) for _ in range(500)]
-    for text in texts:
-        ids = base.encode(text, disallowed_special=())
-        assert ids == tok.encode(text).tolist() == again.encode(text).tolist()
-        assert ids == theirs.encode(text, add_special_tokens=False).ids
+
+def test_a_tokenizer_files_truncation_padding_and_template_change_no_text(other_peoples_tokenizers):
+    for kind in ("llama", "byte_level", "unigram"):
+        tok = other_peoples_tokenizers[kind]
+        assert tok.decode(tok.encode("the fox " * 99)) == "the fox " * 99
+        assert len(tok.encode("")) == 0 and len(tok.encode("x")) < 8
+
+
+def test_ids_are_those_of_transformers_where_a_text_spells_no_mark(other_peoples_tokenizers):
+    import transformers
+
+    for kind in ("llama", "byte_level", "unigram", "normalising"):
+        tok = other_peoples_tokenizers[kind]
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tok.standard)
+        for text in (*words(30), "The quick\n\n fox", "日本 x hi", ""):
+            assert tok.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_lone_surrogate_is_an_error_of_value_in_every_tokenizer(
+    other_peoples_tokenizers, tokenizers_of_each_kind
+):
+    ours = map(load_tokenizer, tokenizers_of_each_kind.values())
+    for tok in (*other_peoples_tokenizers.values(), *ours):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            tok.encode("x\ud800")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": "1.0"', b"\xff\0\x12" * 99])
+def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: broken tokenizer file \(.*fetch it again") as e:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_combining_mark_belongs_to_its_letter():
+    import regex
+
+    for text in ("मैं हिन्दी बोलता हूँ", "كِتَابٌ جَدِيدٌ", "cafe\u0301 re\u0301sume\u0301", "ไม่ เป็น"):
+        assert regex.findall(data.PATTERN, text) == [
+            (" " if i else "") + word for i, word in enumerate(text.split())
+        ]
+    rest = ["I", "'", "m", " ", "4", "2", "\u0301", " ❤️!"]
+    assert regex.findall(data.PATTERN, "I'm 42\u0301 ❤️!") == rest
+    begun = time.monotonic()
+    tok = data.train_bpe(["a\u0301 b\u0301"], 263)
+    for text in ("\u0301" * 10**6, "a\u0301" * 10**6, " \u0301" * 10**6):
+        assert tok.decode(tok.encode(text)) == text
+    assert time.monotonic() - begun < 20
 
 
 # ---- prepare -------------------------------------------------------------------------------------
@@ -559,7 +662,7 @@ def test_each_source_takes_its_share_of_what_those_before_it_leave():
     sampler = object.__new__(Sampler)
     sampler.windows = dict.fromkeys("abc", 10)
     sampler.parts = [(0, sys.maxsize, shares_of({"a": 0.5, "b": 0.3, "c": 0.2}))]
-    counts = [sampler.counts(i) for i in range(11)]  # the table in the docstring of `counts`
+    counts = [sampler.counts(i) for i in range(11)]
     assert [c["a"] for c in counts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert [c["b"] for c in counts] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3]
     assert [c["c"] for c in counts] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
@@ -971,10 +1074,10 @@ def test_a_pair_must_fit_with_each_side_and_with_both_together(tmp_path, tokeniz
     ((row,), _) = data.preference_rows(path, tokenizer, 4096)
     chosen, both = len(row.ids[0]), row.length
     assert chosen < both
-    data.preference_rows(path, tokenizer, chosen, window=both)
-    for seq_len, window in ((chosen - 1, both), (chosen, both - 1), (both - 1, 0)):
-        with pytest.raises(ValueError, match="1 long"):
-            data.preference_rows(path, tokenizer, seq_len, window=window)
+    data.preference_rows(path, tokenizer, both)
+    for seq_len in (chosen, both - 1):
+        with pytest.raises(ValueError, match="1 long, 0 shortened.: raise --seq-len"):
+            data.preference_rows(path, tokenizer, seq_len)
 
 
 def test_earliest_turns_are_removed_on_request_and_no_answer_is_cut(tmp_path, tokenizer):
@@ -1039,13 +1142,13 @@ def test_a_rows_key_depends_on_its_tokens_and_on_which_are_trained(tmp_path, tok
 def test_a_row_is_shown_with_its_trained_tokens_in_green(tmp_path, tokenizer):
     escape = [USER, {**ANSWER, "content": "\x1b[31mred"}]
     row, other = rows_of("sft", tmp_path, tokenizer, {"messages": CHAT}, {"messages": escape})
-    shown = data.show_row(row, tokenizer)
+    shown = align.show_row(row, tokenizer)
     assert "\x1b[32mHello.\n<extra_id_1>\x1b[0mUser\n2+2?\n" in shown
     plain = shown.replace("\x1b[32m", "").replace("\x1b[0m", "")
     assert plain == spelt(row, tokenizer)[0][0] + "\n"
-    assert "\x1b[31m" not in data.show_row(other, tokenizer)
+    assert "\x1b[31m" not in align.show_row(other, tokenizer)
     (pair,) = rows_of("preference", tmp_path, tokenizer, PAIR)
-    assert data.show_row(pair, tokenizer).count("\x1b[32m") == 2
+    assert align.show_row(pair, tokenizer).count("\x1b[32m") == 2
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, "torch"])
@@ -1064,17 +1167,6 @@ def test_aggregate_takes_lists_arrays_and_tensors_of_five_or_nine(kind):
     for n, k in ((4, 5), (5, 9), (9, 4), (10, 5)):
         with pytest.raises(ValueError, match=f"{n} attributes, {k} weights"):
             data.aggregate(make([1.0] * n), weights=[1.0] * k)
-
-
-def test_a_pair_is_the_best_and_the_worst_of_what_was_finished():
-    pick = data.best_and_worst
-    assert pick(list("ABCBD"), [2.1, 3.4, 0.7, 3.4, 9.9], [1, 1, 1, 1, 0], 0.5) == (1, 2)
-    assert pick(list("AB"), [1.0, 1.4], [1, 1], 0.5) is None
-    assert pick(list("AB"), [1.0, 1.5], [1, 1], 0.5) == (1, 0)
-    assert pick(list("AB"), [1.0, 1.0], [1, 1]) is None  # a tie, whatever the gap asked for
-    assert pick(list("AA"), [1.0, 9.0], [1, 1]) is None  # one response, scored twice
-    assert pick(list("AB"), [1.0, 2.0], [0, 1]) is None
-    assert pick([], [], []) is None
 
 
 # ---- packing -------------------------------------------------------------------------------------
