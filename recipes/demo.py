@@ -10,6 +10,7 @@ takes seven to ten minutes on two cores.
 
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from data import (
     REWARD_SYSTEM,
     PrepareConfig,
     aggregate,
+    hold,
     prepare,
     render_chat,
     render_reward,
@@ -36,7 +38,8 @@ from data import (
 from generate import Engine, EngineConfig, SamplingParams, chat_stops, load_engine
 from model import ModelConfig
 from parallel import MeshConfig
-from recipes.synthesize import SynthesizeConfig, synthesize, table
+from recipes.report import table
+from recipes.synthesize import SynthesizeConfig, listen, synthesize, with_rows
 from recipes.tasks import Task, draw_task, draw_text, scored_row
 from train import PretrainConfig, pretrain, run, set_up_logging
 
@@ -209,7 +212,7 @@ def preferences(cfg: DemoConfig, name: str, init: str) -> Path:
     ))  # fmt: skip
     settings = preference_settings(name)
     return align(name, replace(
-        settings, data=made / "rpo.jsonl", init=str(policy), out=cfg.out / name
+        settings, data=with_rows(made, "rpo"), init=str(policy), out=cfg.out / name
     ))  # fmt: skip
 
 
@@ -235,8 +238,9 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 
 def finished_run(run: Path) -> Path:
-    """Return a run that has come to its end. SIGTERM ends a stage early, and here what would
+    """Return a run that has come to its end. A signal ends a stage early, and here what would
     follow."""
+    listen()  # training has had the signals for itself
     last = last_metrics(run)["step"]
     steps = json.loads((run / "config.json").read_text())["steps"]
     if last < steps:
@@ -288,6 +292,9 @@ def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
 def weak_start(cfg: DemoConfig) -> Path:
     """Train the base, the reward model, and, with a fifth of the SFT, the weak model from which
     recipes.iterate begins; return the last."""
+    if not (cfg.out / "weak").exists():  # many loops may share the folder when all is there
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        hold(cfg.out)
     stages = stages_of(cfg)
     for name in ("base", "code_sft", "general_sft", "reward"):
         finished_run(stages[name]())
@@ -296,6 +303,8 @@ def weak_start(cfg: DemoConfig) -> Path:
 
 def demo(cfg: DemoConfig) -> None:
     """Run the stages in order, mark each model, and write the table."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    hold(cfg.out)
     begun = time.monotonic()
     seconds = {}
     for name, make in stages_of(cfg).items():
@@ -319,9 +328,20 @@ def demo(cfg: DemoConfig) -> None:
     log.info(text)
 
 
-def main() -> None:
+def run_stoppable(name: str, main: Callable[[], None]) -> None:
+    """Run a program of several stages. A first Ctrl-C or SIGTERM ends it with a line that says how
+    to go on, a second one at once."""
     set_up_logging()
-    run(lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
+    listen()
+    try:
+        run(main)
+    except KeyboardInterrupt as e:
+        log.warning(f"{name}: stopped {e}")
+        os._exit(130)
+
+
+def main() -> None:
+    run_stoppable("recipes.demo", lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
 
 
 if __name__ == "__main__":

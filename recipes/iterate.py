@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from align import PreferenceConfig, SftConfig, align, dpo, general_sft, rpo_1
-from data import aggregate, write_whole
+from data import aggregate, hold, write_whole
 from parallel import world_size
 from recipes.demo import (
     OWN_ANSWERS,
@@ -24,12 +24,13 @@ from recipes.demo import (
     markdown,
     marks,
     preference_settings,
+    run_stoppable,
     weak_start,
     write_prompts,
 )
 from recipes.records import Pipeline, identity
-from recipes.synthesize import SynthesizeConfig, own_prompts, rate, synthesize
-from train import choose_config, run, set_up_logging
+from recipes.synthesize import SynthesizeConfig, own_prompts, rate, synthesize, with_rows
+from train import choose_config
 
 log = logging.getLogger("nemotron4")
 
@@ -138,13 +139,15 @@ def round_data(
         counts=cfg.data.counts | {"preference_share": share}, prompts=prompts(k, name),
         seed=cfg.data.seed + len(ROUND) * k + i, out=cfg.out / f"round_{k}" / f"{name}_data",
     ))  # fmt: skip
-    return made / f"{file}.jsonl"
+    return with_rows(made, file)
 
 
 def iterate(cfg: IterateConfig) -> None:
     """Run the rounds, skipping every step that is done; lineage.json tells what came from what."""
     if world_size() > 1:
         raise ValueError("iterate runs in one process: on many, run each round's commands by hand")
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    hold(cfg.out)
     cfg, prompts, score = start(cfg)
     generator = cfg.data.model
     lineage = []
@@ -170,11 +173,11 @@ def iterate(cfg: IterateConfig) -> None:
 
 
 def main() -> None:
-    set_up_logging()
     args = sys.argv[1:]
     if not args or args[0] not in LOOPS:
         args = ["demo", *args]
-    run(lambda: iterate(choose_config(args, LOOPS, IterateConfig.__doc__)[1]))
+    parse = partial(choose_config, args, LOOPS, IterateConfig.__doc__)
+    run_stoppable("recipes.iterate", lambda: iterate(parse()[1]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter, deque
@@ -15,14 +16,18 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import ATTRIBUTES, MARKER, Messages, read_jsonl, render_chat, render_reward
+from data import ATTRIBUTES, MARKER, Messages, hold, read_jsonl, render_chat, render_reward
 from generate import EngineConfig, SamplingParams, Sequence, attributes_of, chat_stops, load_engine
 from parallel import step_folders, world_size
-from recipes.verify import Decontaminator, parse_list, read_evaluations
+from recipes.verify import Decontaminator, read_evaluations
+
+log = logging.getLogger("nemotron4")
 
 Record = dict[str, Any]
 Sampling = dict[str, Any]
 Work = list[tuple[Messages, Sampling]]
+# what a record is read for
+SHAPE = dict(id=str, stage=str, text=str, finish_reason=str, scores=dict, messages=list)
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,13 @@ class Endpoint:
             import openai
         except ImportError as e:
             raise ValueError("--endpoint needs `pip install -e '.[endpoint]'`") from e
+        if not re.match(r"https?://[^/\s]", cfg.endpoint):
+            rule = "a URL such as http://localhost:8000/v1 is wanted"
+            raise ValueError(f"endpoint {cfg.endpoint!r}: {rule}")
         self.cfg = cfg
         self.name = name
         self.rates = rates
+        self.limit = "max_tokens"  # the name under which the server wants it
         key = os.environ.get("OPENAI_API_KEY", "none")
         how = dict(max_retries=cfg.retries, timeout=openai.Timeout(3600, connect=30))
         self.client = openai.OpenAI(base_url=cfg.endpoint, api_key=key, **how)
@@ -160,29 +169,58 @@ class Endpoint:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, messages: Messages, sampling: Sampling) -> Reply:
-        """Return the server's answer. What it refuses for good is a reply too; any other failure
-        ends the run, which the same command continues."""
+        """Return the server's answer. A refusal of what is said is a reply too, as it would come
+        again; any other failure ends the run, which the same command continues."""
         import openai
 
-        create = self.client.chat.completions.create
         try:
-            done = create(model=self.name, messages=messages, **sampling)
-            choices = getattr(done, "choices", None)
-            if choices is None:
-                raise ValueError(f"no chat completion: {str(done)[:200]}")
+            done = self.complete(messages, sampling)
         except (openai.OpenAIError, ValueError) as e:
-            if getattr(e, "status_code", 0) in (400, 413, 422):  # the request's own fault
-                return Reply("", drop_surrogates(f"refused: {e}"))
+            why = drop_surrogates(f"{e} {e.__cause__ or ''}").strip()
             rule = "the same command goes on from here"
-            raise ValueError(f"{self.cfg.endpoint}: {self.name}: {e}: {rule}") from e
-        if not choices:
+            if getattr(e, "status_code", 0) in (400, 403, 413, 422):
+                if self.takes(messages, sampling):
+                    return Reply("", f"refused: {why}")
+                rule = f"a request that only says Hello is refused too: mend its form, then {rule}"
+            raise ValueError(f"{self.cfg.endpoint}: {self.name}: {why}: {rule}") from e
+        if not done.choices:
             return Reply("", "no answer")
-        said = getattr(choices[0].message, "content", None)
+        choice = done.choices[0]
+        said = getattr(choice.message, "content", None)
         text = drop_surrogates(said).strip() if isinstance(said, str) else ""
         used = done.usage
         tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
-        scores = self.scores(choices[0].logprobs) if self.rates else {}
-        return Reply(text, choices[0].finish_reason or "stop", tokens, scores)
+        scores = self.scores(choice.logprobs) if self.rates else {}
+        return Reply(text, choice.finish_reason or "stop", tokens, scores)
+
+    def complete(self, messages: Messages, sampling: Sampling) -> Any:
+        """Send a request, with the token limit under the name that the server asks for."""
+        import openai
+
+        named = {self.limit if key == "max_tokens" else key: sampling[key] for key in sampling}
+        try:
+            done = self.client.chat.completions.create(model=self.name, messages=messages, **named)
+        except openai.APIStatusError as e:
+            wanted = "max_completion_tokens"
+            if wanted in named or wanted not in str(e) or "max_tokens" not in named:
+                raise
+            self.limit = wanted
+            return self.complete(messages, sampling)
+        if getattr(done, "choices", None) is None:
+            raise ValueError(f"no chat completion: {str(done)[:200]}")
+        return done
+
+    def takes(self, messages: Messages, sampling: Sampling) -> bool:
+        """Tell whether the server answers a harmless request of the same form, so that what it
+        refused was what was said. One that refuses the form (a parameter, the roles, a quota that
+        is spent) refuses this one too."""
+        import openai
+
+        try:
+            self.complete([message | {"content": "Hello"} for message in messages], sampling)
+        except (openai.OpenAIError, ValueError):
+            return False
+        return True
 
     def scores(self, logprobs: Any) -> dict[str, float]:
         """Return the attributes, which NVIDIA's endpoints give as if they were log-probabilities
@@ -265,18 +303,22 @@ class Pipeline:
         self.read_records()
 
     def read_records(self) -> None:
-        """Read the records' files; a last line that a kill cut short is taken away."""
+        """Read the records' files. A last line that a kill cut short is taken away; a damaged one
+        is named and stays unread, so that it is asked for again."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.leads:
+            hold(self.cfg.out)
         files = sorted(self.folder.glob("*.jsonl"))
         for file in files if self.leads else []:
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
         wait_for_all()
+        leave_out = partial(log.warning, "%s; it is asked for again")
         for file in files:
-            for where, record in read_jsonl(file):
-                try:
+            for where, record in read_jsonl(file, on_bad=leave_out):
+                if all(isinstance(record.get(key), kind) for key, kind in SHAPE.items()):
                     self.keep(record)
-                except KeyError as e:
-                    raise ValueError(f"{where}: a record without {e}: take the line out") from e
+                else:
+                    leave_out(f"{where}: no whole record")
         wait_for_all()  # nobody writes before everybody has read
 
     def ask(
@@ -368,21 +410,14 @@ class Pipeline:
             found.append(chat if reason == "stop" else None)
         return found
 
-    def as_lists(self, records: list[Record]) -> list[Record]:
-        """Let the model rewrite complete answers that cannot be read as a list."""
-        broken = []
-        for i, record in enumerate(records):
-            complete = record["text"] and record["finish_reason"] == "stop"
-            if complete and not parse_list(record["text"]):
-                broken.append(i)
-        asked = [self.fill("list", (records[i]["id"],), text=records[i]["text"]) for i in broken]
-        for i, record in zip(broken, self.ask("list", asked, temperature=0.0), strict=True):
-            records[i] = record
-        return records
-
 
 def hash_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def row_of(chat: Question, **more: Any) -> Record:

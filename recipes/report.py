@@ -7,6 +7,7 @@ Both need matplotlib: pip install -e '.[report]'.
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def draw_histograms(path: Path, lengths: dict[str, list[int]], topics: Counter[s
     right.set(xlabel="prompts of a topic")
     figure.savefig(path, dpi=120)
     return True
+
+
+def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = (head, ["---"] * len(head), *rows)
+    return ["", *(f"| {' | '.join(map(str, row))} |" for row in lines)]
 
 
 def main() -> None:

@@ -3,11 +3,11 @@
 python -m recipes.synthesize --model runs/instruct --reward runs/reward
 """
 
-import hashlib
 import json
 import logging
 import random
 import re
+import signal
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -37,8 +37,19 @@ from data import (
 )
 from generate import EngineConfig, check_ranges, run_command
 from recipes import verify
-from recipes.records import Pipeline, Question, Questions, Record, prompt, row_of
-from recipes.report import draw_histograms
+from recipes.records import (
+    Pipeline,
+    Question,
+    Questions,
+    Record,
+    Reply,
+    digest_of,
+    hash_of,
+    prompt,
+    row_of,
+    wait_for_all,
+)
+from recipes.report import draw_histograms, table
 
 log = logging.getLogger("nemotron4")
 
@@ -48,11 +59,11 @@ log = logging.getLogger("nemotron4")
 def load_library(paths: Iterable[Path] = ()) -> dict[str, Any]:
     """Read prompts.toml, and the user's files, whose keys replace those of the files before them.
     Add all `templates` by name, and the seeds by theirs."""
-    library = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text())
+    library = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))
     for path in paths:
         try:
-            own = tomllib.loads(path.read_text())
-        except ValueError as e:
+            own = tomllib.loads(path.read_text("utf-8-sig"))
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from e
         library = override(library, own, path)
     lists = {name: text + library["list_ending"] for name, text in library["lists"].items()}
@@ -108,8 +119,10 @@ class SynthesizeConfig(EngineConfig):
     reward: str = ""  # Reward model that ranks, filters and labels; without one, the model rates
     judge: Literal["reward", "text"] = "reward"
     """Ranking of answers that nothing can verify: by rewards, or by the model's verdicts."""
-    out: Path = Path("runs/synthesize")
-    recipe: Literal["demo", "prompts", "report"] = "demo"  # Amounts; prompts: only --prompts
+    out: Path = Path("runs/synthesize")  # Folder of records, rows, manifest and report
+    recipe: Literal["demo", "prompts", "report"] = (
+        "demo"  # Amounts of all; prompts: --prompts alone
+    )
     counts: dict[str, float] = field(default_factory=dict)
     """Changes of the recipe's amounts: --counts questions 5 turns 1."""
     templates: tuple[Path, ...] = ()
@@ -122,8 +135,8 @@ class SynthesizeConfig(EngineConfig):
     evaluations: tuple[Path, ...] = ()
     """JSON lines of benchmarks: prompts that share 13 words with one are dropped."""
     temperature: float = 0.2  # Divisor of logits, but for dialogues (0), answers and code (1)
-    top_p: float = 0.7
-    max_tokens: int = 1024
+    top_p: float = 0.7  # Probability mass that is sampled from
+    max_tokens: int = 1024  # Longest answer
     longest: int = 4000  # Most characters of an answer; longer ones are dropped
     min_helpfulness: float = 3.0  # Least mean of a dialogue's answers; as NVIDIA's examples have it
     min_chosen: float = 0.0  # Least reward of a chosen answer that no ground truth judged
@@ -133,7 +146,7 @@ class SynthesizeConfig(EngineConfig):
     retries: int = 12
     """Repetitions of a request that the endpoint could not answer, each after a longer pause: a
     minute in all, as quotas are counted by the minute."""
-    seed: int = 0
+    seed: int = 0  # Seed of sampling and of every draw
 
     def __post_init__(self) -> None:
         ranges = {"temperature": (0, 10), "top_p": (1e-6, 1), "max_tokens": (1, 1 << 20)}
@@ -194,7 +207,7 @@ def derive(
                 others = "".join(f"\n- {item.text}" for item in found[i].values())
                 question.messages[0]["content"] += f"\nNone of these again:{others}"
             asked.append(replace(question, sample=attempt))
-        records = pipeline.as_lists(pipeline.ask(stage, asked))
+        records = as_lists(pipeline, pipeline.ask(stage, asked))
         for i, record in zip(short, records, strict=True):
             topic = parents[i].topic or parents[i].text
             items = verify.parse_list(record["text"])
@@ -205,6 +218,19 @@ def derive(
                 found[i].setdefault(verify.normalise(text), item)
     pipeline.counts[f"{stage}: lists too short"] += sum(len(items) < amount for items in found)
     return list(chain.from_iterable(islice(items.values(), amount) for items in found))
+
+
+def as_lists(pipeline: Pipeline, records: list[Record]) -> list[Record]:
+    """Let the model rewrite complete answers that cannot be read as a list."""
+    broken = []
+    for i, record in enumerate(records):
+        complete = record["text"] and record["finish_reason"] == "stop"
+        if complete and not verify.parse_list(record["text"]):
+            broken.append(i)
+    asked = [pipeline.fill("list", (records[i]["id"],), text=records[i]["text"]) for i in broken]
+    for i, record in zip(broken, pipeline.ask("list", asked, temperature=0.0), strict=True):
+        records[i] = record
+    return records
 
 
 ROOT = prompt("root", "")  # stands for a parent where there is none
@@ -366,7 +392,7 @@ def given_prompt(where: str, row: dict[str, Any]) -> Question:
         check_messages(chat)
         if chat[-1]["role"] != "user":
             raise ValueError("the last message is not the user's")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: {e}") from e
     truth = {key: str(row[key]) for key in ("answer", "tests") if row.get(key) is not None}
     return Question("given", tuple(chat), truth=truth)
@@ -462,7 +488,20 @@ def rate(pipeline: Pipeline, stage: str, chats: Questions) -> list[Rating]:
     return ratings
 
 
-def satisfies_truth(chat: Question, turns: int = 1) -> bool | None:
+def passes(pipeline: Pipeline, program: str) -> bool:
+    """Tell whether a program ends without a fault. Its verdict is a record: one at the edge of its
+    time limit has the same when the command goes on."""
+    stage = "verdicts"
+    key = hash_of(stage, program)
+    if key not in pipeline.known.get(stage, {}):
+        reply = Reply(verify.run_python(program).reason)
+        said = prompt(stage, program).messages
+        pipeline.append(dict(id=key, stage=stage, messages=said, **reply._asdict()))
+    pipeline.used[key] = pipeline.known[stage][key]
+    return pipeline.used[key]["text"] == "ok"
+
+
+def satisfies_truth(pipeline: Pipeline, chat: Question, turns: int = 1) -> bool | None:
     """Judge the first answer of the last turns by ground truth, or all of them if it is about the
     conversation. None: nothing is known."""
     truth = chat.truth
@@ -471,7 +510,7 @@ def satisfies_truth(chat: Question, turns: int = 1) -> bool | None:
         return verify.same_number(answers[0], truth["answer"])
     if "tests" in truth:
         code = verify.extract_code(answers[0])
-        return code is not None and verify.run_python(f"{code}\n{truth['tests']}\n").ok
+        return code is not None and passes(pipeline, f"{code}\n{truth['tests']}\n")
     if "instructions" not in truth:
         return None
     asked = chat.messages[-2 * turns]["content"]
@@ -496,7 +535,7 @@ def dialogues(pipeline: Pipeline, questions: Questions) -> list[Record]:
         mean = []
         if None not in rated:
             mean = [sum(values) / turns for values in zip(*rated, strict=True)]
-        if satisfies_truth(chat, turns) is False:
+        if satisfies_truth(pipeline, chat, turns) is False:
             pipeline.drop("dialogue", "false", chat, chat.truth)
         elif not mean:
             pipeline.drop("dialogue", "not rated", chat, rated)
@@ -553,7 +592,7 @@ def candidates_of(pipeline: Pipeline, questions: Questions) -> list[list[Candida
     ratings = rate(pipeline, "response_ratings", [one.chat for one in everyone])
     for one, rating in zip(everyone, ratings, strict=True):
         one.rating = rating
-        one.truth = satisfies_truth(one.chat)
+        one.truth = satisfies_truth(pipeline, one.chat)
     if pipeline.cfg.judge == "text":
         compare(pipeline, sets)
     return sets
@@ -712,6 +751,7 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
     files["dropped"] = pipeline.dropped
     if pipeline.leads:
         write_files(pipeline, questions, files)
+    wait_for_all()
     return cfg.out
 
 
@@ -766,16 +806,40 @@ def settled_config(pipeline: Pipeline) -> Record:
     return cfg | dict(model=pipeline.model.name, answerers=answerers, reward=reward)
 
 
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---- the program ---------------------------------------------------------------------------------
 
 
-def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    lines = (head, ["---"] * len(head), *rows)
-    return ["", *(f"| {' | '.join(map(str, row))} |" for row in lines)]
+def with_rows(made: Path, *names: str) -> Path:
+    """Return the first of some files of rows. If there is no row in any of them, raise a ValueError
+    that says why."""
+    files = [made / f"{name}.jsonl" for name in names]
+    if not any(file.stat().st_size for file in files):
+        counts = json.loads((made / "manifest.json").read_text())["counts"]
+        why = ", ".join(f"{times} x {reason}" for reason, times in counts.items() if times)
+        none = "there is no prompt: name files by --prompts, or raise --counts"
+        raise ValueError(f"{files[0]}: no row: {why or none}")
+    return files[0]
+
+
+def listen() -> None:
+    """Let a first Ctrl-C or SIGTERM raise KeyboardInterrupt, and a second one end the process at
+    once. What is written is whole, or mended by the next start."""
+
+    def stop(number: int, _: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        raise KeyboardInterrupt(f"by {name}: the same command goes on from here")
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+def main(cfg: SynthesizeConfig) -> None:
+    """Make the rows, until they are there or a signal comes."""
+    listen()
+    with_rows(synthesize(cfg), "sft", "code_sft", "preference", "reward")
 
 
 if __name__ == "__main__":
-    run_command("recipes.synthesize", partial(tyro.cli, SynthesizeConfig), synthesize)
+    run_command("recipes.synthesize", partial(tyro.cli, SynthesizeConfig), main)

@@ -3,8 +3,12 @@
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +29,7 @@ from recipes.iterate import IterateConfig, score_of
 from recipes.records import Pipeline, Reply, prompt
 from recipes.synthesize import Candidate, Drop, SynthesizeConfig, choose, load_library, synthesize
 
+ROOT = Path(pipeline.__file__).parents[1]
 LIBRARY = load_library()
 TEMPLATES = LIBRARY["templates"]
 WORDS = [w for w in re.findall(r"[a-z]{4,9}", data.REWARD_SYSTEM + next(data.embedded_english()))]
@@ -793,3 +798,171 @@ def test_the_referee_marks_a_model_by_held_out_prompts_once(nano, tmp_path):
     assert len(records) == 13 and json.loads(records[-1])["finish_reason"] == "too long"
     with pytest.raises(ValueError, match="name the referee"):
         IterateConfig(**how | dict(data=replace(own, reward="")))
+
+
+# ---- what an endpoint, a second process, a signal or a damaged file may do -----------------------
+
+
+def test_a_server_that_refuses_the_form_of_requests_ends_the_run_in_its_own_words(tmp_path):
+    """Nothing of it is a record, so the next run asks again."""
+    strict = Teacher(busy=0)
+    p = Pipeline(config(strict, tmp_path, retries=0))
+    asked = [question(f"Hello {i}") for i in range(9)]
+    for status in (400, 401, 403, 404, 422):
+        strict.odd = {"temperature": (status, {"error": {"message": "no temperature here"}})}
+        with pytest.raises(ValueError, match="no temperature here.*goes on from here"):
+            p.answers("stage", asked)
+        assert not [*tmp_path.glob("records/*.jsonl")]
+    strict.odd = {"PLEASE REFUSE": (400, {"error": {"message": "refused"}})}
+    asked = [question(f"PLEASE REFUSE {i}") for i in range(40)] + asked
+    assert sum(chat is not None for chat in p.answers("stage", asked)) >= 5
+    assert p.counts["stage: refused"] == 40  # what is said is refused, however often
+    lines = (tmp_path / "records" / "stage.jsonl").read_text().splitlines()
+    assert len(lines) == len(asked)
+    strict.shutdown()
+    strict.server_close()
+
+
+def test_the_token_limit_has_the_name_that_the_server_asks_for(made, tmp_path):
+    newer = Teacher(busy=0)
+    newer.odd = {'"max_tokens"': (400, {"error": {"message": "use 'max_completion_tokens'"}})}
+    p = Pipeline(config(newer, tmp_path, retries=0, concurrency=1))
+    (record,) = p.ask("stage", [question("Hello")])
+    assert record["text"] and record["sampling"]["max_tokens"] == 1024
+    newer.shutdown()
+    newer.server_close()
+
+
+@pytest.mark.parametrize("url", ["not-a-url", "localhost:8000/v1", "ftp://x/v1", "http://"])
+def test_an_endpoint_that_is_no_url_is_refused_before_anything_is_asked(tmp_path, url):
+    with pytest.raises(ValueError, match="a URL such as http"):
+        Pipeline(SynthesizeConfig(model=Path("x"), endpoint=url, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_is_named_left_out_and_asked_for_again(teacher, tmp_path, caplog):
+    asked = [question(f"Hello {i}") for i in range(60)]
+    p = Pipeline(config(teacher, tmp_path))
+    before = p.ask("stage", asked)
+    file = tmp_path / "records" / "stage.jsonl"
+    whole = file.read_bytes().splitlines()
+    rng = random.Random(0)
+    harm = [
+        lambda line: line[: rng.randrange(1, len(line))],
+        lambda line: bytes(len(line)),
+        lambda line: b"\xff" + line,
+        lambda line: b"[" * 100_000,
+        lambda line: b"[1]",
+        lambda line: json.dumps({**json.loads(line), "text": None}).encode(),
+        lambda line: json.dumps({**json.loads(line), "id": [1]}).encode(),
+        lambda line: json.dumps({**json.loads(line), "messages": None}).encode(),
+    ]
+    lines = [rng.choice(harm)(line) if i % 3 == 0 else line for i, line in enumerate(whole)]
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    data.log.addHandler(caplog.handler)
+    calls = sum(teacher.calls.values())
+    again = Pipeline(p.cfg)
+    assert json.dumps(again.ask("stage", asked)) == json.dumps(before)
+    assert sum(teacher.calls.values()) == calls + 20
+    named = dict.fromkeys(record.getMessage() for record in caplog.records)
+    data.log.removeHandler(caplog.handler)
+    assert [re.search(r"stage\.jsonl:(\d+): ", text)[1] for text in named] == [
+        str(n) for n in range(1, 61, 3)
+    ]
+
+
+def started(teacher, out, *more):
+    command = [sys.executable, "-m", "recipes.synthesize", "--endpoint", teacher.url]
+    command += ["--model", "teacher", "--min-helpfulness", "2", "--out", str(out), *more]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_more(out, process, before):
+    while process.poll() is None and len([*out.glob("records/*.jsonl")]) <= before:
+        time.sleep(0.02)
+
+
+def test_two_processes_with_one_folder_are_refused_and_a_signal_ends_one_that_goes_on(
+    made, tmp_path
+):
+    slow = Teacher(delay=0.02)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = len([*tmp_path.glob("records/*.jsonl")])
+        first = started(slow, tmp_path)
+        wait_for_more(tmp_path, first, before)
+        if number == signal.SIGTERM:
+            with pytest.raises(ValueError, match=f"process {first.pid} .*writes into it"):
+                synthesize(config(slow, tmp_path))
+        first.send_signal(number)
+        said = first.communicate(timeout=30)[1]
+        assert first.returncode == 130
+        assert f"stopped by {number.name}: the same command goes on" in said, said[-2000:]
+        assert "Traceback" not in said
+    slow.delay = 0
+    assert contents(synthesize(config(slow, tmp_path))) == contents(made)
+    slow.shutdown()
+    slow.server_close()
+
+
+def test_a_program_at_the_edge_of_its_time_limit_keeps_its_verdict(teacher, tmp_path, monkeypatch):
+    verdicts = iter([True, False])
+    ran = lambda program: verify.Ran(ok := next(verdicts), "ok" if ok else "timeout", "")  # noqa: E731
+    monkeypatch.setattr(verify, "run_python", ran)
+    cfg = config(teacher, tmp_path)
+    assert [pipeline.passes(Pipeline(cfg), "print(1)") for _ in range(3)] == [True] * 3
+    assert not pipeline.passes(Pipeline(cfg), "print(2)")
+
+
+def test_no_row_at_all_is_said_with_its_cause(teacher, tmp_path):
+    cfg = config(teacher, tmp_path / "none", recipe="prompts")
+    with pytest.raises(ValueError, match="no row: there is no prompt: name files by --prompts"):
+        pipeline.main(cfg)
+    prompts = tmp_path / "own.jsonl"
+    prompts.write_text('{"prompt": "PLEASE REFUSE this"}\n')
+    with pytest.raises(ValueError, match=r"no row: 1 x .*refused"):
+        pipeline.main(replace(cfg, out=tmp_path / "some", prompts=(prompts,)))
+
+
+def odd_value(rng, depth):
+    """Draw a value that JSON has, as people would not write it."""
+    if depth and rng.random() < 0.5:
+        some = [odd_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+        return some if rng.random() < 0.5 else dict(zip(("role", "content"), some, strict=False))
+    return rng.choice(
+        ["", "a", "user", "system", None, 0, -1.5, True, [], {}, "\x00", "<extra_id_1>"]
+    )
+
+
+def test_any_row_is_a_prompt_or_an_error_that_names_file_and_line():
+    rng = random.Random(0)
+    counts = Counter()
+    for _ in range(10_000):
+        row = {}
+        for name in ("prompt", "messages", "answer", "tests"):
+            if rng.random() < 0.5:
+                row[name] = odd_value(rng, 4)
+        if rng.random() < 0.2:
+            row["messages"] = [
+                {"role": rng.choice(("user", "system")), "content": odd_value(rng, 1)}
+            ]
+        try:
+            assert pipeline.given_prompt("f:1", row).messages[-1]["role"] == "user"
+            counts["read"] += 1
+        except ValueError as e:
+            assert str(e).startswith("f:1: ") and "\n" not in str(e)
+            counts["refused"] += 1
+    assert min(counts.values()) > 100
+
+
+@pytest.mark.parametrize("depth", [50, 900, 3000, 100_000])
+def test_a_prompt_nested_too_deep_is_named_by_file_and_line(teacher, tmp_path, depth):
+    deep = "[" * depth + "]" * depth
+    for field in ("prompt", "messages"):
+        (tmp_path / "own.jsonl").write_text(f'{{"prompt": "x"}}\n{{"{field}": {deep}}}\n')
+        with pytest.raises(ValueError, match=r"own\.jsonl:2: ") as error:
+            synthesize(config(teacher, tmp_path / "out", prompts=(tmp_path / "own.jsonl",)))
+        assert len(str(error.value)) < 1000
+    (tmp_path / "own.toml").write_text(f"personas = {deep}\n")
+    with pytest.raises(ValueError, match=r"own\.toml"):
+        config(teacher, tmp_path / "out", templates=(tmp_path / "own.toml",))
