@@ -63,7 +63,8 @@ def accuracies(wins: dict[str, list[bool]]) -> dict[str, str]:
             table[section] = f"{sections[-1]:6.1%}"
     n = len(sections)
     if sections:
-        table[f"mean of {n} sections"] = f"{sum(sections) / n:6.1%}"
+        name = "section" if n == 1 else "sections"
+        table[f"mean of {n} {name}"] = f"{sum(sections) / n:6.1%}"
     if sections and other:
         half = sum(other.values()) / len(other) / 2
         table["with other sets at half"] = f"{(sum(sections) + half) / (n + 0.5):6.1%}"
@@ -75,9 +76,14 @@ def accuracies(wins: dict[str, list[bool]]) -> dict[str, str]:
 def rewardbench(cfg: RewardBenchConfig) -> None:
     """Read the scores; a tie is a loss."""
     wins: dict[str, list[bool]] = {}
-    for _, row in read_jsonl(cfg.file):
-        won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
-        wins.setdefault(row.get("subset", "all"), []).append(won)
+    for where, row in read_jsonl(cfg.file):
+        try:
+            won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{where}: no rewards of both answers: run generate.py score") from e
+        wins.setdefault(str(row.get("subset") or "all"), []).append(won)
+    if not wins:
+        raise ValueError(f"{cfg.file}: no rows")
     table = accuracies(wins)
     log.info("\n".join(f"{name:28} {value}" for name, value in table.items()))
 

@@ -145,14 +145,24 @@ def plain_char(char: str) -> str:
     return "" if char in "'’" else " "
 
 
+# letters of scripts without blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese),
+# and words that are too long for one: each character counts as a word
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+    r"|(?<!\S)\S{41,}"
+)
+
+
 def normalise(text: str) -> str:
     """Return a text in small letters, without punctuation, with single spaces, in Unicode's NFKC.
 
-    Signs that count in a sum (+ % $ -3) stay, as words of their own.
+    Signs that count in a sum (+ % $ -3) stay, as words of their own, and so do the characters of
+    scripts without blanks: what looks for shared words, here, looks for shared characters there.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
-    return " ".join("".join(map(plain_char, text)).split())
+    plain = " ".join("".join(map(plain_char, text)).split())
+    return " ".join(UNSPACED.sub(lambda m: f" {' '.join(m[0])} ", plain).split())
 
 
 def shingles(text: str, n: int = 5) -> set[str]:
@@ -194,12 +204,16 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[
 
 
 def strings_in(value: Any) -> list[str]:
-    """Return all strings in a JSON value, however deep."""
-    if isinstance(value, dict):
-        value = [*value.values()]
-    if isinstance(value, list):
-        return [*itertools.chain.from_iterable(map(strings_in, value))]
-    return [value] if isinstance(value, str) else []
+    """Return all strings in a JSON value, however deep, in their order."""
+    strings = []
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            strings.append(value)
+        elif isinstance(value, dict | list):
+            left += [*(value.values() if isinstance(value, dict) else value)][::-1]
+    return strings
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
@@ -212,16 +226,20 @@ def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
 
 class Decontaminator:
     """Finds what a text shares with evaluation items: 13 words in a row, or 8 with an item of
-    fewer than 13; an item of 4 to 7 words only if it is the whole text."""
+    fewer than 13; an item of 4 to 7 words only if it is the whole text. Shorter ones are counted as
+    `unindexed`."""
 
     def __init__(self, evaluations: Iterable[tuple[str, str]]) -> None:
         self.sources: dict[str, str] = {}  # n-gram → FILE:LINE
+        self.unindexed = 0
         for where, text in evaluations:
             plain = normalise(text)
             length = len(plain.split())
-            if length >= 4:
-                for gram in shingles(plain, 13 if length >= 13 else 8):
-                    self.sources.setdefault(gram, where)
+            if length < 4:
+                self.unindexed += 1
+                continue
+            for gram in shingles(plain, 13 if length >= 13 else 8):
+                self.sources.setdefault(gram, where)
 
     def evidence(self, text: str) -> str | None:
         """Return the first hit in a text as FILE:LINE: "the shared n-gram", or None."""
@@ -323,61 +341,147 @@ def draw_instruction(rng: random.Random, kind: str, words: list[str], prompt: st
 
 # ---- ground truth: numbers and code --------------------------------------------------------------
 
-# the content of \boxed{…}, with braces up to three deep
-BOXED = r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-AFTER_HASHES = r"####\s*([-$.0-9][^\n]*)"
-ANSWER_IS = r"(?is)\A.*\banswer\s*(?:is|:|=)[\s:]*(.*?)(?:\n|[.!?;](?=\s|$)|\Z)"
+HASHES = r"####[ \t]*((?:[-+$.0-9(\\{*√]|[a-zA-Z] ?=)(?:(?!####)[^\n])*)"
+ANSWER_IS = r"(?is)\A.*\banswer\s*(?:is|:|=)[\s:]*(.*?)(?:\n|(?:[.?;]|(?<![\d)])!)(?=\s|$)|\Z)"
+REASON = r"\s(?:because|since|as|so|which|but)\s|,\s(?=[a-z])(?!or\b|and\b|plus\b|minus\b|times\b)"
 TEX = {"−": "-", "–": "-", r"\times": "×", r"\cdot": "×", r"\$": "$", r"\%": "%", "{,}": ","}
-TEX |= {r"\,": "", r"\!": "", r"\;": " ", r"\ ": " ", "**": " ", "⁄": "/"}
-DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-NOT_READ = r"\s?(?:\^|√|π|\\(?:[dt]?frac|sqrt|pi))[^\s$=]*"  # powers, roots, π
-# an integer, decimal, fraction or mixed number, perhaps with an exponent of ten
-NUMBER = re.compile(
-    rf"""(?<![\w.)\]])(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
-    (?:(?P<whole>[0-9]+)[ -](?=[0-9]+/[0-9]))?(?P<top>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?
-    (?:(?:e|\s?[×x*]\s?10\^\{{?)(?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?
-    (?P<odd>e[+-]?[0-9]+|(?:\s?[×x*]\s?10)?{NOT_READ})?|{NOT_READ}""",
-    re.IGNORECASE | re.VERBOSE,
+TEX |= {r"\,": "", r"\!": "", r"\;": " ", r"\ ": " ", "~": " ", "⁄": "/", r"\dfrac": r"\frac"}
+TEX |= {r"\tfrac": r"\frac", r"\(": "", r"\)": "", r"\[": "", r"\]": ""}
+TEX |= {r"\left": "", r"\right": ""}
+DECIMAL = r"""(?:(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[ \xa0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)
+    (?:\.[0-9]+)?|\.[0-9]+)"""
+# an integer, decimal (perhaps repeating), fraction or mixed number, perhaps with a power of ten
+NUMBER = rf"""(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
+    (?:(?P<whole>[0-9]+)[ ](?=[0-9]+/[0-9]))?
+    (?P<top>{DECIMAL})(?:(?P<dot>\.?)(?:\\overline\{{|\()(?P<repeat>[0-9]{{1,12}})[)}}])?
+    (?:\s?/\s?(?P<under>{DECIMAL}))?
+    (?:(?:e|\s?[×x*]\s?10\^\{{?)(?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?"""
+SHORT_UNIT = r"\s?(?:[%°€£]|\^?\{?\\circ\}?|(?:[cmk]m|[km]g|ml|ft|lb|oz|mph)(?![a-zA-Z]))"
+QUANTITY = re.compile(
+    rf"""{NUMBER}(?:(?:{SHORT_UNIT}|\s?\\(?:text|mathrm|mbox|textbf)\{{(?P<text>[^{{}}0-9]*)\}}
+    |[ ](?P<words>[^\W\d_]{{3,}}(?:[ /][^\W\d_]+)*))(?:\^\{{?[23]\}}?|[²³])?)?""",
+    re.VERBOSE | re.IGNORECASE,
 )
+NUMBER_IN_PROSE = re.compile(rf"(?<![\w.)\]}}]){NUMBER}(?:{SHORT_UNIT})?", re.VERBOSE | re.I)
+# words behind a number that are no unit: they change its value
+NO_UNIT = r"""(?xi)\b(?:or|and|to|plus|minus|times|over|by|divided|mod|more|less|fewer|than|squared
+    |cubed|half|halves|thirds?|quarters?|tenths|hundredths|hundred|thousand|million|billion|trillion
+    |lakh|crore|dozen|score|roots?|power|factorial|choose|not|between|[b-z])\b"""
+# what makes a number in a sentence a part of an expression
+BEFORE = r"""(?xi)(?:[\w)\]}]\s*[-+*/^×÷]+|[0-9]\s*[,:]?|[(\[{}^_√π]|\\[a-z]+
+    |\b(?:sin|cos|tan|log|ln|exp|sqrt|mod|plus|minus|times|over|negative|or))\s*\Z"""
+AFTER = r"""(?x)\s*[+*/^×÷√π]|\s*\\(?!text|mathrm)|\s*-\s*[\w(]|[^\W_]|[.,'’:][0-9]|\.\.
+    |[()\]}!…²³\xbc-\xbe\u0300-\u036f\u2070-\u218f]"""
+# the left side of an equation that gives a value: a name, or a sum
+NAME = r"\s*\\?[^\W\d]\w*(?: [^\W\d]+)*(?:\([\w, ]*\))?\s*"
+SUM = r"(?:\\(?:sqrt|frac|pi)|[^a-zA-Z\\,;<>≤≥≠!]|,(?=[0-9]{3}))*"
 
 
 def number_of(match: re.Match[str]) -> Fraction | None:
     """Return the value of a match of NUMBER, or None if its notation is one that is not read."""
-    if match["top"] is None or match["odd"] or len(match[0]) > 200:
+    top, under = (re.sub(r"[^0-9.]", "", match[part] or "1") for part in ("top", "under"))
+    repeat = match["repeat"] or "0"
+    top += match["dot"] or ""
+    read = ("." in top or not match["repeat"]) and top.count(".") < 2
+    if not read or len(match[0]) > 200 or not Fraction(under):
         return None
-    top = Fraction(match["top"].replace(",", ""))
-    under = Fraction((match["under"] or "1").replace(",", ""))
-    if under == 0:
-        return None
-    value = int(match["whole"] or 0) + top / under
+    unit = Fraction(1, 10 ** len(top.partition(".")[2]))
+    value = Fraction(top) + unit * int(repeat) / (10 ** len(repeat) - 1)
+    value = int(match["whole"] or 0) + value / Fraction(under)
     value *= Fraction(10) ** int(match["exponent"] or 0)
     return -value if match["sign"] or match["minus"] else value
 
 
-def final_number(text: str) -> Fraction | None:
-    r"""Return the number that an answer comes to, or None if there is none or it is not read.
+def with_slashes(text: str) -> str:
+    r"""Write the \frac of two numbers as 3/4."""
+    text = re.sub(r"(?<=[0-9])(?=\\frac)", " ", text)
+    part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
+    return re.sub(rf"\\frac\s*{part}\s*{part}", r"\1\2/\3\4 ", text)
 
-    It is the first one in the last \boxed{}, after the last ####, or after the last "answer is",
-    and there behind the last equals sign, if one is; else the last one in the answer. 5 % is 5.
+
+def quantity(text: str) -> Fraction | None:
+    """Return the value of a text that is a number with at most a unit, or equal to one; of any
+    other None."""
+    text = re.sub(r"\\text\{([^{}]*)\}(?=.*=)", r"\1", with_slashes(" ".join(text.split())))
+    *left, right = re.sub(r"\$(?!-?[0-9.])", "", text).split("=")
+    if re.fullmatch(r"\s*[a-zA-Z]\s*", right) and left:  # 5 = x
+        *left, right = right, *left
+    match = QUANTITY.fullmatch(re.sub(r"^[ *:]+|(?<![.])\.?[ ,:*]*$", "", right))
+    if not match or not all(re.fullmatch(SUM, part) for part in left[1:]):
+        return None
+    if left and not re.fullmatch(rf"{NAME}|{SUM}", left[0]):
+        return None
+    words = match["words"] or re.sub(r"\b\w\b", "", match["text"] or "")  # \text{ m}
+    return None if re.search(NO_UNIT, words) else number_of(match)
+
+
+def number_in_prose(text: str) -> Fraction | None:
+    """Return the last number of a text, or None if it is part of an expression."""
+    text = with_slashes(text)
+    found = [*NUMBER_IN_PROSE.finditer(text)]
+    if not found:
+        return None
+    start, end = found[-1].span()
+    word = re.match(r"\s*(?:\\text\{\s*)?(?:[^\W\d_]{2,})?", text[end:])[0]
+    part = re.search(BEFORE, text[max(0, start - 20) : start]) or re.match(AFTER, text[end:])
+    return None if part or re.search(NO_UNIT, word) else number_of(found[-1])
+
+
+def final_answer(text: str) -> tuple[str, Fraction | None]:
+    r"""Return what a text marks as its answer, or "", and the number that it comes to, or None if
+    there is none or it cannot be judged.
+
+    The mark is the last \boxed{} or the last ####, and its content must be a number, perhaps with
+    a unit; or the last "answer is". Else the number is the last one in the text. 5 % is 5.
     """
     for tex, plain in TEX.items():
         text = text.replace(tex, plain)
-    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
-    part = r"(?:\{(-?[0-9.]+)\}|([0-9]))"
-    text = re.sub(rf"\\[dt]?frac\s*{part}\s*{part}", r"\1\2/\3\4", text)
-    marked = re.findall(BOXED, text) or re.findall(AFTER_HASHES, text)
-    for said in (marked or re.findall(ANSWER_IS, text))[-1:]:
-        if match := NUMBER.search(said.rpartition("=")[2]) or NUMBER.search(said):
-            return number_of(match)
-    matches = [] if marked else [*NUMBER.finditer(text)]
-    return number_of(matches[-1]) if matches else None
+    _, box, after = text.rpartition(r"\boxed")
+    marked = re.findall(HASHES, text)[-1:]
+    if box:
+        marked = [in_braces(after)]
+    if marked:
+        return marked[0], quantity(marked[0])
+    text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])", " ", text)  # bold, and no power
+    said = (re.findall(ANSWER_IS, text) or [""])[-1]
+    if re.fullmatch(r"\W*(?:below|here|as follows|this)?\W*", said):
+        prose = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3}", text)
+        value = quantity(text)
+        return "", number_in_prose(text) if value is None and prose else value
+    parts = [said, re.split(REASON, said)[0]]
+    values = [value for part in parts if (value := quantity(part)) is not None]
+    if len(NUMBER_IN_PROSE.findall(said)) == 1:
+        values.append(number_in_prose(said))
+    return said, [*values, None][0]
 
 
-def same_number(a: str | Fraction | float | None, b: str | Fraction | float | None) -> bool:
-    """Return whether two answers, or numbers, come to the same, up to a millionth."""
-    a = final_number(a) if isinstance(a, str) else a
-    b = final_number(b) if isinstance(b, str) else b
-    return a is not None and b is not None and abs(a - b) * 10**6 <= max(abs(a), abs(b))
+def in_braces(text: str) -> str:
+    """Return what is between the first brace and the one that closes it; "" if none does."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[1:i].strip()
+    return ""
+
+
+def same_number(a: str | Fraction | float | None, b: str | Fraction | float | None) -> bool | None:
+    """Return whether two answers, or numbers, come to the same, up to a millionth; answers that
+    are no numbers, whether they are the same texts. None: that cannot be judged."""
+    (said, x), (other, y) = (final_answer(v) if isinstance(v, str) else ("", v) for v in (a, b))
+    if x is not None and y is not None:
+        return abs(x - y) * 10**6 <= max(abs(x), abs(y))
+    if x is None and y is None and plain_math(said or str(a)) == plain_math(other or str(b)):
+        return True if said or other else None
+    readable = all(v is not None and re.search("[0-9]", str(v)) for v in (a, b))
+    return None if readable else False
+
+
+def plain_math(text: str) -> str:
+    """Return a formula without blanks and braces that mean nothing."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", " ".join(text.split()))
+    text = re.sub(r" ?([^\w ]) ?|(?<=[a-z]) (?=[0-9])", r"\1", text).strip(" .$")
+    return re.sub(r"\{(\w)\}", r"\1", text)
 
 
 def compiles(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from recipes import rewardbench
 
 
@@ -44,3 +46,20 @@ def test_scored_rows_of_a_file_are_counted_and_a_tie_is_a_loss(tmp_path, monkeyp
     wins = {"hep-go": [True, False], "shp": [False, True]}
     for name, value in rewardbench.accuracies(wins).items():
         assert f"{name:28} {value}" in said[0].splitlines()
+
+
+def test_rows_without_two_rewards_and_an_empty_file_are_named(tmp_path):
+    file = tmp_path / "scores.jsonl"
+    good = {"chosen_scores": {"reward": 1}, "rejected_scores": {"reward": 0}, "subset": None}
+    bad = [{}, {"chosen_scores": 1}, {"chosen_scores": [1]}, {"rejected_scores": {"reward": "1"}}]
+    for row in bad:
+        file.write_text(f"{json.dumps(good)}\n{json.dumps(good | row if row else row)}\n")
+        with pytest.raises(ValueError, match="scores.jsonl:2: no rewards of both answers"):
+            rewardbench.rewardbench(rewardbench.RewardBenchConfig(str(file)))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="scores.jsonl: no rows"):
+        rewardbench.rewardbench(rewardbench.RewardBenchConfig(str(file)))
+
+
+def test_one_section_is_no_plural():
+    assert "mean of 1 section" in lines_of({"hep-go": [True]})

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import sympy
 
 from recipes import guard
 from recipes.ifeval import (
@@ -37,7 +39,7 @@ from recipes.verify import (
     draw_instruction,
     draw_instructions,
     extract_code,
-    final_number,
+    final_answer,
     jaccard,
     near_duplicates,
     normalise,
@@ -46,6 +48,7 @@ from recipes.verify import (
     run_python,
     same_number,
     shingles,
+    strings_in,
 )
 
 ABC = ["Alpha one", "Beta two", "Gamma three"]
@@ -248,7 +251,7 @@ STUCK += ["\\boxed{", "1/", "9,", "<", "(1) ", "Section 1 ", "p.", "<<", "1 -", 
 @pytest.mark.parametrize("part", STUCK, ids=range(len(STUCK)))
 def test_the_answer_of_a_model_that_got_stuck_takes_no_longer(part):
     text, start = part * (12_000 // len(part)), time.process_time()
-    for read in (parse_list, normalise, final_number, extract_code, language_of):
+    for read in (parse_list, normalise, final_answer, extract_code, language_of):
         read(text)
     near_duplicates([text, text + " a"])
     for kind in KINDS:
@@ -351,6 +354,43 @@ def test_evidence_names_the_item_and_what_is_shared(tmp_path):
     assert found(tiny.title() + "!") == f'{path}:2: "{tiny}"'
     assert found(f"{tiny} and more") is None and found(word) is None and found("") is None
     assert found(f"zzz {short} {question}").startswith(f"{path}:2")  # the first hit in the text
+
+
+CHINESE = "小明有十二个苹果，他把其中的三个送给了妹妹，又从市场买回来七个，后来哥哥吃掉了两个，请问小明现在一共还有多少个苹果？"
+THAI = "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย"
+UNSPACED = {
+    "Chinese": CHINESE,
+    "Thai": THAI,
+    "one long word": "ab1c2d" * 12 + "".join(map(chr, range(97, 123))),
+}
+
+
+@pytest.mark.parametrize("name", UNSPACED)
+def test_texts_without_blanks_are_compared_by_characters(name):
+    text = UNSPACED[name]
+    for i in (0, len(text) // 2, len(text) - 4):
+        other = text[:i] + "z" + text[i + 1 :]
+        index, similarity = near_duplicates([text, other])[1]
+        assert index == 0 and 0.7 <= similarity < 1
+    assert near_duplicates([text, text[::-1]]) == [None, None]
+    found = Decontaminator([("here", text)])
+    assert found.unindexed == 0 and found.evidence(f"Q: {text} A:").startswith("here: ")
+    assert found.evidence(text[::-1]) is None and found.evidence(text[:6]) is None
+
+
+def test_evaluation_texts_that_are_too_short_to_look_for_are_counted():
+    texts = ["yes", "a b c", "", "?", "a b c d", "多少", "小明有苹"]
+    found = Decontaminator([("here", text) for text in texts])
+    assert found.unindexed == 5
+    assert found.evidence("a b c d") and found.evidence("小明有苹") and not found.evidence("yes")
+
+
+def test_strings_are_found_however_deep_and_in_their_order():
+    value = ["a", {"b": "c", "d": ["e", 1, None]}, "f"]
+    assert strings_in(value) == ["a", "c", "e", "f"]
+    for _ in range(100_000):
+        value = [value]
+    assert strings_in(value) == ["a", "c", "e", "f"]
 
 
 def test_an_evaluation_file_that_cannot_be_read_is_named(tmp_path):
@@ -608,25 +648,34 @@ NUMBERS = [
     ("so 7 * 6 = 42\n#### 42", 42), ("#### -1,000", -1000), ("#### $18.00", 18),
     (r"Thus $\boxed{42}$.", 42), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)), (r"\boxed{-\dfrac{1}{2}}", Fraction(-1, 2)),
     (r"\boxed{x = 5}", 5), (r"\boxed{2^2 = 4}", 4), (r"\boxed{5 = x}", 5), (r"\boxed{10\text{ cm}^2}", 10), (r"first \boxed{1}, then \boxed{2}; 3", 2),
-    (r"\boxed{\{1, 2\}} or so", 1), (r"\boxed{1{,}000}", 1000), (r"\boxed{\text{none}} of the 3", None),
+    (r"\boxed{\{1, 2\}} or so", None), (r"\boxed{1{,}000}", 1000), (r"\boxed{\text{none}} of the 3", None),
     ("The answer is 12 because 3 times 4 is that.", 12), ("The answer is 3 + 4 = 7.", 7),
     ("The answer is: **8** apples, of 10", 8), ("Answer: 1/3", Fraction(1, 3)),
     ("The answer is 5. No, wait. The answer is 6. Of 9.", 6), ("the answer is below\n\n99", 99),
     ("She has 3 apples and 4 pears.", 4), ("50%", 50), ("-5", -5), ("−5", -5), ("- 5 apples", 5), ("-$5", -5), ("$-5", -5),
-    ("10-3", 3), ("x = -0.25", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("2 1/2 cups", Fraction(5, 2)),
-    ("3.14.", Fraction("3.14")), ("1,2,3", 3), ("1,234,567", 1234567), ("12,345.678", Fraction("12345.678")),
+    ("10-3", None), ("x = -0.25", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("2 1/2 cups", Fraction(5, 2)),
+    ("3.14.", Fraction("3.14")), ("1,2,3", None), ("1,234,567", 1234567), ("12,345.678", Fraction("12345.678")),
     ("1e3", 1000), ("2.5e-1", Fraction(1, 4)), (r"3 \times 10^{2}", 300), ("3 × 10^2", 300), ("1/0", None),
-    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", None), ("7 " + "9" * 5000, None), ("2**3", 3), ("5 - 1/2", Fraction(1, 2)),
+    ("", None), ("none", None), ("H2O", None), ("5kg", 5), ("9" * 50, int("9" * 50)), ("1e999999999", None), ("7 " + "9" * 5000, None), ("2**3", None), ("5 - 1/2", None),
     # what is not read is no other number either
     (r"\boxed{\sqrt{2}}", None), (r"\boxed{3\sqrt2}", None), (r"\boxed{2\pi}", None), (r"\boxed{\frac{\pi}{2}}", None),
     (r"\boxed{2^{10}}", None), ("It is 10^2.", None), ("3 × 10^1000", None), (r"\boxed{3 \times 10^{1000}}", None), (r"\boxed{1e-1000}", None), (r"\boxed{\sqrt{16} = 4}", 4), (r"\boxed{x^2 + 3}", None),
+    # a box holds a number with at most a unit, or it is no number
+    (r"\boxed{3\sqrt{2}}", None), (r"\boxed{(3, 4)}", None), (r"\boxed{3 \text{ or } 4}", None), (r"\boxed{x = 5, y = 6}", None),
+    (r"\boxed{3x}", None), (r"\boxed{2x = 10}", None), (r"\boxed{5!}", None), (r"\boxed{5 \text{ million}}", None), (r"\boxed{5\text{ apples}}", 5), (r"\boxed{90^\circ}", 90),
+    (r"\boxed{\frac{1}{2}3}", None), (r"\boxed{\text{Area} = 5\text{ m}^2}", 5), (r"\boxed{\frac{1}{\sqrt{\frac{\sqrt{\frac{a}{2}}}{3}}}}; 7", None), (r"\boxed{5", None), (r"The answer is \(5\).", 5),
+    ("1 000 000", 1000000), (r"\boxed{1\,000\,000}", 1000000), ("It costs 1 000 000 euros.", 1000000), ("1.000.000", None), ("1,5 litres", None),
+    (r"\boxed{0.\overline{3}}", Fraction(1, 3)), ("0.1(6)", Fraction(1, 6)), ("#### 0.333...", None), ("0.3…", None), ("5(3)", None),
+    ("#### 5\n#### 6", 6), ("#### 5 #### 6", 6), ("#### 5\n#### x = 6", 6), (r"#### \frac{1}{2}", Fraction(1, 2)), ("#### (3, 4)", None),
+    ("The answer is (3, 4).", None), ("The answer is 3 or 4.", None), ("The answer is 3 more than x.", None), ("The answer is that 5 apples are left.", 5),
+    ("It takes 5 million years.", None), ("It is 5² metres.", None), ("It is 2½ cups.", None), ("It is minus 5.", None), ("The answer is 3 million because of 2.", None),
     (r"2\frac12", Fraction(5, 2)), ("#### Step 1\nAdd: 2 + 3 = 5\n#### Result\nIt is 5", 5),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, number", NUMBERS, ids=range(len(NUMBERS)))
 def test_the_number_of_an_answer(text, number):
-    assert final_number(text) == number
+    assert final_answer(text)[1] == number
 
 
 def test_two_answers_come_to_the_same_number_in_any_notation():
@@ -635,6 +684,89 @@ def test_two_answers_come_to_the_same_number_in_any_notation():
     assert same_number("0.333333333", "1/3") and not same_number("0.333", "1/3")
     assert not same_number("1000000", "1000002") and not same_number("5", "-5")
     assert not same_number("none", "none") and not same_number("none", "0")
+
+
+def test_answers_that_are_no_numbers_are_the_same_text_or_cannot_be_judged():
+    same = [
+        (r"\boxed{3\sqrt{2}}", r"So \boxed{ 3 \sqrt 2 }."), (r"\boxed{(3,4)}", "#### (3, 4)"),
+        (r"\boxed{\dfrac{\pi}{2}}", r"\frac{\pi}{2}"), ("The answer is B.", "B"),
+        (r"\boxed{\left(1, \infty\right)}", r"\boxed{(1,\infty)}"),
+    ]  # fmt: skip
+    for a, b in same:
+        assert same_number(a, b) is True and same_number(b, a) is True, (a, b)
+    for first in (r"3\sqrt{2}", "2^{10}", "(3, 4)", "3x + 1", r"3 \pi", r"\frac{3}{\sqrt{2}}"):
+        for number in ("3", "2", "4", "10", "1"):
+            assert same_number(rf"\boxed{{{first}}}", number) is None
+            assert same_number(f"#### {number}", first) is None
+    assert same_number("I do not know.", "5") is False  # there is no number to judge
+    assert same_number(r"\boxed{2^\frac{1}{2}}", r"\boxed{2^1/2}") is None
+    assert same_number(r"\boxed{x}", r"\boxed{X}") is False
+
+
+def number_and_value(rng):
+    """A number as TeX or text, and sympy's value of it."""
+    n = rng.choice((1, 2, 3, 5, 7, 10, 12, 30, 1000, 1000000))
+    m = rng.choice((2, 3, 4, 8))
+    grouped = f"{n:,}".replace(",", rng.choice((",", " ", r"\,", "{,}")))
+    forms = [
+        (str(n), n), (f"-{n}", -n), (grouped, n), (rf"\frac{{{n}}}{{{m}}}", sympy.Rational(n, m)),
+        (f"{n}.5", n + sympy.Rational(1, 2)), (f"{n} 1/{m}", n + sympy.Rational(1, m)),
+        (rf"0.\overline{{{n}}}", sympy.Rational(n, 10 ** len(str(n)) - 1)),
+    ]  # fmt: skip
+    text, value = rng.choice(forms)
+    return text, sympy.sympify(value)
+
+
+def expression_and_value(rng):
+    """An expression of one or two numbers, with a unit or words perhaps, and its value."""
+    (one, x), (two, y) = number_and_value(rng), number_and_value(rng)
+    n, m = rng.choice((2, 3, 4, 5, 10)), rng.randrange(2, 10)
+    n_, m_ = sympy.Integer(n), sympy.Integer(m)
+    forms = [
+        (one, x), (one, x), (f"{one} cm", x), (rf"{one}\text{{ apples}}", x),
+        (f"({one}) + ({two})", x + y), (f"({one}) - {m}", x - m), (rf"({one}) \times ({two})", x * y),
+        (f"{n} + {m}", n_ + m), (f"{n} - {m}", n_ - m), (f"{n}*{m}", n_ * m), (f"{n} : {m}", n_ / m),
+        (rf"{n}\sqrt{{{m}}}", n * sympy.sqrt(m)), (f"{n}^{{{m}}}", n_**m), (f"{n}^{m}", n_**m),
+        (f"{n}**{m}", n_**m), (rf"{n}\pi", n * sympy.pi), (f"{n}!", sympy.factorial(n)),
+        (rf"\frac{{{n}}}{{\sqrt{{{m}}}}}", n / sympy.sqrt(m_)), (rf"\frac{{{n}}}{{{m}}}{m}", n_),
+        (f"{n} million", n_ * 10**6), (rf"{n}\text{{ thousand}}", n_ * 1000), (f"{n} dozen", n_ * 12),
+        (f"{n}x", n * sympy.Symbol("x")), (f"{n}x + {m}", n * sympy.Symbol("x") + m),
+        (f"({n}, {m})", None), (rf"\{{{n}, {m}\}}", None), (rf"{n} \text{{ or }} {m}", None),
+        (rf"\log {n}", sympy.log(n)), (rf"-({n} - {m})", m_ - n),
+    ]  # fmt: skip
+    return rng.choice(forms)
+
+
+ANSWERS = [
+    "{}", r"So we get $\boxed{{{}}}$.", r"\boxed{{x = {}}}", "Adding 3 and 4...\n#### {}", "#### 7\n#### {}",
+    "The answer is {}.", "The answer is ${}$ because of that.", "It comes to {}.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 9))]
+)
+def test_no_answer_is_right_whose_value_is_another_one(seed):
+    """Compared with the numbers in the expression, with the one before, and with its value."""
+    rng = random.Random(seed)
+    compared, right, before = 0, 0, ("1", sympy.Integer(1))
+    while compared < (10_000 if seed else 3_000):
+        expression, value = expression_and_value(rng)
+        answer = rng.choice(ANSWERS).format(expression)
+        numbers = set(re.findall(r"[0-9]+(?:,[0-9]{3})*", answer))
+        others = [(text, sympy.Integer(text.replace(",", ""))) for text in sorted(numbers)]
+        if value is not None and value.is_Rational:
+            others.append((str(value), value))
+        for other, known in [*others, before]:
+            said = same_number(answer, other)
+            assert said == same_number(other, answer)
+            alike = value is not None and known is not None and (value - known).is_number
+            alike = alike and abs(sympy.N(value - known)) <= 1.1e-6 * abs(sympy.N(known))
+            assert not said or alike, (answer, other)
+            compared += 1
+            right += bool(said)
+        before = (answer, value)
+    assert right > 100
 
 
 CODE = [
@@ -696,6 +828,54 @@ print("end", flush=True)
     assert ran == (True, "ok", "[]\n")
     with pytest.raises(ValueError, match="memory_mib=8"):
         run_python("", memory_mib=8)
+
+
+UNITTEST = """
+import unittest
+class Tests(unittest.TestCase):
+    def test_one(self):
+        self.assertEqual(1, EXPECTED)
+CALL
+print("end")
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "unittest.main()",
+        "if __name__ == '__main__': unittest.main(verbosity=2)",
+        "unittest.main(exit=False)",
+        "unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(Tests))",
+    ],
+)
+def test_tests_that_pass_go_on_to_the_last_line_and_tests_that_fail_are_a_failure(call):
+    code = UNITTEST.replace("CALL", call)
+    ran = run_python(code.replace("EXPECTED", "1"))
+    assert ran.ok and ran.output.endswith("OK\nend\n"), ran
+    assert not run_python(code.replace("EXPECTED", "1") + "\nassert False").ok
+    ran = run_python(code.replace("EXPECTED", "2"))
+    assert (ran.ok, ran.reason) == (False, "error") and "end" not in ran.output, ran
+
+
+def test_asyncio_runs_and_its_kind_of_socket_reaches_nothing(tmp_path):
+    code = "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 7\n"
+    ran = run_python(code + "print(asyncio.run(asyncio.wait_for(f(), 1)))")
+    assert ran == (True, "ok", "7\n")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "s"))
+    server.listen()
+    path = f"{str(tmp_path / 's')!r}"
+    for call in (f"s.connect({path})", "s.bind('x')", f"s.sendto(b'x', {path})"):
+        ran = run_python(f"import socket\ns = socket.socket(socket.AF_UNIX)\n{call}")
+        assert ran.reason == "refused", call
+    for call in (
+        "asyncio.open_connection('127.0.0.1', 1)",
+        f"asyncio.open_unix_connection({path})",
+    ):
+        ran = run_python(f"import asyncio\nasync def f(): await {call}\nasyncio.run(f())")
+        assert ran.reason == "refused", call
+    server.close()
 
 
 def test_a_program_that_fails_says_where():
