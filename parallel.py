@@ -102,7 +102,7 @@ class MeshConfig:
         rest = self.pp * self.dp_replicate * self.tp
         if min(self.pp, self.dp_replicate, self.tp) < 1 or world % rest:
             axes = f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest}"
-            todo = f"start a multiple of {rest}"
+            todo = f"start a multiple of {rest}, of axes of at least 1"
             raise ValueError(f"{axes} does not divide the {world} processes: {todo}")
         return dict(zip(AXES, (self.pp, self.dp_replicate, world // rest, self.tp), strict=True))
 

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from typing import Literal, NamedTuple
@@ -49,6 +49,9 @@ REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8
 ShapeName = Literal[tuple(SHAPES)]  # pyrefly: ignore[invalid-literal]
 GpuName = Literal[tuple(GPUS)]  # pyrefly: ignore[invalid-literal]
 
+REPORT_MESH = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
+SEARCHED = ("tp", "pp", "vp", "recompute", "schedule")  # fields of a mesh that --search sets
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -59,7 +62,7 @@ class PlanConfig:
     gpu: GpuName = "H100"  # Kind of GPU.
     batch: int = 2304  # Sequences per step.
     micro_batch: int = 1  # Sequences per micro-batch.
-    mesh: MeshConfig = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
+    mesh: MeshConfig = REPORT_MESH
     """Layout of the GPUs; the default is the report's."""
     report: bool = False  # Predictions beside the three rows of the report's Table 2.
     search: int = 0  # Number of meshes to list, fastest first, of those that fit.
@@ -68,8 +71,12 @@ class PlanConfig:
         for name, least in (("gpus", 1), ("batch", 1), ("micro_batch", 1), ("search", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.report and self.shape != "nemotron4-340b":
-            raise ValueError(f"--report is about nemotron4-340b, not {self.shape}")
+        for f in fields(self):
+            if self.report and f.name != "report" and getattr(self, f.name) != f.default:
+                raise ValueError(f"--report is of the report's own layout: leave {f.name} out")
+        for name in SEARCHED if self.search else ():
+            if getattr(self.mesh, name) != getattr(REPORT_MESH, name):
+                raise ValueError(f"--search tries each {name} itself: leave --mesh.{name} out")
 
     @property
     def model(self) -> ModelConfig:
@@ -106,18 +113,30 @@ def imagined_mesh(mesh: MeshConfig, world: int, rank: int) -> Iterator[DeviceMes
         dist.destroy_process_group()
 
 
-def built_params(plan: PlanConfig, rank: int) -> tuple[int, int]:
-    """Count a pipeline rank's parameters as the training code lays them out: (on its first GPU,
-    before they are divided by tensor and data parallelism)."""
+def kinds_of(plan: PlanConfig) -> list[tuple[int, bool, bool]]:
+    last = plan.mesh.n_stages - 1  # a stage: its layers, with the embedding or not, the head or not
+    layers = split_layers(plan.model, plan.mesh.n_stages)
+    return [(len(part), s == 0, s == last) for s, part in enumerate(layers)]
+
+
+@cache
+def stage_params(plan: PlanConfig, kind: tuple[int, bool, bool]) -> tuple[int, int]:
+    """Count the parameters of a stage of this kind as the training code lays them out: (on the
+    first GPU that has it, before they are divided by tensor and data parallelism)."""
     mesh = plan.mesh
-    here = whole = 0
-    with imagined_mesh(mesh, plan.gpus, rank * (plan.gpus // mesh.pp)) as devices:
-        for s in mesh.stages_of(rank):
-            stage = build_stage(plan.model, s, devices, mesh, [])
-            for param in stage.model.parameters():
-                here += param.to_local().numel()
-                whole += param.numel()
-    return here, whole
+    s = kinds_of(plan).index(kind)
+    with imagined_mesh(mesh, plan.gpus, mesh.rank_of()[s] * (plan.gpus // mesh.pp)) as devices:
+        params = list(build_stage(plan.model, s, devices, mesh, []).model.parameters())
+        here = sum(p.to_local().numel() for p in params)
+    return here, sum(p.numel() for p in params)
+
+
+def built_params(plan: PlanConfig, rank: int) -> tuple[int, int]:
+    """Sum stage_params over a pipeline rank's stages: those of a kind are equal."""
+    kinds = kinds_of(plan)
+    counts = [stage_params(plan, kinds[s]) for s in plan.mesh.stages_of(rank)]
+    here, whole = zip(*counts, strict=True)
+    return sum(here), sum(whole)
 
 
 class RankShare(NamedTuple):
@@ -339,7 +358,7 @@ def print_memory(plan: PlanConfig) -> None:
         column = {name: size / 1e9 for name, size in memory_of(plan, rank).items()}
         peak = sum(column.values())
         columns.append({"parameters on it (millions)": here / 1e6, **column, "peak": peak})
-    log.info(f"parameters, built stage by stage: {total:,}")
+    log.info(f"parameters, built of a stage of each kind: {total:,}")
     ranks = sorted({0, pp // 2, pp - 1})
     log.info(f"{'GB on a GPU of pipeline rank':34}" + "".join(f"{rank:>10}" for rank in ranks))
     for name in columns[0]:
@@ -371,7 +390,7 @@ def print_report(plan: PlanConfig) -> None:
     """Log predictions beside the rows of the report's Table 2."""
     log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
     for gpus, batch, seconds, mfu in REPORT_ROWS:
-        row = replace(plan, gpus=gpus, batch=batch)
+        row = replace(plan, gpus=gpus, batch=batch, report=False)
         row.check()
         step = step_of(row)
         ours = f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f}"
@@ -389,7 +408,7 @@ def search(plan: PlanConfig) -> list[tuple[float, float, PlanConfig]]:
         if n_layers % (pp * vp):
             continue
         mesh = replace(plan.mesh, tp=tp, pp=pp, vp=vp, recompute=recompute, schedule="1f1b")
-        option = replace(plan, mesh=mesh, micro_batch=micro_batch)
+        option = replace(plan, mesh=mesh, micro_batch=micro_batch, search=0)
         try:
             option.check()
         except ValueError:

@@ -7,11 +7,12 @@ from unittest.mock import patch
 import pytest
 
 from model import SHAPES
-from parallel import MeshConfig
+from parallel import MeshConfig, build_stage
 from recipes.plan import (
     PlanConfig,
     activation_bytes,
     built_params,
+    imagined_mesh,
     main,
     memory_of,
     search,
@@ -107,8 +108,45 @@ def test_a_negative_option_is_refused(option):
 
 
 def test_the_report_is_of_one_shape():
-    with pytest.raises(ValueError, match="--report is about nemotron4-340b"):
+    with pytest.raises(ValueError, match="--report is of the report's own layout: leave shape out"):
         PlanConfig("nano", report=True)
+
+
+IGNORED = [
+    {"gpu": "A100"},
+    {"gpus": 64},
+    {"batch": 768},
+    {"micro_batch": 2},
+    {"search": 3},
+    {"mesh": MeshConfig(tp=8, pp=12, vp=8)},
+]
+
+
+@pytest.mark.parametrize("changes", IGNORED, ids=str)
+def test_the_reports_rows_stand_beside_no_other_layout(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"--report is of .*: leave {name} out"):
+        PlanConfig(report=True, **changes)
+
+
+@pytest.mark.parametrize("name, value", [("tp", 4), ("vp", 1), ("recompute", "none")])
+def test_a_search_takes_no_mesh_that_it_would_overwrite(name, value):
+    mesh = MeshConfig(**{"tp": 8, "pp": 12, "vp": 8, "recompute": "selective", name: value})
+    with pytest.raises(ValueError, match=f"leave --mesh.{name} out"):
+        PlanConfig(search=3, mesh=mesh)
+
+
+@pytest.mark.parametrize("pp, vp, schedule", [(2, 1, "1f1b"), (3, 2, "1f1b"), (3, 2, "zbv")])
+def test_stages_of_a_kind_are_equal_so_one_of_each_is_built(pp, vp, schedule):
+    mesh = MeshConfig(tp=2, pp=pp, vp=vp, schedule=schedule)
+    plan = PlanConfig("nano" if pp == 2 else "small", gpus=2 * pp, batch=24, mesh=mesh)
+    for rank in range(pp):
+        devices = imagined_mesh(mesh, plan.gpus, rank * 2)
+        with devices as here:
+            stages = [build_stage(plan.model, s, here, mesh, []) for s in mesh.stages_of(rank)]
+            params = [p for stage in stages for p in stage.model.parameters()]
+            want = sum(p.to_local().numel() for p in params), sum(p.numel() for p in params)
+        assert built_params(plan, rank) == want
 
 
 def test_a_layout_that_cannot_run_is_refused_in_a_line(capsys):
