@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -627,6 +629,161 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "0\n1\n2\n"
 
 
+def test_files_are_read_by_their_content_and_counted_by_their_endings(tmp_path, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = words(12)
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    (folder / "A.TXT").write_bytes(texts[0].encode())
+    (folder / "b.Md").write_bytes(gzip.compress(texts[1].encode()))  # gzip that does not say so
+    (folder / "c.txt.gz").write_bytes(gzip.compress(texts[2].encode()))
+    (folder / "d.NDJSON").write_bytes(rows[3])
+    (folder / "e.jsonl.gz").write_bytes(rows[4])  # no gzip, although it says so
+    (folder / "f.jsonl").write_bytes(gzip.compress(rows[5] + rows[6]))
+    (folder / "g.json").write_bytes(rows[7])
+    (folder / "h.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd....")
+    (folder / "Makefile").write_bytes(b"all:")
+    by_name = tmp_path / "rows.JSON"
+    by_name.write_bytes(b"".join(rows[8:]))
+    with caplog.at_level("INFO", logger="nemotron4"):
+        data.log.propagate = True
+        sources = (f"web={folder}", f"web={by_name}")
+        config = PrepareConfig(sources=sources, out=tmp_path / "out", vocab_size=300)
+        prepare(config)
+    assert sorted(documents_of(TokenData(tmp_path / "out"))) == sorted(texts[:7] + texts[8:])
+    last = caplog.text.splitlines()[-1]
+    assert "read: 2 .gz, 1 .txt, 1 .md, 1 .ndjson, 1 .jsonl, 1 .json; " in last
+    assert "left out: 1 without suffix, 1 .json, 1 .zst" in last
+    for name in ("h.jsonl.zst", "g.json"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / name, tmp_path / name)
+        with pytest.raises(ValueError, match=r"no text.*left out: 1 \.(zst|json)"):
+            data.open_sources(PrepareConfig(sources=(f"web={tmp_path / name}",)))
+    with pytest.raises(ValueError, match="packed by zstd: unpack it first"):
+        list(data.read_documents([folder / "h.jsonl.zst"], "text"))
+    by_name.write_text('[\n{"text": "x"}\n]\n')
+    with pytest.raises(ValueError, match=r"rows\.JSON:1: not JSON, an object a line"):
+        list(data.read_documents([by_name], "text"))
+
+
+def test_a_byte_order_mark_is_never_content(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    mark = "\ufeff"
+    (tmp_path / "a.txt").write_text(mark + "one")
+    row = json.dumps({"text": "two", "prompt": "two"})
+    (tmp_path / "b.jsonl").write_text(mark + row + "\n" + mark + "\n" + mark + row + "\n")
+    table = pyarrow.table({"text": [mark + "three"]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress((mark + "four").encode()))
+    assert list(data.read_documents(data.files_of(tmp_path), "text")) == [
+        *("one", "two", "two", "three", "four")
+    ]
+    found = [row for _, row in data.read_jsonl(tmp_path / "b.jsonl", text_field="prompt")]
+    assert found == [json.loads(row)] * 2  # rows, no prompts
+    (tmp_path / "e.txt").write_text(mark + "say hi\n" + mark + row)
+    found = [row for _, row in data.read_jsonl(tmp_path / "e.txt", text_field="prompt")]
+    assert found == [{"prompt": "say hi"}, json.loads(row)]
+
+
+@pytest.mark.parametrize("depth", [500, 900, 990, 100_000])
+def test_a_row_of_any_depth_is_read_or_named(tmp_path, tokenizer, depth):
+    deep = b"[" * depth + b"]" * depth
+    good = json.dumps({"text": "fine", **TALK}).encode() + b"\n"
+    path = tmp_path / "a.jsonl"
+    for row in (b'{"text": %s}', b'{"messages": %s}', b'{"messages": [{"role": %s}]}',
+                b'{"messages": [{"role": "user", "content": "x", "tool_calls": %s}]}',
+                b'{"a": %s}', b"%s"):  # fmt: skip
+        path.write_bytes(good + row % deep + b"\n" + good)
+        bad = []
+        assert list(data.read_documents([path], "text", bad.append)) == ["fine"] * 2
+        assert len(bad) == 1 and "a.jsonl:2: " in str(bad[0]) and len(str(bad[0])) < 300
+        rows, counts = data.sft_rows(path, tokenizer, 4096, skip_bad=True)
+        assert len(rows) == 2 and counts["bad"] == 1
+
+
+def test_a_lone_surrogate_is_named_by_its_line_however_it_is_written(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    for text in (b"\\ud800", b"\\uD83E x", b"\xed\xa0\x80", b"x\\udfff"):
+        path.write_bytes(json.dumps(TALK).encode() + b'\n{"text": "' + text + b'"}\n')
+        bad = []
+        list(data.read_jsonl(path, bad.append))
+        assert [str(b).split(": ")[0][-2:] for b in bad] == [":2"]
+
+
+def test_a_second_prepare_of_a_folder_is_told_who_writes_it(tmp_path):
+    source = write_corpus(tmp_path / "in", words(30), "txt")
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    hold = "import data, pathlib, sys; data.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); "
+    command = [sys.executable, "-c", hold + "input()", str(partial)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "1\n"
+        (partial / "web.train.bin").write_bytes(b"theirs")
+        with pytest.raises(ValueError, match=rf"partial: process {other.pid} on .* writes into it"):
+            prepared(source, tmp_path / "out")
+        assert (partial / "web.train.bin").read_bytes() == b"theirs"
+        other.communicate("\n")
+    assert not list(prepared(source, tmp_path / "out").folder.glob(".*"))
+    assert not partial.exists()
+
+
+def test_a_refused_prepare_leaves_nothing(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "in", words(30), "txt")
+    (tmp_path / "bad.json").write_text("{")
+    for options in (
+        dict(tokenizer=str(tmp_path / "bad.json")),
+        dict(tokenizer="gpt2"),
+        dict(vocab_size=10),
+        dict(vocab_size=100_000),
+    ):
+        with pytest.raises(ValueError):
+            prepared(source, tmp_path / "out", **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "in"]
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(data.TokenWriter, "write", fail)
+        with pytest.raises(type(error)) as e:
+            prepared(source, tmp_path / "out")
+        assert isinstance(error, KeyboardInterrupt) or "out.partial" in str(e.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "in"]
+
+
+def test_ctrl_c_ends_prepare_in_one_line(tmp_path):
+    documents = [f"{n} {MORE[0] * 4}" for n in range(6000)]
+    source = write_corpus(tmp_path / "in", documents, "jsonl")
+    tok = prepared(write_corpus(tmp_path / "few", words(30), "txt"), tmp_path / "tok").folder
+    command = [sys.executable, "data.py", "prepare", f"web={source}", "--out", tmp_path / "out",
+               "--tokenizer", tok]  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    file = tmp_path / "out.partial" / "web.train.bin"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and "Traceback" not in errors
+    assert errors.splitlines()[-1] == (
+        "data.py: stopped: nothing is left of it, start the same again"
+    )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_wrong_options_of_show_are_one_line(corpus):
+    for option, message in (("--seq-len", "seq_len=0: at least 1"), ("--samples", "samples=-1: ")):
+        value = message.split("=")[1].split(":")[0]
+        command = [sys.executable, "data.py", "show", corpus, option, value]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode and done.stderr.startswith("data.py: error: " + message)
+        assert len(done.stderr.splitlines()) == 1
+
+
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
@@ -1038,6 +1195,137 @@ def test_no_junk_in_a_row_raises_anything_but_a_bad_document(tmp_path, tokenizer
             rows_of(kind, tmp_path, tokenizer, row)
         except data.BadDocument as e:
             assert "a.jsonl:1: " in str(e)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tool_calls", [{"function": {"name": "f"}}]), ("function_call", {"name": "f"}),
+        ("weight", 0), ("weight", 0.5), ("train", False), ("reasoning_content", "because"),
+        ("refusal", "no"), ("images", ["x.png"]), ("mask", "User"),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_what_is_trained_is_refused_by_line(tmp_path, tokenizer, field, value):
+    answer = {**ANSWER, field: value}
+    for kind, row in (
+        ("sft", {"messages": [USER, answer]}),
+        ("preference", {"prompt": "Hi", "chosen": [answer], "rejected": "No."}),
+        ("reward", {"messages": [USER, answer], "label": [1] * 5}),
+    ):
+        with pytest.raises(data.BadDocument, match=rf"a\.jsonl:1: messages\[\d\] has '{field}'"):
+            rows_of(kind, tmp_path, tokenizer, row)
+        with pytest.raises(data.BadDocument, match=rf"a\.jsonl:1: the row has '{field}'"):
+            rows_of(kind, tmp_path, tokenizer, {**GOOD[kind], field: value})
+    with pytest.raises(data.BadDocument, match="the row has 'system'"):
+        rows_of("preference", tmp_path, tokenizer, {**PAIR, "system": "Be brief."})
+
+
+def test_fields_that_say_nothing_change_nothing_and_unknown_ones_are_counted(
+    tmp_path, tokenizer, caplog
+):
+    (plain,) = rows_of("sft", tmp_path, tokenizer, TALK)
+    said = {**ANSWER, "tool_calls": [], "weight": 1, "train": True, "refusal": None, "name": "x"}
+    with caplog.at_level("INFO", logger="nemotron4"):
+        data.log.propagate = True
+        rows = rows_of("sft", tmp_path, tokenizer, *[{"messages": [USER, said], "id": 7}] * 3, TALK)
+    assert {row.key for row in rows} == {plain.key}
+    assert caplog.text.count("fields not read:") == 1
+    assert "'id': 3" in caplog.text and "'name': 3" in caplog.text
+
+
+def test_a_null_column_is_a_column_that_is_not_there_in_every_reader(tmp_path, tokenizer):
+    nulls = dict.fromkeys([*data.KNOWN - {"role", "content"}, "id"])
+    pairs = [{"messages": [USER], "chosen": "a", "rejected": "b"}]
+    pairs.append({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "x"}]})
+    for kind, rows in (
+        ("sft", [TALK]),
+        ("preference", [PAIR, RATED, *pairs]),
+        ("reward", [SCORED, LABELLED]),
+    ):  # fmt: skip
+        for row in rows:
+            (a,) = rows_of(kind, tmp_path, tokenizer, row)
+            (b,) = rows_of(kind, tmp_path, tokenizer, {**nulls, **row})
+            assert a.key == b.key
+            assert np.array_equal(a.values, b.values) or a.values is b.values is None
+    (tmp_path / "t.jsonl").write_text('{"text": null}\n')
+    for text_field in ("text", "body"):
+        with pytest.raises(data.BadDocument, match="t.jsonl:1: no string in field"):
+            list(data.read_documents([tmp_path / "t.jsonl"], text_field))
+
+
+def test_pairs_that_are_equal_as_tokens_are_bad(tmp_path, other_peoples_tokenizers):
+    tok = other_peoples_tokenizers["normalising"]
+    for judged in (False, True):
+        for chosen, rejected in (("HI x", "hi  X"), ("Hi", "hi\n")):
+            pair = {"prompt": "x", "chosen": chosen, "rejected": rejected}
+            with pytest.raises(data.BadDocument, match=r":1: chosen and rejected are equal as tok"):
+                rows_of("preference", tmp_path, tok, pair, judged=judged)
+
+
+def mutated(value, rng):
+    """A copy of a JSON value with one part of it changed, added or gone."""
+    junk = [None, 0, 1, -1.5, 10**400, True, "", "x", [], {}, [[]], [{}], [None], {"role": "user"},
+            float("nan"), "\ud800", "<extra_id_1>", "\ufeff", "\0", [ANSWER], [USER, ANSWER],
+            ["x", "y"], {"text": "x"}, [[USER]], "9" * 5000]  # fmt: skip
+    names = [*data.KNOWN, *data.NINE_ATTRIBUTES, "id"]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        value = dict(value)
+        key = rng.choice([*value])
+        what = rng.random()
+        if what < 0.2:
+            del value[key]
+        elif what < 0.4:
+            value[rng.choice(names)] = rng.choice(junk)
+        else:
+            value[key] = mutated(value[key], rng)
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        value = list(value)
+        i = rng.randrange(len(value))
+        what = rng.random()
+        if what < 0.2:
+            del value[i]
+        elif what < 0.4:
+            value.insert(i, rng.choice([*junk, value[i]]))
+        else:
+            value[i] = mutated(value[i], rng)
+        return value
+    return rng.choice(junk)
+
+
+def test_every_one_of_10_000_mutated_rows_reads_or_is_named_by_line(tmp_path, tokenizer):
+    n = 10_000
+    rng = random.Random(0)
+    forms = [("sft", TALK), ("sft", {"messages": CHAT}), ("preference", RATED), ("reward", SCORED),
+             ("reward", LABELLED), ("preference", {"prompt": CHAT[:-1], "chosen": [ANSWER],
+              "rejected": "x"})]  # fmt: skip
+    by_kind = {kind: [] for kind in READERS}
+    for _ in range(n):
+        kind, row = rng.choice(forms)
+        for _ in range(rng.randint(1, 3)):
+            row = mutated(row, rng)
+        line = json.dumps(row).encode()
+        if rng.random() < 0.1:
+            cut = rng.randrange(len(line) + 1)
+            line = (
+                line[:cut] + bytes(rng.choices(range(256), k=rng.randint(0, 3))) + line[cut + 1 :]
+            )
+        by_kind[kind].append(line.replace(b"\n", b" "))
+    for kind, lines in by_kind.items():
+        path = jsonl(tmp_path / f"{kind}.jsonl", *lines)
+        bad = []
+
+        def note(e, bad=bad, **how):
+            bad.append(str(e))
+            how["counts"]["bad"] += 1
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "count_bad", note)
+            rows, counts = READERS[kind](path, tokenizer, 4096, skip_bad=True)
+        assert all(re.match(rf"{re.escape(str(path))}:\d+: ", said) for said in bad)
+        blank = sum(not line.strip() for line in lines)
+        assert len(rows) + counts["bad"] + counts["long"] + blank == len(lines)
+        assert len(rows) > n // 100 and len(bad) > n // 100
 
 
 def test_rewards_have_no_default(tmp_path, tokenizer):
