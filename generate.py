@@ -16,12 +16,14 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +58,6 @@ from parallel import (
     on_meta,
     read_config,
     shut_down,
-    split_layers,
     tp_cuts,
     world_size,
 )
@@ -73,7 +74,7 @@ class InferenceLinear(nn.Module):
 
     def __init__(self, weight: Tensor, reduce_group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight)
         self.scale: Tensor | None = None
         self.reduce_group = reduce_group
 
@@ -99,7 +100,7 @@ class ShardedEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, tp: DeviceMesh) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight)
         self.group = tp.get_group()
         self.first = tp.get_local_rank() * len(weight)
 
@@ -111,17 +112,10 @@ class ShardedEmbedding(nn.Module):
         return h
 
 
-def inference_model(cfg: ModelConfig, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
-    """Build a Nemotron around a pipeline stage's parameters, or a tensor-parallel rank's share, cut
-    by parallel.py's plan. Without gradients, plain tensors and an all-reduce do."""
-    model = on_meta(cfg)
-    cuts = {} if tp is None else tp_cuts(cfg)
-    for name in ("embed", "norm", "head"):
-        if f"{name}.weight" not in parts:
-            setattr(model, name, None)
-    for layer in list(model.blocks):
-        if f"blocks.{layer}.attn.wq.weight" not in parts:
-            del model.blocks[layer]
+def inference_model(model: Nemotron, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
+    """Put a stage's parameters, or a tensor-parallel rank's share of them, cut by parallel.py's
+    plan, into a model on meta. Without gradients, plain tensors and an all-reduce do."""
+    cuts = {} if tp is None else tp_cuts(model.cfg)
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
@@ -140,6 +134,9 @@ class Cache:
     """Keeps the keys and values of all slots, the rows of the batch. A slot stores position p at
     index p; padding tokens are written to one extra index at the end."""
 
+    rows: slice  # that the forward pass under way reads
+    n_keys: int  # positions of each that it attends to
+
     def __init__(self, model: Nemotron, like: Tensor, tp: int, slots: int, context: int) -> None:
         cfg = model.cfg
         # CPUs attend faster in fp32
@@ -151,27 +148,10 @@ class Cache:
         self.layers = [int(layer) for layer in model.blocks]
         self.row_index = torch.arange(slots, device=like.device)[:, None]
 
-    def copy_prefix(self, source: int, target: int, n: int) -> None:
-        """Copy the first n positions of one slot to another."""
-        self.kv[:, :, target, :, :n] = self.kv[:, :, source, :, :n]
-
-    def swap(self, i: int, j: int, n: int) -> None:
-        """Exchange the first n positions of two slots."""
-        self.kv[:, :, [i, j], :, :n] = self.kv[:, :, [j, i], :, :n]
-
-
-@dataclass(frozen=True)
-class CacheView:
-    """Gives one forward pass its rows of the cache, and n_keys positions of each to attend to."""
-
-    cache: Cache
-    rows: slice
-    n_keys: int
-
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's k and v (N, T, K, E) at positions (N, T); return all (N, S, K, E)."""
-        rows = self.cache.row_index[self.rows]
-        kept = self.cache.kv[self.cache.layers.index(layer)]
+        rows = self.row_index[self.rows]
+        kept = self.kv[self.layers.index(layer)]
         kept[0, rows, :, positions] = k.to(kept.dtype)
         kept[1, rows, :, positions] = v.to(kept.dtype)
         keys, values = kept[:, self.rows, :, : self.n_keys].transpose(2, 3)
@@ -214,7 +194,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges = {
-            "max_tokens": (0, 1 << 31), "temperature": (0, 1e4), "top_p": (1e-6, 1),
+            "max_tokens": (0, 1 << 31), "temperature": (0, 1e4), "top_p": (0, 1),
             "top_k": (0, 1 << 31), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
             "n": (1, 1024), "logprobs": (0, 20),
         }  # fmt: skip
@@ -255,14 +235,9 @@ def keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
         total = top.cumsum(1)
         if bool((total[:, -1:] >= top_p).all()):
             break
-    top = top.masked_fill(total - top >= top_p, 0)
+    top = top.masked_fill(total - top >= top_p.clamp(min=1e-6), 0)  # of 0, keep the likeliest
     kept = torch.zeros_like(probs).scatter_(1, index, top)
     return torch.where(top_p < 1, kept, probs)
-
-
-def keep_min_p(probs: Tensor, min_p: Tensor) -> Tensor:
-    """Set what is below min_p (N, 1) times the row's largest probability to 0."""
-    return probs.masked_fill(probs < probs.amax(1, keepdim=True) * min_p, 0)
 
 
 def draw(probs: Tensor, uniforms: list[float]) -> Tensor:
@@ -295,59 +270,70 @@ def sample(
     if any(p.top_p < 1 for p in params):
         probs = keep_top_p(probs, column("top_p"))
     if any(p.min_p for p in params):
-        probs = keep_min_p(probs, column("min_p"))
+        least = probs.amax(1, keepdim=True) * column("min_p")
+        probs = probs.masked_fill(probs < least, 0)
     return torch.where(temperature[:, 0] > 0, draw(probs, uniforms), greedy)
 
 
 class TextStream:
-    """Turns token ids into text as soon as it is certain. Held back are a character whose bytes are
-    not all there, and the possible beginning of a stop text."""
+    """Turns the token ids that follow a prompt into text as soon as no later one can change it.
+    Held back are an unfinished character, the possible beginning of a stop text and, in a chat, a
+    line end: before the mark of the next turn it is the template's."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        prompt: Iterable[int] = (),
+        stop_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Take the ids of the prompt, and those that end the sample: in a chat a turn's mark."""
         self.tokenizer = tokenizer
         self.stop = stop
+        self.mark = tokenizer.specials.get("<extra_id_1>")
+        self.chat = self.mark in stop_ids
         self.stopped = False
-        self.ids: list[int] = []  # needed to decode the tokens that follow
-        self.n_taken = 0  # characters of their text that are in `held` or returned
-        self.held = ""
+        # needed to decode the tokens that follow; a chat's texts are tokenized apart
+        self.ids = [] if self.chat else list(prompt)
+        self.n_sent = len(tokenizer.decode(self.ids))  # characters of their text
+        # the last byte of a character, where it does not belong: it breaks what is not yet certain
+        self.stray = tokenizer.encode("\U0010ffff")[-1:]
 
     def push(self, token: int) -> str:
         """Take a token; return the text that is now certain. A stop text sets `stopped`."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        # at most three replacement characters at the end may yet become one character
-        certain = max(len(text.rstrip("\ufffd")), len(text) - 3)
-        self.held += text[self.n_taken : certain]
-        self.n_taken = max(self.n_taken, certain)
-        if certain == len(text) and len(self.ids) > 8:
-            self.ids = self.ids[-1:]
-            self.n_taken = len(self.tokenizer.decode(self.ids))
-        return self.cut(final=False)
+        broken = self.tokenizer.decode([*self.ids, *self.stray])
+        certain = os.path.commonprefix([text.rstrip("\ufffd"), broken])
+        new = self.cut(certain, final=False)
+        if self.n_sent == len(certain) == len(text) and len(self.ids) > 24:
+            # forget most, but begin neither within a character nor with a blank that is dropped
+            end = self.tokenizer.decode(self.ids[-12:])
+            if end.strip() and text.endswith(end):
+                self.ids = self.ids[-12:]
+                self.n_sent = len(end)
+        return new
 
-    def finish(self) -> str:
-        """Return the rest."""
-        self.held += self.tokenizer.decode(self.ids)[self.n_taken :]
-        self.ids = []
-        self.n_taken = 0
-        return self.cut(final=True)
+    def finish(self, last: int | None = None) -> str:
+        """Return the rest; `last` is the token that ended the sample, if one did."""
+        rest = self.cut(self.tokenizer.decode(self.ids), final=True)
+        return rest.removesuffix("\n") if self.chat and last == self.mark else rest
 
-    def cut(self, final: bool) -> str:
-        """Return what is held up to a stop text, or but for its possible beginning."""
-        if self.stopped:
-            return ""
-        places = [self.held.find(stop) for stop in self.stop if stop in self.held]
+    def cut(self, text: str, final: bool) -> str:
+        """Return what is new of a text up to a stop text, or but for its possible beginning."""
+        new = "" if self.stopped else text[self.n_sent :]
+        places = [new.find(stop) for stop in self.stop if stop in new]
+        keep = int(self.chat and new.endswith("\n"))
+        for stop in self.stop:
+            most = min(len(stop), len(new) + 1)
+            keep = max(keep, *(n for n in range(most) if new.endswith(stop[:n])))
         if places:
             self.stopped = True
-            return self.held[: min(places)]
-        keep = 0
-        for stop in () if final else self.stop:
-            most = min(len(stop), len(self.held) + 1)
-            begun = [n for n in range(most) if self.held.endswith(stop[:n])]
-            keep = max(keep, begun[-1])
-        end = len(self.held) - keep
-        text = self.held[:end]
-        self.held = self.held[end:]
-        return text
+            new = new[: min(places)]
+        elif not final:
+            new = new[: len(new) - keep]
+        self.n_sent += len(new)
+        return new
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -409,7 +395,7 @@ class Sequence:
     def append(self, found: Prediction) -> None:
         """Take a sampled token, which may end the sequence."""
         if found.token in self.stop_ids:
-            self.update("", "stop")
+            self.update("", "stop", found.token)
             return
         self.ids.append(found.token)
         self.out.ids.append(found.token)
@@ -420,10 +406,10 @@ class Sequence:
             reason = "stop"
         self.update(text, reason)
 
-    def update(self, text: str, reason: FinishReason) -> None:
+    def update(self, text: str, reason: FinishReason, last: int | None = None) -> None:
         """Add text to the completion, end it if there is a reason, and call the listener."""
         if reason and self.stream:
-            text += self.stream.finish()
+            text += self.stream.finish(last)
         self.out.text += text
         self.out.finish_reason = reason
         if self.listener and (text or reason or self.params.logprobs is not None):
@@ -473,7 +459,7 @@ class Engine:
             rule = f"slots and chunk at least 1, context in 1..{self.cfg.seq_len} (seq_len)"
             raise ValueError(f"slots={slots}, chunk={chunk}, context={context}: {rule}")
         if mesh is None:
-            model = inference_model(self.cfg, dict(model.state_dict()), None)
+            model = inference_model(on_meta(self.cfg), dict(model.state_dict()), None)
         self.model = model
         self.tokenizer = tokenizer
         self.chunk = chunk
@@ -488,30 +474,44 @@ class Engine:
         self.slots: list[Sequence | None] = [None] * slots
         self.decoding = self.active = 0
         # the tokens of each slot's keys, how many of these are computed, and when it became free
-        self.tokens = np.full((slots, self.context), -1, np.int32)
+        self.tokens = np.full((slots, self.context + 1), -1, np.int32)
         self.computed = np.zeros(slots, np.int64)
         self.freed = np.zeros(slots, np.int64)
         self.waiting: list[Sequence] = []
+        self.interrupted = False
         # prompt_tokens were computed, cached_tokens copied
         self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
 
     # -- requests
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's ids; ValueError if the model cannot take them."""
+    def encode(self, prompt: Prompt, scored: bool = False) -> list[int]:
+        """Return a prompt's ids; ValueError if the model cannot take them. The last token of one
+        that is scored is not read, so that it needs no place in the context."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer: Engine(model, tokenizer)")
             prompt = self.tokenizer.encode(prompt)
-        ids = [int(i) for i in prompt]
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise ValueError(f"{prompt!r:.40}: must be a text or a list of token ids") from None
         if not ids:
             raise ValueError("an empty prompt: give at least one token")
-        if len(ids) > self.context:
+        if len(ids) > self.context + scored:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.cfg.vocab_size:
                 raise ValueError(f"token {token} is not in 0..{self.cfg.vocab_size - 1}")
         return ids
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise ValueError if this model cannot sample so."""
+        if self.cfg.n_attributes and params.max_tokens:
+            raise ValueError("a reward model does not write, it scores: generate.py score")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
+        if params.stop_ids:
+            self.encode(params.stop_ids)
 
     def submit(
         self,
@@ -523,13 +523,12 @@ class Engine:
         """Queue a prompt; return the sequences of its n samples. listener(completion, new text) is
         called at every step that adds to one, the last time with its finish_reason. score_from: the
         first token of the prompt whose log-probability is wanted (with echo: all)."""
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, score_from is not None)
+        self.check(params)
         limit = min(len(ids) + params.max_tokens, self.context)
         stop_ids = params.stop_ids
         if stop_ids is None:
             stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop texts need a tokenizer: Engine(model, tokenizer)")
         if params.echo and params.logprobs is not None:
             score_from = 1
         if score_from is None or self.cfg.n_attributes:
@@ -544,9 +543,12 @@ class Engine:
                 if params.logprobs is not None:
                     out.logprobs = [None]
                     out.tops = [[]]
-            stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
-            sequence = Sequence(list(ids), params, out, stop_ids, stream, listener, first, limit)
-            sequences.append(sequence)
+            stream = (
+                TextStream(self.tokenizer, params.stop, ids, stop_ids) if self.tokenizer else None
+            )
+            sequences.append(
+                Sequence(list(ids), params, out, stop_ids, stream, listener, first, limit)
+            )
         self.waiting.extend(sequences)
         return sequences
 
@@ -569,11 +571,13 @@ class Engine:
         return list(self.finished(sequences))
 
     def finished(self, sequences: list[Sequence]) -> Iterator[Completion]:
-        """Step until each sequence is finished; yield the completions in their order."""
+        """Step until each sequence is finished; yield the completions in their order. After an
+        interrupt, yield those that are finished."""
         for sequence in sequences:
-            while not sequence.out.finish_reason:
+            while not (sequence.out.finish_reason or self.interrupted):
                 self.step()
-            yield sequence.out
+            if sequence.out.finish_reason:
+                yield sequence.out
 
     def submit_pair(self, context: list[int], continuation: list[int]) -> Sequence:
         """Queue a continuation, for its log-probabilities and the likeliest token in each place."""
@@ -583,8 +587,7 @@ class Engine:
 
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[Completion]:
         """Score (context, continuation) pairs; see `submit_pair`."""
-        sequences = [self.submit_pair(*pair) for pair in pairs]
-        return list(self.finished(sequences))
+        return list(self.finished([self.submit_pair(*pair) for pair in pairs]))
 
     # -- scheduling
 
@@ -594,9 +597,13 @@ class Engine:
         self.steps += 1
         self.update_groups()  # some may have been cancelled
         self.fill_slots()
-        self.prefill()
+        reading = range(self.decoding, self.active)
+        if reading:  # they share a chunk evenly
+            longest = max(len(self.slots[i].ids) - self.computed[i] for i in reading)
+            self.advance(reading, min(longest, max(1, self.chunk // len(reading))))
         self.update_groups()
-        self.decode()
+        if self.decoding:
+            self.advance(range(self.decoding), 1)
         self.update_groups()
 
     def fill_slots(self) -> None:
@@ -638,7 +645,7 @@ class Engine:
             chosen = source
         else:
             chosen = slot + int(self.freed[slot:].argmin())
-            self.cache.copy_prefix(source, chosen, n)
+            self.cache.kv[:, :, chosen, :, :n] = self.cache.kv[:, :, source, :, :n]
         self.computed[chosen] = n
         self.swap(chosen, slot)
         self.active += 1
@@ -672,24 +679,13 @@ class Engine:
         """Exchange two slots with all that belongs to them."""
         if i == j:
             return
-        self.cache.swap(i, j, int(self.computed[[i, j]].max()))
+        n = int(self.computed[[i, j]].max())
+        self.cache.kv[:, :, [i, j], :, :n] = self.cache.kv[:, :, [j, i], :, :n]
         for table in (self.tokens, self.computed, self.freed):
             table[[i, j]] = table[[j, i]]
         self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
     # -- computing
-
-    def prefill(self) -> None:
-        """Read up to `chunk` tokens of the prompts that are not fully cached, shared evenly."""
-        slots = range(self.decoding, self.active)
-        if slots:
-            longest = max(len(self.slots[i].ids) - int(self.computed[i]) for i in slots)
-            self.advance(slots, min(longest, max(1, self.chunk // len(slots))))
-
-    def decode(self) -> None:
-        """Add a token to every sequence of the decoding group."""
-        if self.decoding:
-            self.advance(range(self.decoding), 1)
 
     def advance(self, slots: range, T: int) -> None:
         """Compute the next T tokens of these slots, or as many as each has left. The head reads the
@@ -719,19 +715,19 @@ class Engine:
         rows go through a pipeline in parts, one behind the other, to keep all stages at work."""
         x = torch.from_numpy(tokens).to(self.weight.device)
         at = torch.from_numpy(positions).to(x.device)
-        n_keys = int(positions.max(where=positions < self.context, initial=0)) + 1
+        self.cache.n_keys = int(positions.max(where=positions < self.context, initial=0)) + 1
         group = self.mesh["pp"].get_group() if self.pp > 1 else None
         n_parts = min(self.pp, len(slots))
         first = slots.start
         states = []
         sends = []
         for h, part in zip(x.tensor_split(n_parts), at.tensor_split(n_parts), strict=True):
-            view = CacheView(self.cache, slice(first, first + len(h)), n_keys)
+            self.cache.rows = slice(first, first + len(h))
             first += len(h)
             if self.stage > 0:
                 h = self.weight.new_empty((*h.shape, self.cfg.dim))
                 dist.recv(h, group=group, group_src=self.stage - 1)
-            states.append(self.model(h, part, None, view, head=False).contiguous())
+            states.append(self.model(h, part, None, self.cache, head=False).contiguous())
             if self.stage < self.pp - 1:
                 sends.append(dist.isend(states[-1], group=group, group_dst=self.stage + 1))
         for send in sends:
@@ -749,15 +745,14 @@ class Engine:
     def read_head(self, states: Tensor | None, inputs: list[HeadInput]) -> None:
         """Hand what the last pipeline stage's head says to the sequences, on all processes:
         rewards, log-probabilities of tokens that they have, a sampled token where they end."""
+        rates = self.cfg.n_attributes
         results = None
         if states is not None:
             states = states[[x.state for x in inputs]]
-            results = (
-                self.rewards(states) if self.cfg.n_attributes else self.predict(states, inputs)
-            )
-        source = int(self.mesh.mesh[-1].flatten()[0]) if self.mesh else 0
-        for x, result in zip(inputs, self.share(results, source), strict=True):
-            if self.cfg.n_attributes:
+            results = self.model.head(states).tolist() if rates else self.predict(states, inputs)
+        last_stage = (self.pp - 1) * self.tp  # its first process
+        for x, result in zip(inputs, self.share(results, last_stage), strict=True):
+            if rates:
                 x.sequence.out.scores = result
                 x.sequence.update("", "length")
             elif x.token is not None:
@@ -767,10 +762,6 @@ class Engine:
             else:
                 self.new_tokens += 1
                 x.sequence.append(result)
-
-    def rewards(self, states: Tensor) -> list[list[float]]:
-        """Return the attributes that a reward model's head reads off states (n, D)."""
-        return self.model.head(states).tolist()
 
     def predict(self, states: Tensor, inputs: list[HeadInput]) -> list[Prediction]:
         """Run the head on states (n, D), some at a time to bound the logits alive."""
@@ -840,7 +831,7 @@ class EngineConfig:
 
     model: tyro.conf.Positional[Path]
     """A run's folder (its newest checkpoint, written on any mesh) or a Hugging Face folder."""
-    tokenizer: str = ""  # A file, folder or tiktoken name; default: the one in the model's folder
+    tokenizer: str = ""  # A file or folder; default: the one in the model's folder
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Dtype; auto: bf16 on a GPU, fp32 on a CPU
     quantize: Literal["none", "float8"] = "none"
     """Format of the blocks' matrices in memory, half as large as bf16; its cost is logged."""
@@ -860,14 +851,14 @@ def load_engine(cfg: EngineConfig) -> Engine:
     if world != world_size():
         start = f"start {world} with torchrun, or set --mesh.tp and --mesh.pp"
         raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
-    mesh_cfg = MeshConfig(tp=layout.tp, pp=layout.pp, timeout=layout.timeout)
+    mesh_cfg = MeshConfig(**vars(layout))
     mesh_cfg.check(model_cfg, world, batch=layout.pp, micro_batch=1)
     mesh = init_mesh(mesh_cfg)
     auto = "bf16" if mesh.device_type == "cuda" else "fp32"
     dtype = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype]
-    dtypes = stage_dtypes(model_cfg, dtype, mesh["pp"])
-    parts = load_parts(cfg.model, model_cfg, dtypes, mesh)
-    model = inference_model(model_cfg, parts, mesh["tp"] if layout.tp > 1 else None)
+    model = on_meta(model_cfg, mesh["pp"].get_local_rank(), layout.pp)
+    parts = load_parts(cfg.model, model_cfg, dtypes_of(model, dtype), mesh)
+    model = inference_model(model, parts, mesh["tp"] if layout.tp > 1 else None)
     engine = Engine(model, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
     if cfg.quantize == "float8":
         before = perplexity(engine)
@@ -891,31 +882,21 @@ def model_tokenizer(cfg: EngineConfig, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def stage_dtypes(cfg: ModelConfig, dtype: torch.dtype, pp: DeviceMesh) -> dict[str, torch.dtype]:
-    """Return the dtype of each parameter of this process's pipeline stage, by its name."""
-    stage = pp.get_local_rank()
-    modules = [f"blocks.{layer}." for layer in split_layers(cfg, pp.size())[stage]]
-    if stage == 0:
-        modules.append("embed.")
-    if stage == pp.size() - 1:
-        modules += ["norm.", "head."]
+def dtypes_of(model: Nemotron, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter, by its name: norms and a reward head compute in fp32."""
     dtypes = {}
-    for name, p in on_meta(cfg).named_parameters():
-        if name.startswith(tuple(modules)):
-            # norms and a reward head compute in fp32 anyhow
-            fp32 = p.ndim < 2 or (cfg.n_attributes and name.startswith("head."))
-            dtypes[name] = torch.float32 if fp32 else dtype
+    for name, p in model.named_parameters():
+        fp32 = p.ndim < 2 or (model.cfg.n_attributes and name.startswith("head."))
+        dtypes[name] = torch.float32 if fp32 else dtype
     return dtypes
 
 
 def perplexity(engine: Engine) -> float:
-    """Compute a language model's perplexity on 1,024 tokens of Python's documentation."""
-    if engine.cfg.n_attributes:
-        return math.nan
+    """Compute perplexity on 1,024 tokens of Python's documentation; NaN for a reward model."""
     text = "".join(itertools.islice(embedded_english(), 8))
-    ids = engine.tokenizer.encode(text)[: min(1025, engine.context)].tolist()
+    ids = engine.tokenizer.encode(text)[:1025][: engine.context].tolist()
     (done,) = engine.score([(ids[:1], ids[1:])])
-    return math.exp(-sum(done.logprobs) / len(done.logprobs))
+    return math.exp(-np.mean(done.logprobs or math.nan))
 
 
 class Driver:
@@ -1012,22 +993,26 @@ class SampleConfig(EngineConfig):
 def sample_command(cfg: SampleConfig) -> None:
     """Submit all prompts, then write each sample as soon as those before it are written."""
     engine = load_engine(cfg)
+    engine.check(cfg.sampling)
 
     def submit(row: dict) -> list[Sequence]:
-        if "messages" not in row:
+        if row.get("messages") is None:
             return engine.submit(row["prompt"], cfg.sampling)
         ids, _ = render_chat(row["messages"], engine.tokenizer)
         return engine.submit(ids, chat_sampling(cfg.sampling, engine.tokenizer))
 
     rows = [("--prompts", {"prompt": text}) for text in cfg.prompts]
     work = submit_rows(rows or read_jsonl(cfg.file, text_field="prompt"), submit)
-    with json_lines(cfg.out, engine) as write:
-        for row, sequences in tqdm(work, unit=" prompts", disable=not engine.leads):
-            for done in engine.finished(sequences):
+
+    def lines() -> Iterator[dict]:
+        for row, samples in work:
+            for done in engine.finished(samples):
                 line = {"index": done.index, "text": done.text, "finish_reason": done.finish_reason}
                 if cfg.sampling.logprobs is not None:
                     line |= {"ids": done.ids, "logprobs": done.logprobs, "top_logprobs": done.tops}
-                write(row | line)
+                yield row | line
+
+    write_lines(cfg.out, engine, lines(), cfg.sampling.n * len(work))
     log.info(f"{engine.prompt_tokens:,} prompt tokens, {engine.new_tokens:,} new ones")
 
 
@@ -1039,24 +1024,31 @@ def submit_rows(
     for where, row in rows:
         try:
             work.append((row, submit(row)))
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, KeyError) as e:
             rule = f"no field {e}" if isinstance(e, KeyError) else e
             raise ValueError(f"{where}: {rule}") from e
+    if not work:
+        raise ValueError("no prompt in the file, or no row: it is empty")
     return work
 
 
-@contextmanager
-def json_lines(out: Path | None, engine: Engine) -> Iterator[Callable[[dict], None]]:
-    """Open a file, or stdout, and yield a function that writes an object to it as a JSON line; on
-    all processes but the first it writes nothing."""
+def write_lines(out: Path | None, engine: Engine, lines: Iterable[dict], n: int) -> None:
+    """Write n JSON lines to a file, or stdout, as they come; on all processes but the first they
+    are only computed. After a first Ctrl-C, only what is done; a second ends the process."""
+
+    def interrupt(*_: object):
+        engine.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, interrupt)
+    bar = tqdm(lines, total=n, unit=" lines", disable=not engine.leads)
     with out.open("w", encoding="utf-8") if out and engine.leads else nullcontext(sys.stdout) as f:
-
-        def write(row: dict) -> None:
+        for line in bar:
             if engine.leads:
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
                 f.flush()
-
-        yield write
+    if engine.interrupted:
+        raise KeyboardInterrupt(f"after {bar.n} of {n} lines")
 
 
 def chat_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -1085,6 +1077,7 @@ def chat(cfg: ChatConfig) -> None:
     engine = load_engine(cfg)
     driver = Driver(engine)
     params = chat_sampling(replace(cfg.sampling, n=1, echo=False), engine.tokenizer)
+    engine.check(params)
     if not engine.leads:
         driver.follow()
         return
@@ -1116,7 +1109,7 @@ def fit_context(messages: list[dict[str, str]], engine: Engine) -> list[int]:
 
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
-    """Write an answer as it comes; return it without the line end that the template adds."""
+    """Write an answer as it comes; return it."""
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def show(out: Completion, text: str) -> None:
@@ -1128,11 +1121,12 @@ def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
     number = driver.submit(ids, params, show)
     while not driver.failed:
         try:
-            return answers.get(timeout=1).rstrip("\n")
+            return answers.get(timeout=1)
         except queue.Empty:
             continue
         except KeyboardInterrupt:
             driver.cancel(number)
+            return answers.get()  # a second Ctrl-C ends the conversation
     return ""
 
 
@@ -1151,20 +1145,26 @@ def score(cfg: ScoreConfig) -> None:
     wins = []
     submit = submit_reward if engine.cfg.n_attributes else submit_continuations
     work = submit_rows(read_jsonl(cfg.file), partial(submit, engine))
-    with json_lines(cfg.out, engine) as write:
+
+    def lines() -> Iterator[dict]:
+        """Yield the rows with their scores."""
         for row, sequences in work:
             done = list(engine.finished(sequences))
+            if engine.interrupted:
+                return
             if not engine.cfg.n_attributes:
                 row["logprobs"] = [sum(c.logprobs) for c in done]
                 row["n_tokens"] = [len(c.logprobs) for c in done]
                 row["greedy"] = [is_greedy(c) for c in done]
-            elif "messages" in row:
+            elif len(done) == 1:
                 row["scores"] = named_scores(done[0].scores)
             else:
                 chosen, rejected = (named_scores(c.scores) for c in done)
                 row |= {"chosen_scores": chosen, "rejected_scores": rejected}
                 wins.append(chosen["reward"] > rejected["reward"])
-            write(row)
+            yield row
+
+    write_lines(cfg.out, engine, lines(), len(work))
     if wins:
         log.info(f"the chosen one has the higher reward in {sum(wins)} of {len(wins)} pairs")
 
@@ -1172,17 +1172,19 @@ def score(cfg: ScoreConfig) -> None:
 def submit_continuations(engine: Engine, row: dict) -> list[Sequence]:
     """Submit a row's continuations to a language model."""
     texts = row.get("continuations") or [row["continuation"]]
+    if not isinstance(texts, list):
+        raise ValueError(f"continuations: must be a list of texts, not {texts!r:.40}")
     context = engine.encode(row["prompt"])
     return [engine.submit_pair(context, engine.encode(text)) for text in texts]
 
 
 def submit_reward(engine: Engine, row: dict) -> list[Sequence]:
     """Submit a row's conversation to a reward model, or its chosen and its rejected one."""
-    if "messages" in row:
+    if row.get("messages"):
         conversations = [row["messages"]]
     else:
         before = row["prompt"]
-        if isinstance(before, str):
+        if not isinstance(before, list):
             before = [{"role": "user", "content": before}]
         answers = [row["chosen"], row["rejected"]]
         conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
@@ -1209,7 +1211,7 @@ def named_scores(scores: list[float]) -> dict[str, float]:
     return attributes_of(scores) | {"reward": float(aggregate(scores))}
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS = {
     "sample": (SampleConfig, sample_command),
     "chat": (ChatConfig, chat),
     "score": (ScoreConfig, score),
@@ -1227,7 +1229,8 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
         command(parse())
     except (ValueError, OSError) as e:
         sys.exit(f"{name}: error: {e}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        log.info(f"{name}: stopped {e}")
         os._exit(130)  # do not wait for requests that an endpoint has still to answer
     if dist.is_initialized():
         shut_down()
@@ -1237,9 +1240,9 @@ def main() -> None:
     """Run the command that the command line names."""
     if sys.argv[1:2] and sys.argv[1] in MOVED:
         sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
-    configs = {name: config for name, (config, _) in COMMANDS.items()}
     functions = dict(COMMANDS.values())
-    parse = partial(tyro.extras.subcommand_cli_from_dict, configs, description=__doc__)
+    parse = tyro.extras.subcommand_cli_from_dict
+    parse = partial(parse, dict(zip(COMMANDS, functions, strict=True)), description=__doc__)
     run_command("generate.py", parse, lambda cfg: functions[type(cfg)](cfg))
 
 

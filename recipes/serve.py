@@ -3,19 +3,19 @@
     python -m recipes.serve runs/nano --port 8000
     torchrun --nproc_per_node 4 -m recipes.serve runs/big --mesh.tp 4
 
-The engine runs in a thread of its own (`generate.Driver`). An `ActiveRequest` submits the prompts
-of a request and receives what the engine reports of its samples; a `ResponseWriter` for each sample
-puts that into OpenAI's format.
+The engine runs in a thread of its own (`generate.Driver`). An `ActiveRequest` submits its prompts
+and receives what the engine reports; a `ResponseWriter` a sample puts that into OpenAI's format.
 """
 
 import asyncio
 import hmac
 import json
 import logging
+import os
 import secrets
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from generate import (
     SamplingParams,
     attributes_of,
     chat_stops,
+    check_ranges,
     load_engine,
     run_command,
 )
@@ -53,8 +54,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ServeConfig(EngineConfig):
-    """Serve OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and NVIDIA's
-    /v1/health/live and /v1/health/ready."""
+    """Serve OpenAI's chats, completions and models under /v1, and NVIDIA's /v1/health."""
 
     host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all networks of this machine
     port: int = 8000  # Port to listen on
@@ -64,6 +64,9 @@ class ServeConfig(EngineConfig):
     max_body: int = 4 << 20  # Largest size of a request, in bytes
     model_name: str = ""  # Name of the model for clients; default: its folder's name
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"port": (0, 65_535), "max_queue": (0, 1 << 31)})
+
 
 # ---- requests ------------------------------------------------------------------------------------
 
@@ -71,7 +74,7 @@ class ServeConfig(EngineConfig):
 class RequestError(Exception):
     """Ends a request with an HTTP status and OpenAI's error object; fields: param, code."""
 
-    def __init__(self, status: int, message: str, **fields: str) -> None:
+    def __init__(self, status: int, message: str, **fields: str):
         types = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         error = {"message": message[:1000], "type": types.get(status, "invalid_request_error")}
         self.body = {"error": error | {"param": None, "code": None} | fields}
@@ -109,7 +112,7 @@ class SamplingRequest(BaseModel, extra="forbid", strict=True):
             return given
         return {name: value for name, value in given.items() if value is not None}
 
-    def params(self, **others: Any) -> SamplingParams:
+    def params(self, **others) -> SamplingParams:
         given = self.model_dump(include=set(SamplingParams.__dataclass_fields__))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return SamplingParams(**given | {"stop": stop} | others)
@@ -124,12 +127,11 @@ class TextRequest(SamplingRequest):  # of /v1/completions
     def sampling(self, engine: Engine) -> SamplingParams:
         if engine.cfg.n_attributes:
             raise RequestError(400, "a reward model scores chats: use /v1/chat/completions")
-        # lm-eval scores a text by its echoed log-probabilities and drops the last max_tokens of
-        # them, so a sample must not stop before it has that many.
+        # lm-eval drops max_tokens of the echoed log-probabilities: there must be as many new ones
         scored = self.echo and self.logprobs is not None
         return self.params(stop_ids=() if scored else None)
 
-    def prompts(self, engine: Engine) -> list:
+    def prompts(self, engine: Engine):
         one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
 
@@ -151,12 +153,14 @@ class ChatRequest(SamplingRequest):  # of /v1/chat/completions
         stops = chat_stops(engine.tokenizer)
         return self.params(max_tokens=min(limits), logprobs=top, stop_ids=stops)
 
-    def prompts(self, engine: Engine) -> list:
+    def prompts(self, engine: Engine):
         """Return the conversation in the model's template, up to the turn to answer or to score."""
+        system = {"role": "system"}  # OpenAI's newer name of it is developer
+        messages = [m | system if m.get("role") == "developer" else m for m in self.messages]
         if engine.cfg.n_attributes:
-            return [render_reward(self.messages, engine.tokenizer)]
-        ids, _ = render_chat(self.messages, engine.tokenizer)
-        if self.messages[-1]["role"] != "user":
+            return [render_reward(messages, engine.tokenizer)]
+        ids, _ = render_chat(messages, engine.tokenizer)
+        if messages[-1]["role"] != "user":
             raise RequestError(400, "messages: the last one must be the user's", param="messages")
         return [ids]
 
@@ -164,32 +168,18 @@ class ChatRequest(SamplingRequest):  # of /v1/chat/completions
 # ---- responses -----------------------------------------------------------------------------------
 
 
-def hold_newline(text: str, reason: str) -> tuple[str, str]:
-    """Split a piece of a chat answer into the text to send and a last newline to hold back.
-
-    The template has a newline before the <extra_id_1> that ends an answer. So a model writes one
-    too, which is no part of the answer. It is known by the stop right behind it: a newline is held
-    until more text comes, and dropped if the sample stops instead.
-    """
-    if text.endswith("\n") and reason in ("", "stop"):
-        return text[:-1], "\n"
-    return text, ""
-
-
 class ResponseWriter:
     """Writes one sample in OpenAI's format, at once or piece by piece."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: bool = False):
         self.tokenizer = tokenizer
         self.chat = chat
         self.n_characters = 0  # written so far
         self.n_tokens = 0
-        self.held = ""  # a newline that may be the template's
-        self.anchor = tokenizer.encode("a")[-1:].tolist()
+        self.anchor = tokenizer.encode("a")[-1:]
 
     def write(self, out: Completion, n_characters: int, n_tokens: int, reason: str) -> Json:
-        """Return the choice with what is new, up to the given numbers of characters and of tokens;
-        the engine's thread may have added more to `out` meanwhile."""
+        """Return the choice with what is new, to these numbers: `out` may have more meanwhile."""
         text = out.text[self.n_characters : n_characters]
         new = slice(self.n_tokens, n_tokens)
         scored = list(zip(out.ids[new], out.logprobs[new], out.tops[new], strict=True))
@@ -203,13 +193,11 @@ class ResponseWriter:
         if out.scores:  # in the form in which NVIDIA's service returns a reward model's attributes
             named = attributes_of(out.scores).items()
             entries = [{"token": name, "logprob": score} for name, score in named]
-        text, self.held = hold_newline(self.held + text, reason)
         choice["logprobs"] = {"content": entries} if entries else None
         return choice | {"message": role | {"content": text}}
 
     def spell(self, token: int) -> str:
-        """Return a token's text as it is after another token, because some tokenizers drop a space
-        at the beginning of a text."""
+        """Return a token's text after another one: some tokenizers drop a text's first space."""
         before = len(self.tokenizer.decode(self.anchor))
         return self.tokenizer.decode([*self.anchor, token])[before:]
 
@@ -222,25 +210,28 @@ class ResponseWriter:
 
     def text_logprobs(self, scored: list) -> Json | None:
         """Return a completion's lists for the (token, log-probability, likeliest tokens) given."""
-        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        rows = []
         for token, log_prob, top in scored:
             ranked = [(token, log_prob), *reversed(top)]  # of those spelt alike, the last counts
             likeliest = {self.spell(other): value for other, value in ranked}
-            lists["tokens"].append(self.spell(token))
-            lists["token_logprobs"].append(log_prob)
-            lists["top_logprobs"].append(None if log_prob is None else likeliest)
-        return lists if scored else None
+            rows.append((self.spell(token), log_prob, None if log_prob is None else likeliest))
+        names = ("tokens", "token_logprobs", "top_logprobs")
+        return dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else None
 
 
 class ActiveRequest(Response):
     """Answers a request with the samples that the engine's thread reports, whole or as events."""
 
-    def __init__(self, state: "ServerState", asked: TextRequest | ChatRequest) -> None:
+    def __init__(self, state: "ServerState", asked: TextRequest | ChatRequest):
+        """Take a parsed request; ValueError if the model cannot answer it."""
         super().__init__()
         self.state = state
         self.asked = asked
         self.params = asked.sampling(state.engine)
         self.prompts = [state.engine.encode(prompt) for prompt in asked.prompts(state.engine)]
+        if self.params.max_tokens and state.engine.context in map(len, self.prompts):
+            rule = "a prompt fills the context, without room for an answer: shorten it"
+            raise RequestError(400, rule, code="context_length_exceeded")
         self.n_samples = self.params.n * len(self.prompts)
         self.inbox: asyncio.Queue = asyncio.Queue()
         self.done: list[Completion] = []
@@ -250,7 +241,7 @@ class ActiveRequest(Response):
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": state.name}
         self.head["created"] = int(time.time())
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope, receive, send):
         """Answer; and when that ends, in whatever way, cancel the samples that are not done."""
         self.request = Request(scope, receive)
         self.loop = asyncio.get_running_loop()
@@ -274,15 +265,14 @@ class ActiveRequest(Response):
             for number in numbers:
                 driver.cancel(number)
 
-    def report(self, first: int, out: Completion, _: str) -> None:
-        """Tell the server's thread how far a sample has come. The engine's thread calls this;
-        `first` is the number of the prompt's first sample."""
+    def report(self, first: int, out: Completion, _: str):
+        """Tell the server's thread, from the engine's, how far a prompt's samples have come."""
         if out.finish_reason or self.asked.stream:
             piece = (first + out.index, out, len(out.text), len(out.logprobs), out.finish_reason)
             with suppress(RuntimeError):  # the loop is closed: the server was forced to quit
                 self.loop.call_soon_threadsafe(self.inbox.put_nowait, piece)
 
-    async def choices(self) -> AsyncIterator[Json]:
+    async def choices(self):
         """Yield choices until all samples are done, the engine fails or the client hangs up."""
         tokenizer = self.state.engine.tokenizer
         writers = [ResponseWriter(tokenizer, self.chat) for _ in range(self.n_samples)]
@@ -295,17 +285,17 @@ class ActiveRequest(Response):
                     self.done.append(out)
                 yield {"index": index} | choice
 
-    def usage(self) -> Json:
+    def usage(self):
         n_prompt = sum(map(len, self.prompts))
         n_new = sum(len(out.ids) for out in self.done)
         if self.params.echo:
             n_new -= n_prompt * self.params.n
-        cached = sum(out.cached for out in self.done if out.index == 0)
         counts = {"prompt_tokens": n_prompt, "completion_tokens": n_new}
-        counts |= {"total_tokens": n_prompt + n_new}
+        counts["total_tokens"] = n_prompt + n_new
+        cached = sum(out.cached for out in self.done if out.index == 0)
         return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self):
         """Yield server-sent events: the pieces of all samples, the usage if asked for, [DONE]."""
         try:
             async for choice in self.choices():
@@ -327,24 +317,24 @@ class ActiveRequest(Response):
 class ServerState:
     """State that the requests of all clients share."""
 
-    def __init__(self, engine: Engine, driver: Driver, cfg: ServeConfig) -> None:
+    def __init__(self, engine: Engine, driver: Driver, cfg: ServeConfig):
         self.engine = engine
         self.driver = driver
         self.cfg = cfg
         self.name = cfg.model_name or cfg.model.resolve().name
         self.n_samples = 0  # of the requests under way
 
-    def check_engine(self) -> None:
+    def check_engine(self):
         if self.driver.failed or not self.driver.thread.is_alive():
             raise RequestError(503, "the engine has failed, or has not begun")
 
-    def check_key(self, request: Request) -> None:
+    def check_key(self, request: Request):
         given = request.headers.get("authorization", "").encode()
         wanted = f"Bearer {self.cfg.api_key}".encode()
         if self.cfg.api_key and not hmac.compare_digest(given, wanted):
             raise RequestError(401, "a wrong API key, or none", code="invalid_api_key")
 
-    def parse(self, kind: type, raw: bytes) -> ActiveRequest:
+    def parse(self, kind: type, raw: bytes):
         """Return a request that can be submitted; a RequestError says what is wrong with it."""
         try:
             asked = kind.model_validate_json(raw)
@@ -359,15 +349,18 @@ class ServerState:
         except ValueError as e:
             raise RequestError(400, str(e)) from e
 
-    async def submit(self, request: Request) -> ActiveRequest:
+    async def submit(self, request: Request):
         """Read a request and return what answers it, if there is room for its samples."""
         self.check_key(request)
         kind = ChatRequest if request.url.path == "/v1/chat/completions" else TextRequest
         raw = bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > self.cfg.max_body:
-                raise RequestError(413, f"the request has more than {self.cfg.max_body} bytes")
+        n_bytes = 0
+        async for part in request.stream():  # to its end: many clients send all before they listen
+            n_bytes += len(part)
+            if n_bytes <= self.cfg.max_body:
+                raw += part
+        if n_bytes > self.cfg.max_body:
+            raise RequestError(413, f"the request has more than {self.cfg.max_body} bytes")
         # Tokenizing a long text takes a while: do it in another thread.
         active = await asyncio.to_thread(self.parse, kind, raw)
         self.check_engine()
@@ -380,7 +373,7 @@ class ServerState:
         return active
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception):
     """Answer with OpenAI's error object, for unknown routes and bugs of ours as well."""
     if isinstance(error, RequestError):
         return JSONResponse(error.body, error.status, error.headers)
@@ -394,54 +387,63 @@ def make_app(state: ServerState) -> FastAPI:
     """Return the application. The caller starts the driver's thread and stops it."""
     errors = (RequestError, HTTPException, ClientDisconnect, Exception)
     handlers = dict.fromkeys(errors, answer_error)
-    app = FastAPI(title="nemotron4", openapi_url=None, exception_handlers=handlers)
+    app = FastAPI(openapi_url=None, exception_handlers=handlers)
     model = {"id": state.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "nemotron4", "max_model_len": state.engine.context}
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:
+    async def complete(request: Request):
         return await state.submit(request)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> Json:
+    @app.get(f"/v1/models/{state.name}")
+    async def models(request: Request):
         state.check_key(request)
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model]} if request.url.path == "/v1/models" else model
 
     @app.get("/v1/health/live")
-    async def live() -> Json:
-        return {"status": "live"}
-
     @app.get("/v1/health/ready")
-    async def ready() -> Json:
-        state.check_engine()
-        return {"status": "ready"}
+    async def health(request: Request):
+        if request.url.path == "/v1/health/ready":
+            state.check_engine()
+        return {"status": "ok"}
 
     return app
 
 
+def bind(cfg: ServeConfig) -> socket.socket:
+    """Take the port, before the model is loaded. Connections are refused until the server runs."""
+    listener = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((cfg.host, cfg.port))
+    except OSError as e:
+        raise ValueError(f"{cfg.host} port {cfg.port}: {e}: set another --port") from e
+    return listener
+
+
 def serve(cfg: ServeConfig) -> None:
     """Answer until SIGINT or SIGTERM. The first process serves; the others follow its engine."""
+    listener = None if int(os.environ.get("RANK", 0)) else bind(cfg)
     driver = Driver(load_engine(cfg))
-    # uvicorn re-raises the signal after shutdown. Ignore it here, so that the other ranks still
-    # receive their stop message.
+    # uvicorn re-raises the signal after shutdown: the other ranks are still to be told to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    if not driver.engine.leads:
+    if listener is None:
         driver.follow()
         return
     state = ServerState(driver.engine, driver, cfg)
-    log.info(f"http://{cfg.host}:{cfg.port}/v1 serves {state.name}")
+    log.info(f"http://{cfg.host}:{listener.getsockname()[1]}/v1 serves {state.name}")
     if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(f"anybody who reaches {cfg.host} can use this server: set --api-key")
     driver.thread.start()
-    how = {"timeout_graceful_shutdown": 5, "log_level": "warning"}
-    try:
-        uvicorn.run(make_app(state), host=cfg.host, port=cfg.port, **how)
-    finally:  # also if the port is taken, so that the other ranks end
-        driver.stop()
+    config = uvicorn.Config(make_app(state), timeout_graceful_shutdown=5, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
+    driver.stop()
     if driver.failed:
         raise RuntimeError("the engine failed") from driver.failed
+    log.info("stopped")
 
 
 if __name__ == "__main__":

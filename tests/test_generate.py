@@ -5,16 +5,21 @@ import dataclasses
 import io
 import json
 import math
+import queue
 import random
 import re
+import signal
+import threading
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from scipy import stats
-from transformers import LogitsProcessorList, NemotronForCausalLM
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LogitsProcessorList, NemotronForCausalLM, PreTrainedTokenizerFast
 from transformers.generation import logits_process as hf
 
 import data
@@ -324,7 +329,7 @@ def test_uniform_numbers_are_uniform_and_never_zero_or_one():
     "change, words",
     [
         ({"temperature": -1}, "temperature"), ({"temperature": math.nan}, "temperature"),
-        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -1}, "top_k"),
+        ({"top_p": -0.1}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -1}, "top_k"),
         ({"min_p": 2}, "min_p"), ({"n": 0}, "n=0"), ({"max_tokens": -1}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"), ({"stop": "a"}, "stop"), ({"stop": ("",)}, "stop"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -333,6 +338,27 @@ def test_uniform_numbers_are_uniform_and_never_zero_or_one():
 def test_impossible_sampling_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         SamplingParams(**change)
+
+
+def test_a_top_p_of_zero_keeps_the_likeliest_token_alone():
+    p = torch.randn(5, 1000, generator=torch.Generator().manual_seed(3)).mul(3).softmax(1)
+    kept = generate.keep_top_p(p, torch.zeros(5, 1))
+    assert torch.equal(kept > 0, torch.nn.functional.one_hot(p.argmax(1), 1000) > 0)
+    logits = p.log()
+    params = [SamplingParams(top_p=0), *[SamplingParams()] * 4]
+    assert generate.sample(logits, params, [[]] * 5, [0.99] * 5)[0] == p[0].argmax()
+
+
+@pytest.mark.parametrize("token", [-1, 512, 99_999])
+def test_a_stop_token_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(ValueError, match=f"token {token} is not in 0..511"):
+        Engine(tiny()).generate([[9]], SamplingParams(stop_ids=(7, token)))
+
+
+@pytest.mark.parametrize("prompt", [5, 1.5, None, {"a": 1}, [1.7], ["a"], [[1]]])
+def test_a_prompt_that_is_neither_text_nor_token_ids_is_refused(prompt):
+    with pytest.raises(ValueError, match="a text or a list of token ids"):
+        Engine(tiny()).encode(prompt)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +416,7 @@ def test_scores_are_the_continuations_log_probs_and_share_their_contexts():
 class Bytes:
     """A tokenizer of one byte a token: every character is cut."""
 
-    specials = {"</s>": 256}
+    specials = {"</s>": 256}  # and no mark of a turn
     vocab_size = 257
 
     def encode(self, text):
@@ -437,6 +463,187 @@ def test_any_tokens_whatever_stream_to_their_decoded_text(corpus):
         for _ in range(200):
             ids = rng.integers(0, tokenizer.vocab_size, rng.integers(0, 60)).tolist()
             assert "".join(streamed(tokenizer, ids)[0]) == tokenizer.decode(ids)
+
+
+WORDS = [
+    "the list of the lists 日本",
+    "a list of things, naïve café",
+    "  def main():\n    return  x",
+]
+PARTS = [
+    *(
+        "the list",
+        " of",
+        "a list",
+        "naïve",
+        " café",
+        "日本",
+        "日",
+        "語テ",
+        "🎈",
+        "👩‍👩‍👧",
+        "\n",
+        "\n\n",
+    ),
+    *(" ", "   ", "\t", "x", "def main():", "\ufffd", "e\u0301", "\0", "हिन्दी", "</s>", "▁", "9"),
+]
+
+
+def saved(tokenizer, folder):
+    """Save with transformers, without the bytes among the added tokens, as Llama's file has it."""
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def byte_fallback(folder):
+    """Llama 2's form: a blank before the text, unknown characters as bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(blanks)
+    last = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *last])
+    marks = [*data.SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    how = dict(vocab_size=340, limit_alphabet=30, special_tokens=marks, show_progress=False)
+    tokenizer.train_from_iterator(WORDS * 50, trainers.BpeTrainer(**how))
+    saved(tokenizer, folder)
+
+
+def metaspace(folder):
+    """Blanks as ▁, one of them before the text; unknown characters are one token."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    how = dict(vocab_size=120, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(special_tokens=list(data.SPECIALS), **how)
+    tokenizer.train_from_iterator(WORDS * 50, trainer)
+    saved(tokenizer, folder)
+
+
+def sentencepiece_file(folder):
+    """With byte fallback and a blank before the text, which are its defaults but for the first."""
+    import sentencepiece
+
+    (folder / "texts.txt").write_text("\n".join(WORDS * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "texts.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=340, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+        control_symbols=["<extra_id_0>", "<extra_id_1>"], remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory, corpus):
+    """Tokenizers by the name of what made their files."""
+    found = {"ours": data.TokenData(corpus).tokenizer()}
+    for make in (byte_fallback, metaspace, sentencepiece_file):
+        folder = tmp_path_factory.mktemp(make.__name__)
+        make(folder)
+        found[make.__name__] = data.load_tokenizer(folder)
+    return found
+
+
+FILES = ["ours", "byte_fallback", "metaspace", "sentencepiece_file"]
+
+
+def random_ids(tokenizer, rng):
+    """A text's ids or, now and then, any at all."""
+    if rng.random() < 0.2:
+        return [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(60))]
+    most = rng.choice([6, 40])
+    return tokenizer.encode("".join(rng.choices(PARTS, k=rng.randrange(most)))).tolist()
+
+
+@pytest.mark.parametrize("n", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FILES)
+def test_a_stream_gives_what_decoding_prompt_and_answer_adds_to_the_prompt(
+    tokenizer_files, name, n
+):
+    tokenizer, rng = tokenizer_files[name], random.Random(n)
+    for _ in range(n):
+        ids = random_ids(tokenizer, rng)
+        start = rng.randrange(len(ids) + 1)
+        end = rng.choice([len(ids), rng.randrange(start, len(ids) + 1)])
+        stream = TextStream(tokenizer, (), ids[:start])
+        pieces = [stream.push(token) for token in ids[start:end]]
+        want = tokenizer.decode(ids[:end])[len(tokenizer.decode(ids[:start])) :]
+        assert "".join([*pieces, stream.finish()]) == want, (ids, start, end)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_stream_holds_back_no_more_than_a_few_tokens_of_words(tokenizer_files, name):
+    tokenizer = tokenizer_files[name]
+    ids = tokenizer.encode("the list of the lists of things " * 40)
+    stream, shown = TextStream(tokenizer, ()), ""
+    for n, token in enumerate(ids, 1):
+        shown += stream.push(int(token))
+        assert shown == tokenizer.decode(ids[:n]) and len(stream.ids) <= 40
+
+
+def scripted(monkeypatch, prompt, ids):
+    """The engine then samples these ids after the prompt, whatever the model says."""
+
+    def sample(logits, params, seen, u):
+        return torch.tensor([ids[len(before) - len(prompt)] for before in seen])
+
+    monkeypatch.setattr(generate, "sample", sample)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_echo_joins_prompt_and_answer_as_their_text_was(tokenizer_files, name, monkeypatch):
+    tokenizer = tokenizer_files[name]
+    ids = tokenizer.encode("the list of things, 日本 naïve café\n").tolist()
+    engine = Engine(tiny(), tokenizer)
+    for n in range(1, len(ids), 2):
+        scripted(monkeypatch, ids[:n], ids[n:])
+        params = SamplingParams(max_tokens=len(ids) - n, echo=True, stop_ids=())
+        (out,) = engine.generate([ids[:n]], params)
+        before = tokenizer.decode(ids[:n])
+        assert out.text == before + tokenizer.decode(ids)[len(before) :]
+        plain = dataclasses.replace(params, echo=False)
+        (answer,) = engine.generate([ids[:n]], plain)
+        assert answer.text == out.text[len(before) :]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_stop_text_that_begins_with_a_blank_is_found(tokenizer_files, name, monkeypatch):
+    tokenizer = tokenizer_files[name]
+    ids = tokenizer.encode("the list of things").tolist()
+    n = next(i for i in range(len(ids)) if tokenizer.decode(ids[:i]) == "the list")
+    scripted(monkeypatch, ids[:n], ids[n:])
+    params = SamplingParams(max_tokens=len(ids) - n, stop=(" of",), stop_ids=())
+    (out,) = Engine(tiny(), tokenizer).generate([ids[:n]], params)
+    assert (out.text, out.finish_reason) == ("", "stop")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "stop, end, want",
+    [
+        ((), "<extra_id_1>", "a list"),
+        ((), "</s>", "a list\n"),
+        (("naïve",), "</s>", "a list\n"),
+        ((), None, "a list\n"),
+    ],
+)
+def test_only_the_mark_of_a_turn_takes_an_answers_last_newline(
+    tokenizer_files, name, stop, end, want, monkeypatch
+):
+    tokenizer = tokenizer_files[name]
+    prompt, _ = data.render_chat(CHAT, tokenizer)
+    n = len(tokenizer.encode("a list\n"))
+    ids = tokenizer.encode("a list\nnaïve" if stop else "a list\n").tolist()
+    ids += [tokenizer.special(end)] if end else []
+    scripted(monkeypatch, prompt, ids)
+    params = SamplingParams(max_tokens=20 if end else n, stop=stop)
+    engine, pieces = Engine(tiny(), tokenizer), []
+    (row,) = engine.submit(
+        prompt, generate.chat_sampling(params, tokenizer), lambda out, text: pieces.append(text)
+    )
+    list(engine.finished([row]))
+    assert row.out.text == want == "".join(pieces)
 
 
 def test_a_stream_is_not_late():
@@ -574,7 +781,7 @@ def test_compiled_blocks_yield_the_same(tmp_path, corpus):
     "change, words",
     [
         ({"mesh": generate.Layout(tp=2)}, "tp=2"),
-        ({"tokenizer": "cl100k"}, "one of tiktoken's: .*cl100k_base"),
+        ({"tokenizer": "cl100k"}, "cl100k: no such file"),
         ({"slots": 0}, "slots=0"),
     ],
 )
@@ -636,6 +843,184 @@ def test_sample_answers_prompts_from_arguments_a_file_and_stdin(folder, tmp_path
 
 
 CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(n): Ctrl-C in the n-th step from now; the exit status then is SystemExit's."""
+    before = signal.getsignal(signal.SIGINT)
+    real, steps = Engine.step, []
+
+    def after(n):
+        def step(engine):
+            steps.append(engine)
+            if len(steps) == n:
+                signal.raise_signal(signal.SIGINT)
+            real(engine)
+
+        monkeypatch.setattr(Engine, "step", step)
+        monkeypatch.setattr("os._exit", exit_with)
+
+    def exit_with(status):
+        raise SystemExit(status)
+
+    yield after
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_first_interrupt_keeps_the_samples_that_are_done_and_says_how_many(
+    folder, tmp_path, run, interrupted, capsys
+):
+    rows = [{"prompt": [9] * 80}, {"prompt": [10] * 94}, {"prompt": [11] * 90}]
+    file = write_rows(tmp_path / "p.jsonl", rows)
+    how = ("--max-tokens", 16, "--stop-ids", 0, "--n", 2, "--temperature", 0)
+    interrupted(8)
+    with pytest.raises(SystemExit) as e:
+        run("sample", folder, "--file", file, "--out", tmp_path / "out.jsonl", *how)
+    assert e.value.code == 130
+    done = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # those that need the least tokens, though another prompt is before them
+    assert {row["prompt"][0] for row in done} == {10, 11} and len(done) == 4
+    assert all(row["finish_reason"] == "length" for row in done)
+    said = capsys.readouterr().err
+    assert "generate.py: stopped after 4 of 6 lines\n" in said and "Traceback" not in said
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends it at once
+
+
+def test_an_interrupt_ends_an_answer_and_a_second_one_the_conversation(folder, monkeypatch):
+    engine = Engine(load_hf(folder), data.load_tokenizer(folder))
+    driver = generate.Driver(engine)
+    step, cancel, cancelled, go_on = (
+        engine.step,
+        driver.cancel,
+        threading.Event(),
+        threading.Event(),
+    )
+    waiting = threading.Event()
+
+    class Answers(queue.SimpleQueue):
+        def get(self, *args, **kwargs):
+            waiting.set()
+            return super().get(*args, **kwargs)
+
+    def interrupt():
+        assert waiting.wait(30)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def cancel_and_tell(number):
+        cancel(number)
+        cancelled.set()
+
+    def at_the_tenth():
+        step()
+        if engine.steps == 10:
+            interrupt()
+            assert cancelled.wait(30)
+
+    def without_end():
+        interrupt()
+        assert cancelled.wait(30)
+        interrupt()
+        go_on.wait(30)
+        step()
+
+    monkeypatch.setattr(driver, "cancel", cancel_and_tell)
+    monkeypatch.setattr(engine, "step", at_the_tenth)
+    driver.thread.start()
+    monkeypatch.setattr(queue, "SimpleQueue", Answers)
+    params = SamplingParams(max_tokens=90, stop_ids=(), seed=1)
+    answer = generate.talk(driver, [9, 10], params)
+    assert answer and engine.new_tokens < 15
+    cancelled.clear()
+    waiting.clear()
+    monkeypatch.setattr(engine, "step", without_end)
+    with pytest.raises(KeyboardInterrupt):  # the step that goes on is not waited for
+        generate.talk(driver, [9, 11], params)
+    monkeypatch.setattr(engine, "step", step)
+    go_on.set()
+    driver.stop()
+
+
+def test_progress_counts_samples(folder, run, capsys):
+    run("sample", folder, "--prompts", "a", "--n", 5, "--max-tokens", 2)
+    capsys.readouterr()
+    with mock.patch.object(generate, "tqdm", wraps=generate.tqdm) as bar:
+        run("sample", folder, "--prompts", "a", "b", "--n", 5, "--max-tokens", 2)
+    assert bar.call_args.kwargs["total"] == 10
+
+
+@pytest.mark.parametrize("command", ["sample", "chat"])
+def test_a_reward_model_is_not_asked_to_write(reward_folder, run, command):
+    args = ["--prompts", "hi"] if command == "sample" else []
+    with pytest.raises(SystemExit, match="a reward model does not write, it scores"):
+        run(command, reward_folder, *args, stdin="Hi\n\n")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a", "continuations": "abc"}, "a list of texts, not 'abc'"),
+        ({"prompt": "a", "continuations": {"b": 1}}, "a list of texts"),
+        ({"prompt": 5, "continuation": "b"}, "5: must be a text"),
+        ({"prompt": "a", "continuation": 7}, "7: must be a text"),
+        ({"prompt": "a", "continuations": ["b", None]}, "None: must be a text"),
+        ({"prompt": "a", "continuation": ""}, "empty"),
+        ({"prompt": "a", "continuations": []}, "continuation"),
+        ({"prompt": None, "continuation": "b"}, "None: must be a text"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named_by_file_and_line(folder, tmp_path, run, row, words):
+    file = write_rows(tmp_path / "r.jsonl", [{"prompt": "a", "continuation": "b"}, row])
+    with pytest.raises(SystemExit, match=rf"r\.jsonl:2: .*{words}"):
+        run("score", folder, "--file", file)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "messages"),
+        ({"prompt": "a", "chosen": "a", "rejected": 5}, "messages"),
+        ({"messages": 5}, "messages"),
+        ({"messages": CHAT}, "assistant"),
+    ],
+)
+def test_a_pair_that_cannot_be_scored_is_named_by_file_and_line(
+    reward_folder, tmp_path, run, row, words
+):
+    file = write_rows(tmp_path / "r.jsonl", [row])
+    with pytest.raises(SystemExit, match=rf"r\.jsonl:1: .*{words}"):
+        run("score", reward_folder, "--file", file)
+
+
+def test_a_column_that_is_null_is_none(folder, reward_folder, tmp_path, run):
+    rows = [{"prompt": "a", "messages": None}, {"messages": CHAT, "prompt": None}]
+    how = ("--max-tokens", 2)
+    assert len(run("sample", folder, "--file", write_rows(tmp_path / "p.jsonl", rows), *how)) == 2
+    row = {"prompt": "a", "continuation": "b", "continuations": None}
+    assert len(run("score", folder, "--file", write_rows(tmp_path / "s.jsonl", [row]))) == 1
+    row = {"messages": None, "prompt": "a", "chosen": "b", "rejected": "c"}
+    assert len(run("score", reward_folder, "--file", write_rows(tmp_path / "r.jsonl", [row]))) == 1
+
+
+@pytest.mark.parametrize("command", ["sample", "score"])
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"", "empty"),
+        (b"\n\n", "empty"),
+        (b'{"prompt": "a", "continuation": "b"}\n\xac\xed\x00', r"f\.jsonl:2"),
+        (b'{"prompt": "a", "continuation": "b", "x": ' + b"[" * 100_000 + b"\n", r"f\.jsonl:1"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r"f\.jsonl:1"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(
+    folder, tmp_path, run, command, raw, words
+):
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(raw)
+    with pytest.raises(SystemExit, match=words) as e:
+        run(command, folder, "--file", file)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,40 @@ def test_tokens_are_spelt_with_their_spaces_by_every_tokenizer(tmp_path, corpus)
         assert spelt.lstrip() == "the list of lists"
 
 
+def test_the_limits_of_a_chat_may_be_given_twice(server):
+    answer = chat(server, max_tokens=3, max_completion_tokens=3)
+    assert answer.usage.completion_tokens == 3
+
+
+def test_a_developers_message_is_the_system_turn(server):
+    system = [{"role": "system", "content": "Be brief."}, *HELLO]
+    developer = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    answers = [chat(server, messages=m).choices[0].message.content for m in (system, developer)]
+    assert answers[0] == answers[1] != chat(server).choices[0].message.content
+
+
+def test_a_top_p_of_zero_is_greedy(server):
+    (greedy,) = ask(server, "a", 1, temperature=0)
+    (choice,) = ask(server, "a", 1, top_p=0)
+    assert choice.text == greedy.text
+
+
+def test_a_model_is_found_by_its_name(server):
+    assert server.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("gpt")
+
+
+def test_a_prompt_that_fills_the_context_may_be_scored_but_not_answered(server):
+    with pytest.raises(openai.BadRequestError, match="fills the context") as e:
+        ask(server, [7] * 128, 1)
+    assert e.value.code == "context_length_exceeded"
+    (choice,) = ask(server, [7] * 128, 1, max_tokens=0, echo=True, logprobs=1)
+    assert len(choice.logprobs.tokens) == 128
+    (choice,) = ask(server, [7] * 127, 1)
+    assert choice.finish_reason in ("length", "stop")
+
+
 def test_a_model_is_listed_and_its_health_told(server):
     assert [m.id for m in server.client.models.list()] == ["tiny"]
     for path in ("live", "ready"):
@@ -355,6 +389,10 @@ BAD = {
     "chat's field": (TEXT, {"prompt": "a", "top_logprobs": 1}, "top_logprobs"),
     "penalty": (TEXT, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
     "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+    "no model": (TEXT, {"model": None, "prompt": "a"}, "model: Field required"),
+    "large n": (TEXT, {"prompt": "a", "n": 1000}, "n: Input should be less than or equal to 128"),
+    "many stops": (TEXT, {"prompt": "a", "stop": ["a"] * 65}, "stop"),
+    "full": (TEXT, {"prompt": [7] * 128}, "fills the context"),
     "no prompt": (TEXT, {}, "prompt"),
     "empty prompt": (TEXT, {"prompt": ""}, "empty"),
     "no prompts": (TEXT, {"prompt": []}, "prompt"),
@@ -366,7 +404,7 @@ BAD = {
     "too many": (TEXT, {"prompt": [[7]] * 300}, "300 samples"),
     "n": (TEXT, {"prompt": "a", "n": 129}, "128"),
     "zero": (TEXT, {"prompt": "a", "n": 0}, "n=0"),
-    "top_p": (TEXT, {"prompt": "a", "top_p": 1e-50}, "top_p"),
+    "top_p": (TEXT, {"prompt": "a", "top_p": -0.5}, "top_p"),
     "repetition": (TEXT, {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),
     "logprobs": (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs"),
     "best_of": (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
@@ -426,6 +464,37 @@ def test_a_request_of_too_many_bytes_is_refused(model, tokenizer):
             answer = server.post(content=content)
             assert answer.status_code == 413 and "10000" in answer.json()["error"]["message"]
         assert server.post(json={"prompt": "a" * 50, "max_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_sends_ten_megabytes_before_it_listens_gets_the_413(server):
+    host, port = server.http.base_url.host, server.http.base_url.port
+    body = b" " * 10_000_000
+    with socket.create_connection((host, port), timeout=30) as sock:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+        sock.sendall(head.encode() + b"\r\n" + body)
+        assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"port": 99_999}, r"port=99999: must be in 0..65535"),
+        ({"port": -1}, "port=-1"),
+        ({"max_queue": -5}, "max_queue=-5"),
+    ],
+)
+def test_an_impossible_server_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        ServeConfig(Path("tiny"), **change)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_a_port_that_is_not_to_be_had_is_named_before_a_model_is_loaded(host, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"{host} port {port}: .*: set another --port"):
+            serve(ServeConfig(Path("no model is there"), host=host, port=port))
+    assert not caplog.messages
 
 
 def test_a_key_is_asked_for_everywhere_but_for_the_health(model, tokenizer):
