@@ -356,7 +356,7 @@ NUMBER = rf"""(?:(?P<sign>-)(?=[$0-9.]))?(?:\$\s?)?(?P<minus>-)?
     (?P<top>{DECIMAL})(?:(?P<dot>\.?)(?:\\overline\{{|\()(?P<repeat>[0-9]{{1,12}})[)}}])?
     (?:\s?/\s?(?P<under>{DECIMAL}))?
     (?:(?:e|\s?[×x*]\s?10\^\{{?)(?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?"""
-SHORT_UNIT = r"\s?(?:[%°€£]|\^?\{?\\circ\}?|(?:[cmk]m|[km]g|ml|ft|lb|oz|mph)(?![a-zA-Z]))"
+SHORT_UNIT = r"\s?(?:[%°€£]|\^?\{?\\circ\}?|(?:[cmk]m|[km]g|ml|ft|lb|oz|mph)(?:/[hs])?(?![a-zA-Z]))"
 QUANTITY = re.compile(
     rf"""{NUMBER}(?:(?:{SHORT_UNIT}|\s?\\(?:text|mathrm|mbox|textbf)\{{(?P<text>[^{{}}0-9]*)\}}
     |[ ](?P<words>[^\W\d_]{{3,}}(?:[ /][^\W\d_]+)*))(?:\^\{{?[23]\}}?|[²³])?)?""",

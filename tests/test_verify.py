@@ -668,7 +668,7 @@ NUMBERS = [
     (r"\boxed{0.\overline{3}}", Fraction(1, 3)), ("0.1(6)", Fraction(1, 6)), ("#### 0.333...", None), ("0.3…", None), ("5(3)", None),
     ("#### 5\n#### 6", 6), ("#### 5 #### 6", 6), ("#### 5\n#### x = 6", 6), (r"#### \frac{1}{2}", Fraction(1, 2)), ("#### (3, 4)", None),
     ("The answer is (3, 4).", None), ("The answer is 3 or 4.", None), ("The answer is 3 more than x.", None), ("The answer is that 5 apples are left.", 5),
-    ("It takes 5 million years.", None), ("It is 5² metres.", None), ("It is 2½ cups.", None), ("It is minus 5.", None), ("The answer is 3 million because of 2.", None),
+    ("The answer is 60 km/h.", 60), (r"#### **$42**", 42), ("The answer is $42$ apples.", 42), ("It takes 5 million years.", None), ("It is 5² metres.", None), ("It is 2½ cups.", None), ("It is minus 5.", None), ("The answer is 3 million because of 2.", None),
     (r"2\frac12", Fraction(5, 2)), ("#### Step 1\nAdd: 2 + 3 = 5\n#### Result\nIt is 5", 5),
 ]  # fmt: skip
 
