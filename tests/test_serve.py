@@ -522,6 +522,15 @@ def junk(rng, depth=0):
     return rng.choice(kinds if depth < 4 else kinds[:3])()
 
 
+def message_like(rng):
+    """Something that looks like a message."""
+    message = {"role": rng.choice(["system", "developer", "user", "assistant", "tool", None])}
+    message["content"] = rng.choice(["", "a b", "<extra_id_1>", "\n", None, junk(rng)])
+    for name in rng.sample(["role", "content", "name", "tool_calls"], rng.choice([0, 0, 1])):
+        message[name] = junk(rng)
+    return message
+
+
 def fuzzed(rng):
     """A path, and the bytes of a request that is mostly wrong."""
     path = rng.choice([TEXT, CHAT])
@@ -530,6 +539,8 @@ def fuzzed(rng):
     names = [*TextRequest.model_fields, *ChatRequest.model_fields, "x", "__class__"]
     for name in rng.sample(names, rng.randrange(4)):
         body[name] = junk(rng)
+    if path == CHAT and rng.random() < 0.3:
+        body["messages"] = [message_like(rng) for _ in range(rng.randrange(4))]
     raw = json.dumps(body).encode()
     match rng.randrange(8):
         case 0:
@@ -544,16 +555,18 @@ def fuzzed(rng):
     return path, raw
 
 
-def test_fuzzed_requests_never_fail_the_server(server):
-    rng, statuses = random.Random(0), []
-    for _ in range(600):
+@pytest.mark.parametrize("n", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_fuzzed_requests_never_fail_the_server(server, n):
+    rng, statuses = random.Random(n), []
+    for _ in range(n):
         path, raw = fuzzed(rng)
         answer = server.post(path, content=raw)
         statuses.append(answer.status_code)
         if answer.status_code != 200:
             assert 400 <= answer.status_code < 500, (raw, answer.text)
-            assert answer.json()["error"]["message"], raw
-    assert 30 < statuses.count(200) < 300, statuses.count(200)
+            error = answer.json()["error"]
+            assert error["message"] and set(error) == {"message", "type", "param", "code"}, raw
+    assert n / 20 < statuses.count(200) < n / 2, statuses.count(200)
     assert server.idle() and ask(server, "a", 1)
 
 
@@ -699,9 +712,9 @@ def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-async def one_of_many(client, pairs, until, rng, counts):
+async def one_of_many(client, pairs, go_on, rng, counts):
     """Ask for random ones of the (request, answer) pairs; hang up on some of them half-way."""
-    while time.monotonic() < until:
+    while go_on():
         body, wanted = rng.choice(pairs)
         texts = [""] * body["n"]
         try:
@@ -724,12 +737,18 @@ async def one_of_many(client, pairs, until, rng, counts):
             counts["answers"] += 1
 
 
-async def crowd(server, pairs, seconds):
-    """64 clients for so long → how many answers they got, how many they did not wait for."""
-    counts, until = {"answers": 0, "hung up": 0}, time.monotonic() + seconds
+async def crowd(server, pairs, seconds, enough=lambda counts: True):
+    """64 clients for so long, or for as long as it takes on a busy machine to have enough → how
+    many answers they got, how many they did not wait for."""
+    counts, start = {"answers": 0, "hung up": 0}, time.monotonic()
+
+    def go_on():
+        passed = time.monotonic() - start
+        return passed < seconds or (not enough(counts) and passed < 20 * seconds)
+
     url, limits = server.http.base_url.join("/v1/"), httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        clients = [one_of_many(client, pairs, until, random.Random(i), counts) for i in range(64)]
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        clients = [one_of_many(client, pairs, go_on, random.Random(i), counts) for i in range(64)]
         await asyncio.gather(*clients)
     return counts
 
@@ -755,20 +774,25 @@ def test_64_clients_with_disconnects_for_30_seconds_get_their_own_answers(model,
             pairs.append((body, [out.text for out in wanted]))
     assert len(pairs) > 36
     cancelled = []
-    with running(model, tokenizer, slots=16) as server:
+
+    def enough(counts):
+        return counts["answers"] > 500 and counts["hung up"] > 50 and sum(cancelled) > 50
+
+    # what a client has left is counted until the server sees it: that may be many on a busy machine
+    with running(model, tokenizer, slots=16, max_queue=4096) as server:
         cancel = server.engine.cancel
         server.engine.cancel = lambda row: (
             cancelled.append(not row.out.finish_reason),
             cancel(row),
         )
         asyncio.run(crowd(server, pairs, seconds=4))  # memory settles
-        assert server.idle()
+        assert server.idle(seconds=60)
         before = resident_mib()
-        counts = asyncio.run(crowd(server, pairs, seconds=30))
-        assert server.idle()
+        counts = asyncio.run(crowd(server, pairs, seconds=30, enough=enough))
+        assert server.idle(seconds=60)
         grown = resident_mib() - before
         print(
             f"{counts}, {sum(cancelled)} samples cancelled, resident {before:.0f} MiB {grown:+.1f}"
         )
-        assert counts["answers"] > 500 and counts["hung up"] > 50 and sum(cancelled) > 50
+        assert enough(counts)
         assert grown < 32
