@@ -1126,7 +1126,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f"{folder.name}.partial")
     for path in (folder, partial):
         if path.is_file() or any(path.glob("*")):
-            raise ValueError(f"{path} is there, and no empty folder: remove it, or name another")
+            raise ValueError(f"{path} is there, and no empty folder: name another")
     partial.mkdir(parents=True)  # fails if another process has just made it
     try:
         yield partial
