@@ -92,6 +92,7 @@ class HuggingFace(Tokenizer):
     ALIASES = {"<pad>": ("[PAD]", "<|pad|>"), "<s>": ("<bos>",), "</s>": ENDS}
 
     def __init__(self, standard: tokenizers.Tokenizer) -> None:
+        """Find the control tokens, and make an encoder whose texts cannot spell them."""
         self.standard = standard
         standard.no_truncation()  # a file may ask for both, of every text
         standard.no_padding()
@@ -130,6 +131,7 @@ class SentencePiece(Tokenizer):
     """Runs a SentencePiece .model file, such as NVIDIA's nemotron_2_256k.model."""
 
     def __init__(self, path: Path) -> None:
+        """Find the control tokens, and make an encoder whose texts cannot spell them."""
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
@@ -726,7 +728,6 @@ class TokenData:
 
 def permute(i: int, n: int, key: int) -> int:
     """Return the place of element i of n in the shuffle that `key` names, in O(1) memory.
-
     A Feistel network of four rounds permutes the numbers of 2 * half bits, and is applied until the
     result is below n. Its constants are splitmix64's (https://prng.di.unimi.it/splitmix64.c)."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -754,7 +755,6 @@ def shares_of(blend: Blend) -> Counts:
 @dataclass(eq=False)
 class Sampler:
     """Maps sample number i to a window of seq_len tokens, as a pure function of (seed, i).
-
     After any number of samples each source is within a sample or two of its weight. Each epoch of a
     source is a fresh shuffle of its windows, each seen once; its last window is padded."""
 
@@ -888,8 +888,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     Trained are an assistant's text and the <extra_id_1> after it, by which it learns to stop. A
     missing system turn is an empty one. A last user turn is followed by the head of an answer, for
     the model to go on from. Each text is tokenized apart from what surrounds it, so that no token
-    spans a boundary, and a marker spelt out in a text stays text. There is no <s>.
-    """
+    spans a boundary, and a marker spelt out in a text stays text. There is no <s>."""
     check_messages(messages)
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
@@ -1217,7 +1216,6 @@ def place(rows: Iterable[Example], into: Arrays) -> None:
 
 def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: int = 1) -> Arrays:
     """Put rows of one kind into W windows of T = window tokens, several in each or, if not, one.
-
     Empty windows follow up to a multiple of `multiple`. With S rows in the fullest window and n
     segments in a row, the arrays are:
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
