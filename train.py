@@ -213,6 +213,12 @@ class RunConfig:
     """Steps to profile, from the third of this start on; the trace goes to OUT/trace."""
 
     def __post_init__(self) -> None:
+        """Refuse settings that no run can have."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):  # NaN passes each comparison below
+                raise ValueError(f"{name}={value}: must be a number")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: each must be at least 0 and below 1")
         for name in ("eval_every", "eval_batches", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -614,3 +614,13 @@ def test_a_rank_that_stops_answering_ends_the_job_in_a_bounded_time(corpus, tmp_
     process = torchrun(cfg, 2, "foreground", before=silent)
     out, _ = process.communicate(timeout=150)  # torchrun gives the sleeper 30 s to leave
     assert process.returncode != 0 and "Timed out waiting 20000ms" in out
+
+
+def test_no_setting_of_a_run_is_nan_and_betas_are_below_one():
+    for name, value in vars(train.nano()).items():
+        if isinstance(value, float):
+            with pytest.raises(ValueError, match=name):
+                dataclasses.replace(train.nano(), **{name: math.nan})
+    for betas in ((-0.1, 0.9), (0.9, 1.0), (0.9, math.nan)):
+        with pytest.raises(ValueError, match="betas"):
+            dataclasses.replace(train.nano(), betas=betas)
