@@ -255,7 +255,7 @@ class AlignConfig(RunConfig):
     val: Path | None = None
     """Rows to validate on."""
     tokenizer: str = ""
-    """File, folder or tiktoken name of a tokenizer; default: the one in the folder of --init."""
+    """File or folder of a tokenizer; default: the one in the folder of --init."""
     seq_len: int = 4096
     """Tokens of a window; longer rows are left out and counted."""
     steps: int = 0
@@ -549,8 +549,8 @@ def show_row(row: Example, tokenizer: Tokenizer) -> str:
     shown = ""
     for ids, trained in zip(row.ids, row.trained, strict=True):
         cuts = np.flatnonzero(np.diff(trained)) + 1
-        for run, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
-            text = tokenizer.decode(run).replace("\x1b", "␛")  # a text must not steer the terminal
+        for part, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
+            text = tokenizer.decode(part).replace("\x1b", "␛")  # a text must not steer the terminal
             shown += f"\x1b[32m{text}\x1b[0m" if green[0] else text
         shown += "\n"
     return shown
