@@ -32,7 +32,10 @@ def pytest_cmdline_main(config):
     """Run a plain `pytest` on two cores; what is asked for by name, or debugged, stays in one
     process. `-n 0` keeps all in one."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
-    if not named and not config.option.usepdb and getattr(config.option, "numprocesses", 0) is None:
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # it reads this file too
+    if getattr(config.option, "numprocesses", 0) is None and not (
+        named or is_worker or config.option.usepdb
+    ):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
