@@ -61,7 +61,6 @@ from train import (
     evaluator,
     fit,
     free_folder,
-    load_init,
     open_folder,
     run,
     set_up_logging,
@@ -364,7 +363,7 @@ def general_sft() -> SftConfig:
 
 
 def reward() -> RewardConfig:
-    """Train the reward model from the base model: 20K responses, two epochs (317 steps)."""
+    """Train the reward model from the base model: 20K responses, two epochs (318 steps)."""
     return RewardConfig(lr=7e-7, epochs=2, warmup=10 * 128)  # arXiv 2406.08673, HelpSteer2
 
 
@@ -527,18 +526,21 @@ class MetricSums:
 
     def loss_fn(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
         loss, sums = self.objective.measure(out, batch)
+        sums["tokens"] = (batch["documents"] >= 0).sum()  # without padding
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         return loss
 
     def take(self) -> dict[str, float]:
         """Return what is logged of all processes' micro-batches since the last call."""
-        names = self.objective.names
+        names = [*self.objective.names, "tokens"]
         zero = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         totals = torch.stack([self.sums.get(name, zero) for name in names])
         totals = self.runner.reduce(totals, "dp_replicate", "dp_shard", "pp").cpu()
         self.sums = {}
-        return self.objective.values(dict(zip(names, totals, strict=True)))
+        found = dict(zip(names, totals, strict=True))
+        tokens = int(found.pop("tokens"))
+        return self.objective.values(found) | {"tokens": tokens}
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -693,12 +695,16 @@ def read_reference(file: Path, weights: str, dtype: str) -> dict[str, list[float
     """Read a file of reference log-probabilities, if it exists: a row's key → its two."""
     if not file.exists():
         return {}
-    found = json.loads(file.read_text())
-    if (found["weights"], found["dtype"]) != (weights, dtype):
+    try:
+        found = json.loads(file.read_text())
         theirs = f"{found['weights']} in {found['dtype']}"
+        log_probs = found["log_probs"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} holds no log-probabilities ({e!r}): remove it") from e
+    if theirs != f"{weights} in {dtype}":
         rule = f"this run starts from {weights} in {dtype}: remove it, or set another file"
         raise ValueError(f"{file} is of the weights {theirs}, {rule}")
-    return found["log_probs"]
+    return log_probs
 
 
 def compute_log_probs(
@@ -737,6 +743,8 @@ def check_start(cfg: PreferenceConfig, values: dict[str, float]) -> None:
 
 def with_model(cfg: AlignConfig) -> AlignConfig:
     """Return the config with the model of --init, in this stage's length and with its head."""
+    if not cfg.init and cfg.model == AlignConfig.model:
+        raise ValueError("init: no weights to start from: set --init RUN or --init hf:FOLDER")
     model = read_config(cfg.init.removeprefix("hf:")) if cfg.init else cfg.model
     heads = cfg.n_attributes if isinstance(cfg, RewardConfig) else 0
     if model.n_attributes and not heads:
@@ -762,6 +770,7 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
 
     def values(loss: float) -> dict[str, float]:
         measured = {"loss": loss} | sums.take()
+        del measured["tokens"]
         return {f"{name}_{key}": value for key, value in measured.items()}
 
     return EvalSet(lambda: held_out.batches(cfg, runner, numbers), sums.loss_fn, values)
@@ -787,7 +796,8 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     cfg = with_model(cfg)
     tokenizer = tokenizer_of(cfg)
     rows = read_rows_of(cfg, cfg.data, tokenizer)
-    steps = max(1, int(len(rows) * cfg.epochs / cfg.batch))
+    n_rows = max(1, round(len(rows) * cfg.epochs))
+    steps = math.ceil(n_rows / cfg.batch)  # the last one takes what is left
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
     windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
@@ -795,19 +805,21 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     cfg = replace(cfg, out=cfg.out or free_folder(preset))
     check_init(cfg)
     keys = "".join(row.key for row in rows)
-    open_folder(cfg, hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), tokenizer)
+    open_folder(cfg, hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), tokenizer.save)
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     size = sum(count_params(cfg.model)) / 1e6
     how_much = f"{cfg.steps:,} steps of {cfg.batch} rows"
     log.info(f"{preset}: {size:,.1f}M parameters, {world_size()} process(es), {how_much}")
     log.info(f"folder: {cfg.out}; the first row:\n{show_row(rows[0], tokenizer)}")
 
-    load_init(cfg, runner)
+    if cfg.init:
+        runner.load_weights(cfg.init.removeprefix("hf:"))
     train_set = row_set(cfg, runner, rows, cfg.data)
     sums = MetricSums(train_set.objective, runner)
 
     def numbers(step: int) -> list[int]:
-        return row_order(len(rows), cfg.seed, step * cfg.batch, cfg.batch)
+        first = step * cfg.batch
+        return row_order(len(rows), cfg.seed, first, min(cfg.batch, n_rows - first))
 
     def batches(step: int) -> list[Batch]:
         return train_set.batches(cfg, runner, numbers(step))

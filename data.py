@@ -287,7 +287,8 @@ def hold(folder: Path) -> None:
     except OSError as e:
         log.warning(f"{folder}: no locks here ({e.strerror}): see that nothing else writes into it")
     file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
     HELD[path] = file
 
 

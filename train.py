@@ -30,7 +30,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from data import PrepareConfig, Sampler, TokenData, Tokenizer, prepare, write_whole
+from data import PrepareConfig, Sampler, TokenData, hold, prepare, read_jsonl, write_whole
 from model import SHAPES, ModelConfig, count_params, flops_per_token
 from parallel import (
     Batch,
@@ -259,6 +259,9 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: must be at least 1")
+        for name in ("n_attributes", "lora_rank"):
+            if getattr(self.model, name):
+                raise ValueError(f"model.{name}: none in pretraining, only in align.py's stages")
         super().__post_init__()
         for name in ("batch", "lr", "min_lr", "warmup", "blend"):
             default = getattr(PretrainConfig, name, {})  # blend's is no attribute of the class
@@ -408,12 +411,6 @@ def check_init(cfg: RunConfig) -> None:
         check_same_model(read_config(folder), cfg.model, f"init={cfg.init}")
 
 
-def load_init(cfg: RunConfig, runner: Runner) -> None:
-    """Fill the weights from cfg.init, if any; adapters and a head of another kind stay new."""
-    if cfg.init:
-        runner.load_weights(cfg.init.removeprefix("hf:"))
-
-
 # ---- the run's folder ----------------------------------------------------------------------------
 
 # Settings that may change between two starts of one run: where and how fast it runs, how often it
@@ -434,21 +431,22 @@ def free_folder(name: str) -> Path:
     return answer[0]
 
 
-def open_folder(cfg: RunConfig, data: str, tokenizer: Tokenizer) -> None:
+def open_folder(cfg: RunConfig, data: str, save_tokenizer: Callable[[Path], Any]) -> None:
     """Write config.json and the tokenizer into the run's folder, which must be new, empty or hold
-    the same run. data: the fingerprint of the training data."""
+    the same run, and which no other process may write. data: the training data's fingerprint."""
     file = cfg.out / "config.json"
     settings = json.loads(json.dumps(asdict(cfg), default=str)) | {"data_fingerprint": data}
     begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
     if file.exists() and begun:
         check_same_run(file, settings)
-    elif not file.exists() and any(p.name != "config.json.tmp" for p in cfg.out.glob("*")):
+    elif not file.exists() and {p.name for p in cfg.out.glob("*")} - {"config.json.tmp", ".lock"}:
         raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
+        hold(cfg.out)
         write_whole(file, json.dumps(settings, indent=2))
-        tokenizer.save(cfg.out)  # generate.py needs no more than this folder
+        save_tokenizer(cfg.out)  # generate.py needs no more than this folder
 
 
 def check_same_run(file: Path, settings: dict[str, Any]) -> None:
@@ -489,13 +487,14 @@ class Metrics:
     """Writer of each step: a line in the log, an object in metrics.jsonl, and TensorBoard."""
 
     def __init__(self, cfg: RunConfig, start: int, last: int, device: torch.device) -> None:
-        """Open the files; rows of metrics.jsonl after step `start`, which a crash left, go."""
+        """Open the files; rows of metrics.jsonl after step `start`, and damaged ones, go."""
         from torchtitan.components.metrics import TensorBoardLogger  # slow to import
 
         self.seq_len = cfg.model.seq_len
         self.schedule = cfg.schedule()
         self.start = start
         self.last = last
+        self.tokens = 0  # trained so far
         self.begun = time.monotonic()
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
@@ -503,18 +502,20 @@ class Metrics:
         if self.writes:
             self.tensorboard = TensorBoardLogger(str(cfg.out / "tensorboard"))
             path = cfg.out / "metrics.jsonl"
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [row for row in old if row.endswith("}\n") and json.loads(row)["step"] <= start]
-            write_whole(path, "".join(kept))
+            path.touch()
+            rows = read_jsonl(path, lambda bad: log.warning(f"left out: {bad}"))
+            kept = [row for _, row in rows if row.get("step") in range(start + 1)]
+            self.tokens = kept[-1].get("tokens", 0) if kept else 0
+            write_whole(path, map(json.dumps, kept))
             self.file = path.open("a", buffering=1)
 
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """Write a step of so many seconds. values: loss, grad_norm, lr, and what else it found."""
         batch = self.schedule.at(step - 1).batch
-        rate = batch * self.seq_len / seconds
-        row = {"step": step, **values, "batch": batch}
-        row["tokens"] = self.schedule.samples(step) * self.seq_len
-        row["tokens_per_s"] = rate
+        tokens = values.pop("tokens", batch * self.seq_len)  # a stage's windows are not all full
+        rate = tokens / seconds
+        self.tokens += tokens
+        row = {"step": step, **values, "batch": batch, "tokens": self.tokens, "tokens_per_s": rate}
         row["mfu"] = 100 * self.flops * rate if self.flops else None
         row["memory_gib"] = memory_gib()
         self.log_step(row)
@@ -538,9 +539,8 @@ class Metrics:
             f"{row['memory_gib']:5.1f} GiB  eta {eta}"
         )
         if "val_loss" in row:
-            sources = [key.split("/")[1] for key in row if key.startswith("val_loss/")]
             parts = ""
-            for source in sources:
+            for source in [key.split("/")[1] for key in row if key.startswith("val_loss/")]:
                 bits = row[f"val_bpb/{source}"]
                 parts += f"  {source} {row[f'val_loss/{source}']:.4f} ({bits:.3f} bits/byte)"
             log.info(f"{begin}val  {row['val_loss']:7.4f}{parts}")
@@ -599,21 +599,28 @@ def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
         yield profiler.step
 
 
-def asked_to_stop() -> Callable[[], bool]:
-    """Listen for SIGTERM; return a function that tells every rank if any has received it."""
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Listen for SIGTERM and Ctrl-C; yield a function that tells every rank if any has come. One
+    more, a second later, ends the process: torchrun at once repeats what a terminal sends."""
     received = torch.zeros((), dtype=torch.int32)
-    signal.signal(signal.SIGTERM, lambda *_: received.fill_(1))
+    first = []
+
+    def stop(number: int, _: Any) -> None:
+        received.fill_(1)
+        first.append(time.monotonic())
+        if first[-1] - first[0] > 1:
+            os._exit(128 + number)
 
     def asked() -> bool:
         anyone = received.clone()
         dist.all_reduce(anyone, dist.ReduceOp.MAX)
         return bool(anyone)
 
-    return asked
-
-
-def due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield asked
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def restore(
@@ -622,7 +629,8 @@ def restore(
     """Load the newest checkpoint, else cfg.init; return step, recent losses and skipped steps."""
     state = checkpoints.load(training_state(runner, optimizer))
     if state is None:
-        load_init(cfg, runner)
+        if cfg.init:  # adapters and a head of another kind stay new
+            runner.load_weights(cfg.init.removeprefix("hf:"))
         return {"step": 0, "recent": [], "skipped": 0}
     finished = ": it is finished" if state["step"] >= min(cfg.steps, cfg.schedule().steps) else ""
     log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
@@ -651,9 +659,8 @@ def fit(
     state = restore(cfg, runner, optimizer, checkpoints)
     step, recent, skipped = (state[key] for key in ("step", "recent", "skipped"))
     metrics = Metrics(cfg, step, last, runner.device)
-    asked = asked_to_stop()
     micro = batches(step) if step < last else []
-    with profiled(cfg) as tick:
+    with profiled(cfg) as tick, asked_to_stop() as asked:
         while step < last:
             begun = time.monotonic()
             lr = schedule.lr(step)
@@ -676,11 +683,11 @@ def fit(
             step += 1
 
             seconds = time.monotonic() - begun
-            if step == 1 or due(step, cfg.eval_every, last):
+            if step in (1, last) or step % cfg.eval_every == 0:
                 values |= evaluate(step)
             metrics.step(step, seconds, values)
             stop = asked()
-            if stop or due(step, cfg.save_every, last) or schedule.ends_a_segment(step):
+            if stop or step == last or step % cfg.save_every == 0 or schedule.ends_a_segment(step):
                 pin = schedule.ends_a_segment(step) and step < schedule.steps
                 saved = {"step": step, "recent": recent, "skipped": skipped, "pin": pin}
                 checkpoints.save(step, training_state(runner, optimizer), saved)
@@ -814,7 +821,7 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
     )
     check_init(cfg)
-    open_folder(cfg, data.fingerprint, data.tokenizer())
+    open_folder(cfg, data.fingerprint, data.tokenizer().save)
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     evaluate = source_evaluator(cfg, runner, data, blends)
 
@@ -870,6 +877,9 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()  # torch's or a bug of ours, not the user's
         log.error(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
         os._exit(2)
+    except KeyboardInterrupt:
+        log.error("stopped before the first step or after the last: nothing is lost")
+        os._exit(130)
     except Exception:
         log.error(f"rank {rank} failed:")
         traceback.print_exc()

@@ -96,7 +96,7 @@ def run_stage(base, name, out, axes, changes):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-NOT_NUMBERS = {"tokens_per_s", "mfu", "memory_gib", "tokens"}
+NOT_NUMBERS = {"tokens_per_s", "mfu", "memory_gib"}
 
 
 def same(a, b, tolerance=1e-5):
@@ -143,6 +143,35 @@ def test_a_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     n, axes, changes = MESHES[mesh]
     got = on_ranks(n, run_stage, str(base), name, str(tmp_path / "run"), axes, changes)[0]
     same(got, alone[name])
+
+
+def test_each_row_is_seen_once_an_epoch_and_its_tokens_are_what_is_counted(base, tmp_path):
+    seen = []
+    original = align.RowSet.batches
+
+    def batches(self, cfg, runner, numbers):
+        seen.append(list(numbers))
+        return original(self, cfg, runner, numbers)
+
+    cfg = stage(base, "sft", tmp_path / "run", val=None, batch=7, epochs=2.0)
+    with mock.patch.object(align.RowSet, "batches", batches):
+        align.align("sft", cfg)
+    assert sorted(sum(seen, [])) == sorted([*range(24)] * 2) and len(seen) == 7
+    rows = align.read_rows_of(align.with_model(cfg), cfg.data, align.tokenizer_of(cfg))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens"] == 2 * sum(row.length for row in rows)
+
+
+def test_a_stage_without_weights_to_start_from_is_refused_before_a_model_is_built(base):
+    with pytest.raises(ValueError, match="--init RUN or --init hf:FOLDER"):
+        align.align("sft", stage(base, "sft", "unused", init="", tokenizer=str(base)))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weights": 1, "dtype": "fp32"}'])
+def test_a_broken_file_of_references_is_named(text, tmp_path):
+    (tmp_path / "reference.json").write_text(text)
+    with pytest.raises(ValueError, match="reference.json"):
+        align.read_reference(tmp_path / "reference.json", "1", "fp32")
 
 
 def test_lora_trains_adapters_alone_and_is_merged_wherever_its_run_is_read(base, tmp_path):

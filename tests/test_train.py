@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from data import Sampler, TokenData
+from data import Sampler, TokenData, hold
 from model import ModelConfig, hf_config
 from parallel import ExportConfig, MeshConfig, export, load_hf
 from train import PRESETS, Phase, PretrainConfig, Schedule, choose_config, micro_batches, nano
@@ -575,14 +575,39 @@ def test_a_rank_killed_at_ten_random_moments_never_loses_the_run(corpus, tmp_pat
     assert losses(killed.out) == losses(whole.out), out
 
 
-def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_saves_and_exits_cleanly_and_a_second_process_is_kept_out(
+    corpus, tmp_path, number
+):
     cfg = config(corpus, tmp_path / "a", steps=10_000, save_every=5_000)
     process = start(cfg)
     wait_for(lambda: (cfg.out / "metrics.jsonl").exists() and len(rows(cfg.out)) > 3, process)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        with pytest.raises(ValueError, match=f"process {process.pid} on .* writes into it"):
+            hold(cfg.out)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 0
     saved = list((cfg.out / "checkpoints").iterdir())
     assert [p.name for p in saved] == [f"step_{len(rows(cfg.out)):06d}"]
+
+
+def test_a_damaged_line_of_metrics_ends_no_run(corpus, tmp_path, caplog):
+    cfg = config(corpus, tmp_path / "a", steps=2, save_every=1)
+    train.pretrain("test", cfg)
+    file = cfg.out / "metrics.jsonl"
+    first, second = file.read_text().splitlines(keepends=True)
+    file.write_text("\0\0\n" + first + '{"step": "two"}\n[1]\n' + second)
+    train.pretrain("test", dataclasses.replace(cfg, steps=3))
+    assert [row["step"] for row in rows(cfg.out)] == [1, 2, 3]
+    assert rows(cfg.out)[1] == json.loads(second)
+    assert "metrics.jsonl:1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["n_attributes", "lora_rank"])
+def test_pretraining_has_neither_scores_nor_adapters(name):
+    nano = train.nano()
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(nano, model=dataclasses.replace(nano.model, **{name: 5}))
 
 
 @pytest.mark.slow
