@@ -888,6 +888,8 @@ def test_a_first_interrupt_keeps_the_samples_that_are_done_and_says_how_many(
 
 
 def test_an_interrupt_ends_an_answer_and_a_second_one_the_conversation(folder, monkeypatch):
+    # a shell's background job, and all that it starts, ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = Engine(load_hf(folder), data.load_tokenizer(folder))
     driver = generate.Driver(engine)
     step, cancel, cancelled, go_on = (
@@ -939,6 +941,7 @@ def test_an_interrupt_ends_an_answer_and_a_second_one_the_conversation(folder, m
     monkeypatch.setattr(engine, "step", step)
     go_on.set()
     driver.stop()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_progress_counts_samples(folder, run, capsys):
