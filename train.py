@@ -877,8 +877,8 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()  # torch's or a bug of ours, not the user's
         log.error(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
         os._exit(2)
-    except KeyboardInterrupt:
-        log.error("stopped before the first step or after the last: nothing is lost")
+    except KeyboardInterrupt as e:  # between steps `fit` listens for itself
+        log.warning(f"stopped {str(e) or 'outside of the steps: the last whole checkpoint stays'}")
         os._exit(130)
     except Exception:
         log.error(f"rank {rank} failed:")

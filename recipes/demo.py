@@ -10,7 +10,6 @@ takes seven to ten minutes on two cores.
 
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -328,20 +327,16 @@ def demo(cfg: DemoConfig) -> None:
     log.info(text)
 
 
-def run_stoppable(name: str, main: Callable[[], None]) -> None:
+def run_stoppable(main: Callable[[], None]) -> None:
     """Run a program of several stages. A first Ctrl-C or SIGTERM ends it with a line that says how
     to go on, a second one at once."""
     set_up_logging()
     listen()
-    try:
-        run(main)
-    except KeyboardInterrupt as e:
-        log.warning(f"{name}: stopped {e}")
-        os._exit(130)
+    run(main)
 
 
 def main() -> None:
-    run_stoppable("recipes.demo", lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
+    run_stoppable(lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> None:
     if not args or args[0] not in LOOPS:
         args = ["demo", *args]
     parse = partial(choose_config, args, LOOPS, IterateConfig.__doc__)
-    run_stoppable("recipes.iterate", lambda: iterate(parse()[1]))
+    run_stoppable(lambda: iterate(parse()[1]))
 
 
 if __name__ == "__main__":

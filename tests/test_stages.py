@@ -3,6 +3,7 @@ the reference is data; what is wrong is refused before a step."""
 
 import dataclasses
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -344,9 +345,11 @@ def test_the_presets_are_the_reports_stages():
         cfg = dataclasses.replace(preset(), steps=10, warmup=0)
         assert {cfg.schedule().lr(step) for step in range(10)} == {cfg.lr}, "constant"
     code, general = align.code_sft(), align.general_sft()
-    assert int(800_000 * code.epochs / code.batch) == 6250 and code.lr == 3e-7
-    assert int(200_000 * general.epochs / general.batch) == 4687 and 1e-7 <= general.lr <= 5e-7
-    assert int(20_324 * align.reward().epochs / align.reward().batch) == 317
+    assert math.ceil(800_000 * code.epochs / code.batch) == 6250 and code.lr == 3e-7
+    assert (
+        math.ceil(200_000 * general.epochs / general.batch) == 4688 and 1e-7 <= general.lr <= 5e-7
+    )
+    assert math.ceil(20_324 * align.reward().epochs / align.reward().batch) == 318
     dpo, rpo = align.dpo(), align.rpo_2()
     assert int(160_000 / dpo.batch) == 625 and 3e-8 <= dpo.lr <= 3e-7
     assert 3e-4 <= dpo.beta <= 3e-3 and 1e-5 <= dpo.sft_weight <= 1e-3
