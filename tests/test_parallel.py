@@ -109,11 +109,12 @@ def plain_pytorch(cfg):
     return out + [(loss.item(), 0.0)]
 
 
-def step_with_warnings(cfg):
+def step_with_warnings(cfg, n_attributes):
     """(messages of a step's warnings, its loss, gradient norm, loss of an evaluation)."""
-    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    model = dataclasses.replace(cfg.model, n_attributes=n_attributes)
+    runner = Runner(model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
     batches = my_batches(cfg, runner, 0)
-    loss_fn = lm_loss if cfg.model.n_attributes == 0 else lambda out, batch: out.square().sum()
+    loss_fn = lm_loss if n_attributes == 0 else lambda out, batch: out.square().sum()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss = runner.step(batches, loss_fn)
@@ -126,8 +127,7 @@ def step_with_warnings(cfg):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_no_forward_hands_fsdp_a_view_which_torch_warns_of(on_ranks, n_attributes, recompute):
     cfg = config(tp=2, pp=2, recompute=recompute)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, n_attributes=n_attributes))
-    for said, *_ in on_ranks(4, step_with_warnings, cfg):
+    for said, *_ in on_ranks(4, step_with_warnings, cfg, n_attributes):
         assert not [line for line in said if "view" in line]
 
 
