@@ -48,7 +48,7 @@ from data import (
     render_chat,
     render_reward,
 )
-from model import ModelConfig, Nemotron, RewardHead
+from model import ModelConfig, Nemotron, RewardHead, check_ranges
 from parallel import (
     DTYPES,
     MeshConfig,
@@ -159,14 +159,6 @@ class Cache:
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-
-
-def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise ValueError for the first field outside its (least, most); None passes, NaN does not."""
-    for name, (least, most) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name}={value}: must be in {least:g}..{most:g}")
 
 
 @dataclass(frozen=True)

@@ -31,22 +31,30 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 (B, T, 1, rope_dim / 2)
 
 
+def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for the first field outside its (least, most); None passes, NaN does not."""
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name}={value}: must be in {least:g}..{most:g}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a model. The defaults are common to all Nemotron-4 models."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    vocab_size: int = 256_000
-    seq_len: int = 4096
-    init_std: float = 0.0134
-    rope_base: float = 10_000.0
-    rope_fraction: float = 0.5
-    norm_eps: float = 1e-5
+    dim: int  # Width of the residual stream
+    n_layers: int  # Number of blocks
+    n_heads: int  # Number of query heads
+    n_kv_heads: int  # Number of key-value heads, each shared by as many query heads
+    head_dim: int  # Width of a head
+    ffn_dim: int  # Width of the MLP's hidden layer
+    vocab_size: int = 256_000  # Number of rows of each embedding
+    seq_len: int = 4096  # Tokens of a training sequence, and of the longest context
+    init_std: float = 0.0134  # Standard deviation of the initial weights
+    rope_base: float = 10_000.0  # Base of the rotary wavelengths
+    rope_fraction: float = 0.5  # Share of a head's dimensions that are rotated
+    norm_eps: float = 1e-5  # Number added to a variance in LayerNorm
     n_attributes: int = 0
     """Outputs of the reward head (5 in HelpSteer2; NVIDIA ships 9). 0: a language model."""
     lora_rank: int = 0
@@ -58,19 +66,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse an impossible shape, naming its numbers."""
-        for name, value in vars(self).items():
-            least = 0 if name in ("n_attributes", "lora_rank") else 1
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+        may_be_0 = "n_attributes lora_rank lora_alpha init_std rope_fraction norm_eps".split()
+        ranges = {name: (name not in may_be_0, 1e8) for name in vars(self)}
+        del ranges["lora_targets"]
+        check_ranges(self, ranges)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
             )
         if self.rope_dim not in range(2, self.head_dim + 1, 2):
-            raise ValueError(
-                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates "
-                f"{self.rope_dim} dimensions: must be even, in 2..head_dim"
-            )
+            share = f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim}"
+            raise ValueError(f"{share} rotates {self.rope_dim}: must be even, in 2..head_dim")
         targets = set(self.lora_targets.split())
         if not set() < targets <= set(ModelConfig.lora_targets.split()):
             raise ValueError(f"lora_targets={self.lora_targets!r}: some of wq wk wv wo up down")
@@ -154,8 +160,8 @@ def visible_keys(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Compute softmax(q kᵀ / sqrt(E)) v, softmax in fp32, for q (B, T, H, E), k and v (B, S, K, E).
 
-    The one place that picks a kernel: flash-attn if installed; else torch's variable-length kernel
-    for packed documents on a GPU, and scaled_dot_product_attention, which picks its own backend.
+    The one place that picks a kernel: torch's variable-length one for packed documents on a GPU;
+    else flash-attn if installed, or scaled_dot_product_attention, which picks its own backend.
     """
     if visible is not None and visible.dtype == torch.int32:
         return attend_within_documents(q, k, v, visible)
@@ -183,11 +189,8 @@ def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor)
             f"packed documents on a GPU need bf16 or fp16, not {q.dtype}: set --mesh.dtype bf16"
         )
     T = q.shape[1]  # no document is longer
-    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B * T, heads, E)
-    if flash_attn:
-        kernel = flash_attn.flash_attn_varlen_func
-        return kernel(*flat, boundaries, boundaries, T, T, causal=True).view_as(q)
-    flat = [t.repeat_interleave(q.shape[2] // t.shape[1], dim=1) for t in flat]
+    # (B * T, H, E); torch 2.11's kernel knows no grouped queries
+    flat = [t.repeat_interleave(q.shape[2] // t.shape[2], dim=2).flatten(0, 1) for t in (q, k, v)]
     return varlen_attn(*flat, boundaries, boundaries, T, T, window_size=(-1, 0)).view_as(q)
 
 
@@ -292,9 +295,8 @@ class Head(nn.Linear):
         logits = super().forward(h)
         if targets is None:
             return logits
-        return -F.cross_entropy(
-            at_least_fp32(logits).transpose(1, 2), targets, reduction="none", ignore_index=IGNORE
-        )
+        classes = at_least_fp32(logits).transpose(1, 2)  # (B, V, T)
+        return -F.cross_entropy(classes, targets, reduction="none", ignore_index=IGNORE)
 
 
 class RewardHead(nn.Linear):
@@ -462,15 +464,13 @@ def hf_name(name: str, cfg: ModelConfig) -> str:
 def hf_config(cfg: ModelConfig) -> dict[str, Any]:
     """Make the config.json that transformers opens as a causal or a reward (score) model."""
     kind = "SequenceClassification" if cfg.n_attributes else "CausalLM"
+    sizes = {key: getattr(cfg, name) for name, key in HF_SIZES.items()}
+    rotary = {key: sizes[key] for key in ("rope_theta", "partial_rotary_factor")}
     return {
         "architectures": [f"NemotronFor{kind}"],
         # transformers 4 and vLLM read the rotary sizes here, transformers 5 in rope_parameters
-        **{key: getattr(cfg, name) for name, key in HF_SIZES.items()},
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": cfg.rope_base,
-            "partial_rotary_factor": cfg.rope_fraction,
-        },
+        **sizes,
+        "rope_parameters": {"rope_type": "default", **rotary},
         **HF_FIXED,
         "bos_token_id": 2,
         "eos_token_id": 3,
@@ -489,9 +489,9 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json has {key}={flat[key]!r}: only {value!r} is built")
     # converters spell the rotary share in two more ways, which transformers ignores without a word
     for key in {"rope_percent", "rope_percentage"} & flat.keys():
-        share = flat.setdefault("partial_rotary_factor", flat[key])
-        if share != flat[key]:
-            raise ValueError(f"config.json has {key}={flat[key]}, partial_rotary_factor={share}")
+        share = flat[key]
+        if flat.setdefault("partial_rotary_factor", share) != share:
+            raise ValueError(f"config.json has {key}={share} and another partial_rotary_factor")
     sizes = {name: flat[key] for name, key in HF_SIZES.items() if key in flat}
     sizes.setdefault("n_kv_heads", sizes["n_heads"])  # absent or null: multi-head attention
     sizes.setdefault("head_dim", sizes["dim"] // sizes["n_heads"])
