@@ -115,7 +115,7 @@ class ShardedEmbedding(nn.Module):
 def inference_model(model: Nemotron, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
     """Put a stage's parameters, or a tensor-parallel rank's share of them, cut by parallel.py's
     plan, into a model on meta. Without gradients, plain tensors and an all-reduce do."""
-    cuts = {} if tp is None else tp_cuts(model.cfg)
+    cuts = {} if tp is None else tp_cuts(model.cfg, tp)
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
@@ -843,13 +843,12 @@ def load_engine(cfg: EngineConfig) -> Engine:
     if world != world_size():
         start = f"start {world} with torchrun, or set --mesh.tp and --mesh.pp"
         raise ValueError(f"tp={layout.tp} x pp={layout.pp} on {world_size()} processes: {start}")
-    mesh_cfg = MeshConfig(**vars(layout))
+    mesh_cfg = MeshConfig(**vars(layout), dtype=cfg.dtype)
     mesh_cfg.check(model_cfg, world, batch=layout.pp, micro_batch=1)
     mesh = init_mesh(mesh_cfg)
-    auto = "bf16" if mesh.device_type == "cuda" else "fp32"
-    dtype = DTYPES[auto if cfg.dtype == "auto" else cfg.dtype]
     model = on_meta(model_cfg, mesh["pp"].get_local_rank(), layout.pp)
-    parts = load_parts(cfg.model, model_cfg, dtypes_of(model, dtype), mesh)
+    dtypes = dtypes_of(model, DTYPES[mesh_cfg.compute_dtype])
+    parts = load_parts(cfg.model, model_cfg, dtypes, mesh)
     model = inference_model(model, parts, mesh["tp"] if layout.tp > 1 else None)
     engine = Engine(model, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
     if cfg.quantize == "float8":

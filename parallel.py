@@ -10,8 +10,8 @@ same numbers on every mesh. `python -m recipes.plan` predicts memory and speed o
 import ctypes
 import json
 import logging
+import operator
 import os
-import re
 import shutil
 import sys
 import zlib
@@ -19,10 +19,10 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,8 @@ import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
 import torch.utils.checkpoint as ac
 import tyro
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,6 +46,7 @@ from model import (
     Nemotron,
     all_of,
     at_least_fp32,
+    check_ranges,
     config_from_hf,
     count_params,
     flops_per_token,
@@ -81,13 +82,31 @@ class MeshConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Work done again in backward: none, all but matrix products and attention, or every block."""
     compile: bool = False  # torch.compile of each block.
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Dtype of matrix products. Master weights, norms' statistics, softmax and loss are fp32."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Dtype of matrix products; auto: bf16 on a GPU, fp32 on a CPU. Master weights, norms'
+    statistics, softmax and loss are fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
     """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline."""
     timeout: int = 1800  # Seconds after which a process that does not answer ends the job.
+
+    def __post_init__(self) -> None:
+        """Refuse a field's value that no layout can have."""
+        check_ranges(self, dict.fromkeys(("tp", "pp", "vp", "dp_replicate", "timeout"), (1, 1e8)))
+        for field in fields(self):
+            choices = get_args(field.type)
+            if choices and getattr(self, field.name) not in choices:
+                value = getattr(self, field.name)
+                raise ValueError(f"{field.name}={value}: must be one of {', '.join(choices)}")
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype of matrix products on this machine. One for all CPUs, as they must
+        agree; without instructions for bf16 that is a thousand times slower."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bf16" if torch.cuda.is_available() else "fp32"
 
     @property
     def n_stages(self) -> int:
@@ -100,10 +119,9 @@ class MeshConfig:
     def shape(self, world: int) -> dict[str, int]:
         """Return each axis's size, in the order of AXES."""
         rest = self.pp * self.dp_replicate * self.tp
-        if min(self.pp, self.dp_replicate, self.tp) < 1 or world % rest:
+        if world % rest:
             axes = f"pp={self.pp} x dp_replicate={self.dp_replicate} x tp={self.tp} = {rest}"
-            todo = f"start a multiple of {rest}, of axes of at least 1"
-            raise ValueError(f"{axes} does not divide the {world} processes: {todo}")
+            raise ValueError(f"{axes} does not divide the {world} processes: start a multiple")
         return dict(zip(AXES, (self.pp, self.dp_replicate, world // rest, self.tp), strict=True))
 
     def dp(self, world: int) -> int:
@@ -137,9 +155,8 @@ class MeshConfig:
             stages = f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages"
             rule = "each stage needs a layer"
             raise ValueError(f"{stages}, but only n_layers={model.n_layers}: {rule}")
-        if min(self.vp, batch, micro_batch) < 1:
-            sizes = f"vp={self.vp}, batch={batch}, micro_batch={micro_batch}"
-            raise ValueError(f"{sizes}: all must be at least 1")
+        if min(batch, micro_batch) < 1:
+            raise ValueError(f"batch={batch}, micro_batch={micro_batch}: must be at least 1")
         share = batch // dp
         if batch % dp:
             whom = f"{dp} data-parallel processes: use a multiple of {dp}"
@@ -237,8 +254,6 @@ def keep_freed_memory() -> None:
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
     """Join the job, or start a job of one. Every axis exists, of size 1 where unused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not 0 < cfg.timeout < 1e9:
-        raise ValueError(f"timeout={cfg.timeout}: seconds, at least 1 and below 1e9")
     timeout = timedelta(seconds=cfg.timeout)
     if device == "cpu":
         keep_freed_memory()
@@ -395,7 +410,7 @@ def head_forward(
 
 def reward_head_forward(forward: Callable, h: DTensor, targets: Tensor | None = None) -> Tensor:
     """Compute model.RewardHead.forward, as `forward`, on states h that are sharded over tokens."""
-    return forward(h.redistribute(placements=[Replicate()])).to_local().clone()  # no view
+    return forward(h.redistribute(placements=[Replicate()])).to_local()
 
 
 class HeadParallel(styles.ParallelStyle):
@@ -488,7 +503,7 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
     """Apply FSDP2, a unit per block, embedding and head. Gradients are summed, not averaged, as the
     loss is already divided by a global count."""
     policy = MixedPrecisionPolicy(
-        param_dtype=None if cfg.dtype == "fp32" else DTYPES[cfg.dtype],
+        param_dtype=DTYPES[cfg.compute_dtype],
         reduce_dtype=DTYPES[cfg.reduce_dtype],
         cast_forward_inputs=False,  # it would round the rotary angles
     )
@@ -547,12 +562,13 @@ def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, mic
         freeze(model)  # the styles make new parameters, all of them trained
     elif isinstance(model.head, Head):
         model.head.forward = partial(head_forward, model.head, None)
+    # These return views: what is done to one in place FSDP would not see, and the embedding's, of
+    # an AsyncCollectiveTensor, loses its gradient in a compiled block. A copy costs little.
+    for module in (model.embed if how.tp > 1 else None, model.head if cfg.n_attributes else None):
+        if module is not None:
+            module.register_forward_hook(lambda module, args, out: out.clone())
     if how.recompute != "none":
         recompute_blocks(model, how.recompute)
-    if how.tp > 1 and model.embed is not None:
-        # a view of an AsyncCollectiveTensor: what is done to it in place FSDP would not see, and in
-        # a compiled block it loses its gradient, silently. A copy costs nothing beside a block.
-        model.embed.register_forward_hook(lambda module, args, out: out.clone())
     if how.compile:
         for block in model.blocks.values():
             block.compile()
@@ -565,15 +581,11 @@ def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return this rank's piece of a parameter, and its indices in each dimension of the whole."""
     if not isinstance(p, DTensor):
         return all_of(p)
-    mesh = p.device_mesh
-    index = [torch.arange(n, device=p.device) for n in p.shape]
-    cuts = zip(mesh.mesh_dim_names, p.placements, mesh.get_coordinate(), strict=True)
-    # tp first: FSDP cut what tp left
-    for axis, placement, coordinate in sorted(cuts, key=lambda cut: cut[0] != "tp"):
-        if not placement.is_replicate():  # Shard, or what FSDP makes of two cuts of one dimension
-            pieces = index[placement.dim].chunk(mesh[axis].size())
-            index[placement.dim] = pieces[coordinate] if coordinate < len(pieces) else pieces[0][:0]
-    return p.to_local(), index
+    data = p.to_local()
+    (chunk,) = p.__create_chunk_list__()  # DTensor's protocol with torch's checkpoints
+    ends = map(operator.add, chunk.offsets, chunk.sizes)
+    ranges = zip(chunk.offsets, ends, strict=True)
+    return data, [torch.arange(first, end, device=p.device) for first, end in ranges]
 
 
 def copied_by_tp(p: DTensor) -> bool:
@@ -608,7 +620,6 @@ class Runner:
             init_weights(self.stages[i].model, seed, local_part)
         self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
         self.dp_rank = replica * mesh["dp_shard"].size() + shard
-        self.pipeline_stages = []
         self.schedules = {}  # by the number of micro-batches
 
     def params(self) -> dict[str, nn.Parameter]:
@@ -679,16 +690,16 @@ class Runner:
             "zbv": pipe.ScheduleZBVZeroBubble,
         }
         kind = kinds[self.cfg.schedule]
-        self.pipeline_stages = self.pipeline_stages or self.make_pipeline_stages()
         stages = self.pipeline_stages[0] if kind is pipe.Schedule1F1B else self.pipeline_stages
         return kind(stages, n, loss_fn=lambda out, i: self.loss_of(out, i), scale_grads=False)
 
-    def make_pipeline_stages(self) -> list[pipe.PipelineStage]:
+    @cached_property
+    def pipeline_stages(self) -> list[pipe.PipelineStage]:
         """Give each stage static shapes, so that no first step infers them with real traffic."""
         B = self.micro_batch
         T = self.model.seq_len
         meta = partial(torch.empty, device="meta", requires_grad=True)  # gradients travel back
-        hidden = meta(B, T // self.cfg.tp, self.model.dim, dtype=DTYPES[self.cfg.dtype])
+        hidden = meta(B, T // self.cfg.tp, self.model.dim, dtype=DTYPES[self.cfg.compute_dtype])
         scores = (self.model.n_attributes,) if self.model.n_attributes else ()
         number = torch.empty(1, dtype=torch.long, device="meta")
         return [
@@ -726,7 +737,7 @@ class Runner:
         x = None
         for s, stage in sorted(self.stages.items()):
             if s > 0 and owner[s - 1] != rank:
-                x = torch.empty(hidden, dtype=DTYPES[self.cfg.dtype], device=self.device)
+                x = torch.empty(hidden, dtype=DTYPES[self.cfg.compute_dtype], device=self.device)
                 dist.recv(x, group=group, group_src=owner[s - 1])
             x = stage(x, i)
             if s < self.last and owner[s + 1] != rank:
@@ -1064,18 +1075,12 @@ def fill(params: dict[str, Tensor], folder: str | Path) -> None:
             data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
 
 
-def tp_cuts(cfg: ModelConfig) -> dict[str, int]:
-    """Map each parameter that tensor parallelism cuts to the dimension it is cut along, read off
-    the plan. Every rank holds the others whole."""
-    plan = tp_plan()
-    cuts = {}
-    for name in full_shapes(cfg):
-        style = plan[re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]]
-        if isinstance(style, styles.ColwiseParallel | styles.RowwiseParallel):
-            cuts[name] = int(isinstance(style, styles.RowwiseParallel))
-        elif isinstance(style, HeadParallel) and not cfg.n_attributes:
-            cuts[name] = 0
-    return cuts | {"embed.weight": 0}  # its rows are words
+def tp_cuts(cfg: ModelConfig, tp: DeviceMesh) -> dict[str, int]:
+    """Map each parameter that tensor parallelism cuts to the dimension it is cut along. Every rank
+    holds the others whole."""
+    model = styles.parallelize_module(on_meta(cfg), tp, tp_plan())
+    placed = {name: p.placements[0] for name, p in model.named_parameters()}
+    return {name: cut.dim for name, cut in placed.items() if cut.is_shard()}
 
 
 def load_parts(
@@ -1084,7 +1089,7 @@ def load_parts(
     """Return this tensor-parallel rank's pieces of the named parameters, plain tensors for
     inference, from a Hugging Face folder or a run."""
     shapes = full_shapes(cfg)
-    cuts = tp_cuts(cfg)
+    cuts = tp_cuts(cfg, mesh["tp"])
     sharded = {}
     for name, dtype in dtypes.items():
         cut = [Shard(cuts[name]) if name in cuts else Replicate()]
@@ -1101,21 +1106,6 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
     slices = hf_slices(Path(folder), full_shapes(cfg))
     model.load_state_dict({name: lazy[:].to(dtype) for name, lazy in slices}, assign=True)
     return model
-
-
-def shard_files(sizes: dict[str, int], limit: int) -> dict[str, str]:
-    """Map each tensor to its file, of `limit` bytes at most unless a single tensor is larger."""
-    number = {}
-    n = room = 0
-    for name, size in sizes.items():
-        if size > room:
-            n += 1
-            room = limit
-        number[name] = n
-        room -= size
-    if n == 1:
-        return dict.fromkeys(sizes, "model.safetensors")
-    return {name: f"model-{i:05d}-of-{n:05d}.safetensors" for name, i in number.items()}
 
 
 @contextmanager
@@ -1136,7 +1126,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-@torch.no_grad()
 def save_hf(
     model: Nemotron, folder: str | Path, dtype: torch.dtype | None = None, file_bytes: int = 5 << 30
 ) -> None:
@@ -1145,20 +1134,14 @@ def save_hf(
     cfg = model.cfg
     if cfg.lora_rank:
         raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")
-    params = {hf_name(name, cfg): p for name, p in model.named_parameters()}
-    dtype = dtype or next(iter(params.values())).dtype
-    sizes = {name: p.numel() * dtype.itemsize for name, p in params.items()}
-    file_of = shard_files(sizes, file_bytes)
+    dtype = dtype or model.embed.weight.dtype
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[hf_name(name, cfg)] = p.detach().to("cpu", dtype)
     with new_folder(Path(folder)) as partial:
-        for file in sorted(set(file_of.values())):
-            names = [name for name in params if file_of[name] == file]
-            tensors = {name: params[name].to(dtype).cpu().contiguous() for name in names}
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+        save_torch_state_dict(tensors, partial, max_shard_size=file_bytes)
         config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        if "model.safetensors" not in file_of.values():
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 @dataclass(frozen=True)

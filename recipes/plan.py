@@ -227,7 +227,7 @@ def memory_of(plan: PlanConfig, rank: int) -> dict[str, float]:
     """Return the bytes on a GPU of a pipeline rank, by what they hold."""
     cfg = plan.model
     mesh = plan.mesh
-    width = DTYPES[mesh.dtype].itemsize
+    width = DTYPES["fp32" if mesh.dtype == "fp32" else "bf16"].itemsize  # auto is for GPUs here
     layers, params, unit = shares_of(plan)[rank]
     mine = -(-params // plan.shards)
     two_units = 2 * unit  # the one that computes, and the next one, prefetched
@@ -433,7 +433,7 @@ def print_search(plan: PlanConfig) -> None:
 def main() -> None:
     set_up_logging()
     try:
-        plan = tyro.cli(PlanConfig, prog="recipes.plan")
+        plan = tyro.cli(PlanConfig, prog="python -m recipes.plan")
         if plan.report:
             print_report(plan)
         elif plan.search:

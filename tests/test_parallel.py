@@ -123,11 +123,15 @@ def step_with_warnings(cfg, n_attributes):
     return [str(warning.message) for warning in caught], loss.item(), norm.item(), after.item()
 
 
+VIEWS = [(1, {}), (2, {}), (2, {"pp": 2}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2})]
+VIEWS += [(4, {"tp": 2, "pp": 2, "recompute": "full"})]
+
+
 @pytest.mark.parametrize("n_attributes", [0, 5])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_no_forward_hands_fsdp_a_view_which_torch_warns_of(on_ranks, n_attributes, recompute):
-    cfg = config(tp=2, pp=2, recompute=recompute)
-    for said, *_ in on_ranks(4, step_with_warnings, cfg, n_attributes):
+@pytest.mark.parametrize("n, axes", VIEWS)
+def test_no_forward_hands_fsdp_a_view_which_torch_warns_of(on_ranks, n, axes, n_attributes):
+    cfg = config(**axes)
+    for said, *_ in on_ranks(n, step_with_warnings, cfg, n_attributes):
         assert not [line for line in said if "view" in line]
 
 
@@ -462,7 +466,7 @@ def test_an_export_into_what_holds_anything_is_refused_and_changes_nothing(on_ra
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("breaks", ["save_file", "hf_config"])
+@pytest.mark.parametrize("breaks", ["save_torch_state_dict", "hf_config"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
 def test_an_export_is_whole_or_not_there(on_ranks, tmp_path, monkeypatch, breaks, error):
     on_ranks(1, one_rank_run, tmp_path / "run")
@@ -638,10 +642,44 @@ def test_a_stray_or_damaged_file_stops_no_run_and_costs_no_checkpoint(on_ranks, 
     assert "step_000004" not in left
 
 
-@pytest.mark.parametrize("seconds", [0, -1, 10**12])
-def test_a_timeout_that_no_job_can_have_is_refused(seconds):
-    with pytest.raises(ValueError, match=f"timeout={seconds}: seconds, at least 1"):
-        init_mesh(MeshConfig(timeout=seconds))
+NO_SIZES = (0, -1, 2**62, -(2**62), 10**9, 1e300, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "vp", "dp_replicate", "timeout"])
+@pytest.mark.parametrize("value", NO_SIZES)
+def test_a_number_that_no_mesh_can_have_is_refused_by_its_fields_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.*: must be in 1..") as error:
+        MeshConfig(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["schedule", "recompute", "dtype", "reduce_dtype", "reshard"])
+@pytest.mark.parametrize("value", ["fp64", "", None, 1, True])
+def test_a_word_that_no_mesh_knows_is_refused_by_its_fields_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be one of "):
+        dataclasses.replace(MeshConfig(), **{name: value})
+
+
+def test_every_field_of_a_mesh_is_checked():
+    for field in dataclasses.fields(MeshConfig):
+        if field.type is not bool:
+            with pytest.raises(ValueError, match=f"^{field.name}="):
+                MeshConfig(**{field.name: 0})
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_computes_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert MeshConfig().compute_dtype == ("bf16" if gpu else "fp32")
+    for name in ("fp32", "bf16"):
+        assert MeshConfig(dtype=name).compute_dtype == name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is bf16 there")
+@pytest.mark.parametrize("axes", [{}, {"pp": 2}])
+def test_a_mesh_of_a_cpu_computes_in_fp32_if_not_told_otherwise(on_ranks, axes):
+    runs = on_ranks(2, train_three_steps, config(dtype="auto", **axes))
+    assert runs == on_ranks(2, train_three_steps, config(dtype="fp32", **axes))
 
 
 IMPOSSIBLE = [
@@ -670,8 +708,8 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("world, changes, words", IMPOSSIBLE)
 def test_an_impossible_mesh_is_refused_with_its_numbers(world, changes, words):
-    cfg = config(**changes)
     with pytest.raises(ValueError, match=words):
+        cfg = config(**changes)
         cfg.mesh.check(cfg.model, world, cfg.batch, cfg.micro_batch)
 
 
