@@ -208,6 +208,7 @@ def preferences(cfg: DemoConfig, name: str, init: str) -> Path:
     made = synthesize(replace(
         OWN_ANSWERS, model=policy, reward=str(cfg.out / "reward"), out=cfg.out / f"{name}_data",
         prompts=write_prompts(cfg, name, 1000), seed=cfg.seed,
+        min_gap=OWN_ANSWERS.min_gap * cfg.scale,  # a judge of fewer rows tells less apart
     ))  # fmt: skip
     settings = preference_settings(name)
     return align(name, replace(
@@ -336,7 +337,7 @@ def run_stoppable(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    run_stoppable(lambda: demo(tyro.cli(DemoConfig, prog="recipes.demo")))
+    run_stoppable(lambda: demo(tyro.cli(DemoConfig, prog="python -m recipes.demo")))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ class EvaluateConfig(EngineConfig):
     tasks: tuple[str, ...] = ()
     """lm-eval's task names; default: the report's Table 3, each with its number of shots."""
     jsonl: tuple[Path, ...] = ()
-    """Files with lines of `question`, `choices` and `answer` (the number of the right choice), or
-    of `question` and `answer` (a text to write)."""
+    """JSON lines of `question` and `answer`: a text, or the number of one of `choices`."""
     shots: int | None = None
     """Examples before each question; default: the report's number, else the task's own."""
     limit: int | None = None  # Largest number of questions of each task; default: all
@@ -237,4 +236,5 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command("recipes.evaluate", partial(tyro.cli, EvaluateConfig), evaluate)
+    parse = partial(tyro.cli, EvaluateConfig, prog="python -m recipes.evaluate")
+    run_command("recipes.evaluate", parse, evaluate)

@@ -21,47 +21,32 @@ ENDINGS = ("That is all for now.", "Ask me again any time.", "I hope that helps!
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 VERDICTS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
-LANGUAGES = {
-    "en": "English",
-    "de": "German",
-    "fr": "French",
-    "es": "Spanish",
-    "it": "Italian",
-    "pt": "Portuguese",
-    "nl": "Dutch",
-    "ru": "Russian",
-    "el": "Greek",
-    "ar": "Arabic",
-    "hi": "Hindi",
-    "ko": "Korean",
-    "ja": "Japanese",
-    "zh": "Chinese",
+# languages that are told by common words, and those told by letters that no other one of them has
+BY_WORDS = {
+    "en": ("English", "the and of to is that it with for was are this you be have not from"),
+    "de": ("German", "der die und das ist nicht ein eine mit zu den auf für es sich von sind"),
+    "fr": ("French", "le la les et des est une un dans que pour qui pas sur au avec sont du"),
+    "es": ("Spanish", "el la los y de que es en una un por con para las se no del como"),
+    "it": ("Italian", "il la di che è e un una per non con sono gli della le si nel più"),
+    "pt": ("Portuguese", "o a os que é em um uma para com não do da as se no na mais"),
+    "nl": ("Dutch", "de het een en van is dat niet op te zijn voor met er aan ook die"),
 }
-COMMON_WORDS = {
-    "en": "the and of to is that it with for was are this you be have not from",
-    "de": "der die und das ist nicht ein eine mit zu den auf für es sich von sind",
-    "fr": "le la les et des est une un dans que pour qui pas sur au avec sont du",
-    "es": "el la los y de que es en una un por con para las se no del como",
-    "it": "il la di che è e un una per non con sono gli della le si nel più",
-    "pt": "o a os que é em um uma para com não do da as se no na mais",
-    "nl": "de het een en van is dat niet op te zijn voor met er aan ook die",
+BY_LETTERS = {
+    "ru": ("Russian", "[а-яё]"),
+    "el": ("Greek", "[α-ωά-ώ]"),
+    "ar": ("Arabic", "[ء-ي]"),
+    "hi": ("Hindi", "[ऀ-ॿ]"),
+    "ko": ("Korean", "[가-힣]"),
+    "ja": ("Japanese", "[ぁ-ヿ]"),
+    "zh": ("Chinese", "[一-鿿]"),
 }
-# patterns of letters that only this one of the languages has
-LETTERS = {
-    "ru": "[а-яё]",
-    "el": "[α-ωά-ώ]",
-    "ar": "[ء-ي]",
-    "hi": "[ऀ-ॿ]",
-    "ko": "[가-힣]",
-    "ja": "[ぁ-ヿ]",
-    "zh": "[一-鿿]",
-}
+LANGUAGES = {code: name for code, (name, _) in (BY_WORDS | BY_LETTERS).items()}
 
 
 def language_of(text: str) -> str | None:
-    """Return a text's code in LANGUAGES by its letters, else by common words; None if unclear."""
+    """Return the code of a text's language; None if that is unclear."""
     text = text.lower()
-    counts = {code: len(re.findall(letters, text)) for code, letters in LETTERS.items()}
+    counts = {code: len(re.findall(letters, text)) for code, (_, letters) in BY_LETTERS.items()}
     if counts["ja"] * 10 > counts["zh"]:  # kana between the characters
         counts["ja"] += counts.pop("zh")
     code = max(counts, key=counts.get)
@@ -69,7 +54,7 @@ def language_of(text: str) -> str | None:
         return code
     words = Counter(re.findall(r"[^\W\d_]+", text))
     hits = Counter()
-    for code, common in COMMON_WORDS.items():
+    for code, (_, common) in BY_WORDS.items():
         hits[code] = sum(words[word] for word in common.split())
     (first, most), (_, second) = hits.most_common(2)
     return first if most > max(second, words.total() / 12) else None

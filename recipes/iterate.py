@@ -42,8 +42,7 @@ class IterateConfig:
 
     rounds: int = 2  # Number of rounds.
     out: Path = Path("runs/iterate")
-    """Folder of each round's data and runs, lineage.json and table.md; a loop that was stopped goes
-    on where it was."""
+    """Folder of the rounds and table.md; a loop that was stopped goes on where it was."""
     bases: tuple[str, ...] = ()
     """Models to align, one a round; the last one in all rounds that follow."""
     data: SynthesizeConfig = field(default_factory=SynthesizeConfig)
@@ -56,8 +55,7 @@ class IterateConfig:
     referee: str = ""
     """Folder of the reward model that marks; default: data.reward, which also chose the data."""
     demo: DemoConfig | None = None
-    """Demo whose tasks, base, reward model and marks the loop uses; it makes what is not there.
-    The first generator has had a fifth of the demo's SFT."""
+    """Demo whose tasks, models and marks the loop uses; what is missing of it is made."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -69,7 +67,7 @@ class IterateConfig:
 
 
 def weak_to_strong() -> IterateConfig:
-    """Use the demo's tasks and models, on a laptop."""
+    """Use the demo's tasks and models, on a laptop; this is what runs if none is named."""
     sft = SftConfig(lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=4, **STAGE)
     # milder than the demo: what SFT on filtered answers leaves is harder to tell apart
     milder = dict(beta=0.3, lr=5e-5, min_lr=5e-6)
@@ -173,10 +171,11 @@ def iterate(cfg: IterateConfig) -> None:
 
 
 def main() -> None:
+    sys.argv[0] = "python -m recipes.iterate"  # as the help names it
     args = sys.argv[1:]
-    if not args or args[0] not in LOOPS:
+    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
         args = ["demo", *args]
-    parse = partial(choose_config, args, LOOPS, IterateConfig.__doc__)
+    parse = partial(choose_config, args, LOOPS, " ".join(IterateConfig.__doc__.split()))
     run_stoppable(lambda: iterate(parse()[1]))
 
 

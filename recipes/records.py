@@ -136,6 +136,7 @@ class Endpoint:
     after the one that the server asks for."""
 
     def __init__(self, cfg: Any, name: str, rates: bool) -> None:
+        """Connect to the endpoint of a SynthesizeConfig, with the key in OPENAI_API_KEY."""
         try:
             import openai
         except ImportError as e:
@@ -143,6 +144,7 @@ class Endpoint:
         if not re.match(r"https?://[^/\s]", cfg.endpoint):
             rule = "a URL such as http://localhost:8000/v1 is wanted"
             raise ValueError(f"endpoint {cfg.endpoint!r}: {rule}")
+        self.openai = openai
         self.cfg = cfg
         self.name = name
         self.rates = rates
@@ -171,11 +173,9 @@ class Endpoint:
     def ask(self, messages: Messages, sampling: Sampling) -> Reply:
         """Return the server's answer. A refusal of what is said is a reply too, as it would come
         again; any other failure ends the run, which the same command continues."""
-        import openai
-
         try:
             done = self.complete(messages, sampling)
-        except (openai.OpenAIError, ValueError) as e:
+        except (self.openai.OpenAIError, ValueError) as e:
             why = drop_surrogates(f"{e} {e.__cause__ or ''}").strip()
             rule = "the same command goes on from here"
             if getattr(e, "status_code", 0) in (400, 403, 413, 422):
@@ -195,12 +195,10 @@ class Endpoint:
 
     def complete(self, messages: Messages, sampling: Sampling) -> Any:
         """Send a request, with the token limit under the name that the server asks for."""
-        import openai
-
         named = {self.limit if key == "max_tokens" else key: sampling[key] for key in sampling}
         try:
             done = self.client.chat.completions.create(model=self.name, messages=messages, **named)
-        except openai.APIStatusError as e:
+        except self.openai.APIStatusError as e:
             wanted = "max_completion_tokens"
             if wanted in named or wanted not in str(e) or "max_tokens" not in named:
                 raise
@@ -214,11 +212,9 @@ class Endpoint:
         """Tell whether the server answers a harmless request of the same form, so that what it
         refused was what was said. One that refuses the form (a parameter, the roles, a quota that
         is spent) refuses this one too."""
-        import openai
-
         try:
             self.complete([message | {"content": "Hello"} for message in messages], sampling)
-        except (openai.OpenAIError, ValueError):
+        except (self.openai.OpenAIError, ValueError):
             return False
         return True
 
@@ -292,6 +288,7 @@ class Pipeline:
         self.dropped = []
         evaluations = read_evaluations(cfg.evaluations)
         self.benchmarks = Decontaminator((Path(where).name, text) for where, text in evaluations)
+        self.counts["evaluation texts too short to find"] = self.benchmarks.unindexed
         load = cache(partial(load_backend, cfg))
         self.model = load(str(cfg.model), rates=False)
         self.answerers = [load(name, rates=False) for name in cfg.answerers] or [self.model]

@@ -125,7 +125,7 @@ def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 def main() -> None:
     set_up_logging()
-    run(lambda: report(tyro.cli(ReportConfig)))
+    run(lambda: report(tyro.cli(ReportConfig, prog="python -m recipes.report")))
 
 
 if __name__ == "__main__":

@@ -89,4 +89,5 @@ def rewardbench(cfg: RewardBenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command("recipes.rewardbench", partial(tyro.cli, RewardBenchConfig), rewardbench)
+    parse = partial(tyro.cli, RewardBenchConfig, prog="python -m recipes.rewardbench")
+    run_command("recipes.rewardbench", parse, rewardbench)

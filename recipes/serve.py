@@ -59,8 +59,7 @@ class ServeConfig(EngineConfig):
     host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all networks of this machine
     port: int = 8000  # Port to listen on
     api_key: str = ""  # Bearer token that clients must send; empty: none
-    max_queue: int = 256
-    """Samples beyond the slots; a request for which there is no room is answered with 429."""
+    max_queue: int = 256  # Samples that wait beyond the slots; more are answered with a 429
     max_body: int = 4 << 20  # Largest size of a request, in bytes
     model_name: str = ""  # Name of the model for clients; default: its folder's name
 
@@ -238,8 +237,8 @@ class ActiveRequest(Response):
         self.chat = isinstance(asked, ChatRequest)
         kind = "chat.completion" if self.chat else "text_completion"
         kind += ".chunk" if self.chat and asked.stream else ""
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": state.name}
-        self.head["created"] = int(time.time())
+        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind}
+        self.head |= {"model": state.name, "created": int(time.time())}
 
     async def __call__(self, scope, receive, send):
         """Answer; and when that ends, in whatever way, cancel the samples that are not done."""
@@ -254,8 +253,7 @@ class ActiveRequest(Response):
             if self.asked.stream:
                 answer = StreamingResponse(self.events(), media_type="text/event-stream")
             else:
-                choices = [choice async for choice in self.choices()]  # one of each sample
-                choices.sort(key=itemgetter("index"))
+                choices = sorted([c async for c in self.choices()], key=itemgetter("index"))
                 answer = JSONResponse(self.head | {"choices": choices, "usage": self.usage()})
             await answer(scope, receive, send)
         except asyncio.CancelledError:
@@ -317,8 +315,8 @@ class ActiveRequest(Response):
 class ServerState:
     """State that the requests of all clients share."""
 
-    def __init__(self, engine: Engine, driver: Driver, cfg: ServeConfig):
-        self.engine = engine
+    def __init__(self, driver: Driver, cfg: ServeConfig):
+        self.engine = driver.engine
         self.driver = driver
         self.cfg = cfg
         self.name = cfg.model_name or cfg.model.resolve().name
@@ -413,7 +411,7 @@ def make_app(state: ServerState) -> FastAPI:
 
 
 def bind(cfg: ServeConfig) -> socket.socket:
-    """Take the port, before the model is loaded. Connections are refused until the server runs."""
+    """Take the port, before the model is loaded. Until it is, connections are refused."""
     listener = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -433,7 +431,8 @@ def serve(cfg: ServeConfig) -> None:
     if listener is None:
         driver.follow()
         return
-    state = ServerState(driver.engine, driver, cfg)
+    state = ServerState(driver, cfg)
+    listener.listen()  # from the next line on, who connects is answered
     log.info(f"http://{cfg.host}:{listener.getsockname()[1]}/v1 serves {state.name}")
     if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(f"anybody who reaches {cfg.host} can use this server: set --api-key")
@@ -447,4 +446,5 @@ def serve(cfg: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command("recipes.serve", partial(tyro.cli, ServeConfig), serve)
+    parse = partial(tyro.cli, ServeConfig, prog="python -m recipes.serve")
+    run_command("recipes.serve", parse, serve)

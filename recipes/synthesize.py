@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from string import Formatter
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 
@@ -113,16 +113,16 @@ class SynthesizeConfig(EngineConfig):
     A model is a folder (a run's, or a Hugging Face one), which runs in this process, or a name that
     an OpenAI-compatible --endpoint serves. The same command goes on where it was stopped."""
 
-    model: Path = Path()  # Writer of prompts, both sides of dialogues, and verdicts
+    model: Path = Path()
+    """Writer of prompts, of both sides of dialogues, and of verdicts."""
     endpoint: str = ""  # URL of a server, say vLLM, NIM, recipes.serve; key: OPENAI_API_KEY
     answerers: tuple[str, ...] = ()  # Models that answer preference prompts; default: the model
     reward: str = ""  # Reward model that ranks, filters and labels; without one, the model rates
     judge: Literal["reward", "text"] = "reward"
     """Ranking of answers that nothing can verify: by rewards, or by the model's verdicts."""
     out: Path = Path("runs/synthesize")  # Folder of records, rows, manifest and report
-    recipe: Literal["demo", "prompts", "report"] = (
-        "demo"  # Amounts of all; prompts: --prompts alone
-    )
+    recipe: Literal["demo", "prompts", "report"] = "demo"
+    """Amounts of everything that is made; prompts: no prompts but those of --prompts."""
     counts: dict[str, float] = field(default_factory=dict)
     """Changes of the recipe's amounts: --counts questions 5 turns 1."""
     templates: tuple[Path, ...] = ()
@@ -130,22 +130,20 @@ class SynthesizeConfig(EngineConfig):
     documents: tuple[Path, ...] = ()
     """Text files for closed questions and keywords; default: Python's documentation."""
     prompts: tuple[Path, ...] = ()
-    """JSON lines with `prompt` or `messages` of your own, perhaps with an `answer` (a number) or
-    `tests` (Python) by which ground truth judges."""
+    """JSON lines with a `prompt` or `messages`, perhaps with a true `answer`, or Python `tests`."""
     evaluations: tuple[Path, ...] = ()
     """JSON lines of benchmarks: prompts that share 13 words with one are dropped."""
     temperature: float = 0.2  # Divisor of logits, but for dialogues (0), answers and code (1)
     top_p: float = 0.7  # Probability mass that is sampled from
     max_tokens: int = 1024  # Longest answer
     longest: int = 4000  # Most characters of an answer; longer ones are dropped
-    min_helpfulness: float = 3.0  # Least mean of a dialogue's answers; as NVIDIA's examples have it
+    min_helpfulness: float = 3.0  # Least mean helpfulness of a dialogue's answers
     min_chosen: float = 0.0  # Least reward of a chosen answer that no ground truth judged
     min_gap: float = 0.0  # Least difference of chosen and rejected: rewards, or the judge's margins
     near: float = 0.7  # Similarity (Jaccard) from which a prompt repeats another
     concurrency: int = 16  # Requests under way at the endpoint
     retries: int = 12
-    """Repetitions of a request that the endpoint could not answer, each after a longer pause: a
-    minute in all, as quotas are counted by the minute."""
+    """Repetitions of a request that fails, each after a longer pause (a minute in all for 12)."""
     seed: int = 0  # Seed of sampling and of every draw
 
     def __post_init__(self) -> None:
@@ -327,7 +325,7 @@ def instructed(pipeline: Pipeline, sources: Questions) -> Questions:
         scope = ("single", "conversation", "revision")[i % 3]
         drawn = verify.draw_instructions(rng, rng.choice((1, 1, 2)), source.text)
         text = " ".join(instruction.text for instruction in drawn)
-        truth = {"instructions": [one.to_json() for one in drawn], "scope": scope}
+        truth = {"instructions": [asdict(one) for one in drawn], "scope": scope}
         new = replace(source, kind=f"instructions, {scope}", truth=truth)
         if scope == "revision":
             first.append(new)
@@ -516,7 +514,7 @@ def satisfies_truth(pipeline: Pipeline, chat: Question, turns: int = 1) -> bool 
     asked = chat.messages[-2 * turns]["content"]
     if truth["scope"] != "conversation":
         answers = answers[:1]
-    instructions = map(verify.Instruction.from_json, truth["instructions"])
+    instructions = [verify.Instruction(**one) for one in truth["instructions"]]
     return all(one.met(text, asked) for one, text in product(instructions, answers))
 
 
@@ -567,10 +565,6 @@ class Candidate:
     def score(self) -> float:
         """Return what the answer is chosen by, where no ground truth judges."""
         return fmean(self.margins) if self.margins else self.reward
-
-
-class Drop(NamedTuple):
-    reason: str
 
 
 def candidates_of(pipeline: Pipeline, questions: Questions) -> list[list[Candidate]]:
@@ -625,11 +619,11 @@ def compare(pipeline: Pipeline, sets: list[list[Candidate]]) -> None:
     pipeline.counts["judge: verdicts"] += len(pairs)
 
 
-def choose(pipeline: Pipeline, candidates: list[Candidate]) -> tuple[Candidate, Candidate] | Drop:
+def choose(pipeline: Pipeline, candidates: list[Candidate]) -> tuple[Candidate, Candidate] | str:
     """Return the chosen and the rejected answer: by ground truth, of the right ones the best and of
-    the wrong ones the worst, or by the judge's scores."""
+    the wrong ones the worst, or by the judge's scores. If there are none, return the reason."""
     if len(candidates) < 2:
-        return Drop("fewer than two answers")
+        return "fewer than two answers"
     # from the best to the worst; those without a score are below the others
     ranked = sorted(candidates, key=lambda one: (isnan(one.score), -one.score))
     right = [one for one in ranked if one.truth]
@@ -641,15 +635,15 @@ def choose(pipeline: Pipeline, candidates: list[Candidate]) -> tuple[Candidate, 
     if right and wrong:
         return right[0], wrong[-1]
     if right or wrong:
-        return Drop("all right" if right else "all wrong")
+        return "all right" if right else "all wrong"
     ranked = [one for one in ranked if not isnan(one.score)]
     if len(ranked) < 2:
-        return Drop("not rated")
+        return "not rated"
     gap = ranked[0].score - ranked[-1].score
     if gap == 0 or gap < pipeline.cfg.min_gap:
-        return Drop("tie")
+        return "tie"
     if ranked[0].reward < pipeline.cfg.min_chosen:
-        return Drop("chosen is not good enough")
+        return "chosen is not good enough"
     return ranked[0], ranked[-1]
 
 
@@ -660,9 +654,9 @@ def preference_row(
     parents = (*question.parents, *[one.chat.parents[-1] for one in candidates])
     question = replace(question, parents=parents)
     found = choose(pipeline, candidates)
-    if isinstance(found, Drop):
+    if isinstance(found, str):
         evidence = [(one.chat.answer, one.rating, one.margins) for one in candidates]
-        pipeline.drop("preference", found.reason, question, evidence)
+        pipeline.drop("preference", found, question, evidence)
         return None
     best, worst = found
     row = dict(chosen=best.chat.answer, rejected=worst.chat.answer)
@@ -842,4 +836,5 @@ def main(cfg: SynthesizeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command("recipes.synthesize", partial(tyro.cli, SynthesizeConfig), main)
+    parse = partial(tyro.cli, SynthesizeConfig, prog="python -m recipes.synthesize")
+    run_command("recipes.synthesize", parse, main)

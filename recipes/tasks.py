@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import aggregate
 
@@ -21,39 +21,30 @@ def in_words(digits: str) -> str:
     return " ".join(NUMBERS[int(digit)] for digit in digits)
 
 
-OPERATIONS: dict[str, Callable[[str], str]] = {
-    "sort": lambda digits: "".join(sorted(digits)),
-    "first": lambda digits: digits[0],
-    "last": lambda digits: digits[-1],
-    "largest": max,
-    "smallest": min,
+# what is asked for: a question about digits, and its result
+OPERATIONS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "sort": ("Sort {} upwards.", lambda digits: "".join(sorted(digits))),
+    "first": ("Give the first digit of {}.", lambda digits: digits[0]),
+    "last": ("Give the last digit of {}.", lambda digits: digits[-1]),
+    "largest": ("Give the largest digit of {}.", max),
+    "smallest": ("Give the smallest digit of {}.", min),
 }
-QUESTIONS = {
-    "sort": "Sort {} upwards.",
-    "first": "Give the first digit of {}.",
-    "last": "Give the last digit of {}.",
-    "largest": "Give the largest digit of {}.",
-    "smallest": "Give the smallest digit of {}.",
-}
-INSTRUCTIONS = {
-    "words": "In words.",
-    "brackets": "In brackets.",
-    "sure": "Begin with Sure:",
-    "mark": "End with !",
-}
-# the form of a result that follows an instruction, in the order in which several are followed
-FORMS: dict[str, Callable[[str], str]] = {
-    "words": in_words,
-    "brackets": "({})".format,
-    "sure": "Sure: {}".format,
-    "mark": "{}!".format,
-}
-# the pattern of any answer that follows it
-PATTERNS = {
-    "words": r"(?=.*[a-z]{3})[^0-9]+",
-    "brackets": r".*\(.+\).*",
-    "sure": "Sure:.*",
-    "mark": ".*!",
+
+
+class Form(NamedTuple):
+    """Hold an instruction on an answer's form, how a result gets it, and how any answer has it."""
+
+    instruction: str
+    write: Callable[[str], str]
+    pattern: str
+
+
+# in the order in which several are followed
+FORMS = {
+    "words": Form("In words.", in_words, r"(?=.*[a-z]{3})[^0-9]+"),
+    "brackets": Form("In brackets.", "({})".format, r".*\(.+\).*"),
+    "sure": Form("Begin with Sure:", "Sure: {}".format, "Sure:.*"),
+    "mark": Form("End with !", "{}!".format, ".*!"),
 }
 # a wrong digit, another operation's result, an early end, chatter before the answer, an instruction
 # ignored or, where there is none, made up
@@ -82,7 +73,7 @@ def write_answer(result: str, instructions: Iterable[str]) -> str:
     """Write a result in the form that instructions ask for."""
     for name, form in FORMS.items():
         if name in instructions:
-            result = form(result)
+            result = form.write(result)
     return result
 
 
@@ -100,9 +91,8 @@ class Task:
     def prompt(self) -> str:
         if self.call:
             return f"{self.operation}({self.digits})"
-        question = QUESTIONS[self.operation].format(self.digits)
-        requests = [INSTRUCTIONS[name] for name in self.instructions]
-        return " ".join([question, *requests])
+        question = OPERATIONS[self.operation][0].format(self.digits)
+        return " ".join([question, *(FORMS[name].instruction for name in self.instructions)])
 
     @property
     def held_out(self) -> bool:
@@ -111,7 +101,7 @@ class Task:
 
     @property
     def result(self) -> str:
-        return OPERATIONS[self.operation](self.digits)
+        return OPERATIONS[self.operation][1](self.digits)
 
     @property
     def answer(self) -> str:
@@ -128,7 +118,7 @@ class Task:
         """Tell for each instruction whether a text follows it."""
         text = text.strip()
         names = self.instructions
-        return [bool(re.fullmatch(PATTERNS[name], text, re.DOTALL)) for name in names]
+        return [bool(re.fullmatch(FORMS[name].pattern, text, re.DOTALL)) for name in names]
 
     def labels(self, text: str) -> list[int]:
         """Return ATTRIBUTES of any text as an answer, 0 to 4 each: correctness counts digits in
@@ -163,9 +153,9 @@ class Task:
             i = rng.randrange(len(result))
             result = result[:i] + rng.choice("0123456789") + result[i + 1 :]
         if "other" in faults:
-            result = OPERATIONS[rng.choice([*OPERATIONS])](self.digits)
+            result = OPERATIONS[rng.choice([*OPERATIONS])][1](self.digits)
         if "form" in faults:
-            instructions ^= {rng.choice(self.instructions or [*INSTRUCTIONS])}
+            instructions ^= {rng.choice(self.instructions or [*FORMS])}
         text = write_answer(result, instructions)
         if "chatter" in faults:
             text = f"{rng.choice(CHATTER)} {text}"
@@ -178,7 +168,7 @@ def draw_task(rng: random.Random, call: bool, held_out: bool = False) -> Task:
     """Draw a task of three or four digits; in words, with up to two instructions."""
     while True:
         digits = "".join(rng.choices("0123456789", k=rng.randint(3, 4)))
-        asked = [] if call else rng.sample([*INSTRUCTIONS], k=rng.choice((0, 1, 1, 2)))
+        asked = [] if call else rng.sample([*FORMS], k=rng.choice((0, 1, 1, 2)))
         task = Task(rng.choice([*OPERATIONS]), digits, tuple(asked), call)
         if task.held_out == held_out:
             return task

@@ -275,13 +275,6 @@ class Instruction:
             if isinstance(takes[name], Closed) and value not in takes[name]:
                 raise ValueError(f"{self.kind}: {name} is {value!r}, not one of {[*takes[name]]}")
 
-    @classmethod
-    def from_json(cls, obj: dict[str, Any]) -> "Instruction":
-        return cls(obj["kind"], obj["args"])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "args": self.args}
-
     @property
     def text(self) -> str:
         """Return the sentence for the prompt."""

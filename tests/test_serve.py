@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -26,6 +27,7 @@ import generate
 from generate import Driver, Engine, SamplingParams
 from model import SHAPES, Nemotron, init_weights
 from parallel import save_hf
+from recipes import serve as recipe
 from recipes.serve import (
     ChatRequest,
     ResponseWriter,
@@ -88,7 +90,7 @@ class Running:
 def running(model, tokenizer, key="none", **options):
     cfg = ServeConfig(Path("tiny"), **({"slots": 8} | options))
     engine = Engine(model, tokenizer, cfg.slots, chunk=16)
-    state = ServerState(engine, Driver(engine), cfg)
+    state = ServerState(Driver(engine), cfg)
     server = uvicorn.Server(uvicorn.Config(make_app(state), log_level="error"))
     state.driver.thread.start()
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -495,6 +497,23 @@ def test_a_port_that_is_not_to_be_had_is_named_before_a_model_is_loaded(host, ca
         with pytest.raises(ValueError, match=rf"{host} port {port}: .*: set another --port"):
             serve(ServeConfig(Path("no model is there"), host=host, port=port))
     assert not caplog.messages
+
+
+def test_who_connects_to_the_address_that_is_said_is_not_refused(model, tokenizer, monkeypatch):
+    engine = Engine(model, tokenizer, 2)
+    reached = []
+
+    def say(line):
+        if address := re.match(r"http://127.0.0.1:(\d+)/v1 serves tiny", line):
+            with socket.create_connection(("127.0.0.1", int(address[1])), timeout=10):
+                reached.append(line)
+
+    monkeypatch.setattr(recipe, "load_engine", lambda cfg: engine)
+    monkeypatch.setattr(recipe.log, "info", say)
+    monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    serve(ServeConfig(Path("tiny"), port=0))
+    assert len(reached) == 1
 
 
 def test_a_key_is_asked_for_everywhere_but_for_the_health(model, tokenizer):

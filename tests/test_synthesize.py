@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from recipes import records, report, verify
 from recipes import synthesize as pipeline
 from recipes.iterate import IterateConfig, score_of
 from recipes.records import Pipeline, Reply, prompt
-from recipes.synthesize import Candidate, Drop, SynthesizeConfig, choose, load_library, synthesize
+from recipes.synthesize import Candidate, SynthesizeConfig, choose, load_library, synthesize
 
 ROOT = Path(pipeline.__file__).parents[1]
 LIBRARY = load_library()
@@ -294,6 +294,7 @@ def run_killed(cfg):
     synthesize(cfg)
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_same_bytes(made, tmp_path):
     slow, rng = Teacher(delay=0.004), random.Random(0)
     cfg, kills, grown = config(slow, tmp_path / "killed"), 0, set()
@@ -370,6 +371,19 @@ def test_every_dropped_row_says_why_and_by_what_evidence(teacher, tmp_path):
     assert own[0] in found["duplicate"]["evidence"]
     assert found["has a marker"]["evidence"] == "<extra_id_1>"
     assert found["refused"]["evidence"].startswith("refused")
+
+
+def test_evaluation_texts_too_short_to_be_found_are_counted_in_manifest_and_report(
+    teacher, tmp_path
+):
+    prompts, bench = tmp_path / "own.jsonl", tmp_path / "bench.jsonl"
+    prompts.write_text('{"prompt": "What is the capital of France today?"}\n')
+    bench.write_text('{"question": "Is it so?", "answers": ["Yes", "No, four words long"]}\n')
+    how = dict(recipe="prompts", prompts=(prompts,), evaluations=(bench,))
+    out = synthesize(config(teacher, tmp_path / "out", **how))
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert counts["evaluation texts too short to find"] == 2  # three words, one word
+    assert "| evaluation texts too short to find | 2 |" in (out / "report.md").read_text()
 
 
 def test_a_busy_endpoint_is_asked_again_and_never_by_more_than_allowed(tmp_path):
@@ -636,15 +650,15 @@ def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
     def chosen(*ratings, **more):
         found = answers(*ratings, **more)
         pair = choose(p, found)
-        return pair if isinstance(pair, Drop) else tuple(found.index(one) for one in pair)
+        return pair if isinstance(pair, str) else tuple(found.index(one) for one in pair)
 
     assert chosen(None, bad, good) == (2, 1)
-    assert chosen(None, good) == Drop("not rated")
-    assert chosen(good, good) == Drop("tie")
-    assert chosen(good) == Drop("fewer than two answers")
+    assert chosen(None, good) == "not rated"
+    assert chosen(good, good) == "tie"
+    assert chosen(good) == "fewer than two answers"
     assert chosen(bad, None, good, truth=[True, False, False]) == (0, 1)
     assert p.counts["judge: pairs with a truth"] == 1  # of those that are rated
-    assert chosen(good, bad, truth=[False, False]) == Drop("all wrong")
+    assert chosen(good, bad, truth=[False, False]) == "all wrong"
     # rewards are ratings, whoever chose, where they say the same
     asked = question("How many?")
     found = answers(good, bad, margins=[1.0, -1.0])
@@ -671,7 +685,7 @@ def test_dialogues_obey_their_instruction_where_it_reaches(teacher, tmp_path, sc
         return answers[text.rstrip("?")]
 
     p = said_by(reply, teacher, tmp_path, counts=dict(turns=3))
-    no_comma = verify.Instruction("punctuation:no_comma").to_json()
+    no_comma = asdict(verify.Instruction("punctuation:no_comma"))
     q = question("Why?", truth={"instructions": [no_comma], "scope": scope})
     made = pipeline.dialogues(p, [q])
     assert len(made) == kept and p.counts["dialogue: false"] == 1 - kept

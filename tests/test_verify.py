@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -24,7 +25,7 @@ import sympy
 
 from recipes import guard
 from recipes.ifeval import (
-    COMMON_WORDS,
+    BY_WORDS,
     ENDINGS,
     KEYWORDS,
     KINDS,
@@ -537,7 +538,7 @@ def test_drawing_is_a_function_of_the_seed_and_uses_no_word_of_the_prompt():
 def test_an_instruction_survives_json_and_wrong_ones_are_named():
     for seed in range(100):
         for instruction in draw_instructions(random.Random(seed), 3, PROMPT):
-            again = Instruction.from_json(json.loads(json.dumps(instruction.to_json())))
+            again = Instruction(**json.loads(json.dumps(asdict(instruction))))
             assert again == instruction and hash(again) == hash(instruction)
     with pytest.raises(ValueError, match="'keywords:any' is none of"):
         Instruction("keywords:any")
@@ -559,7 +560,7 @@ def test_the_words_that_are_drawn_do_not_get_in_each_others_way():
 
 
 def test_languages_are_told_apart():
-    assert set(FILLER) == set(LANGUAGES) and len(COMMON_WORDS) == 7
+    assert set(FILLER) == set(LANGUAGES) and len(BY_WORDS) == 7
     for code, text in FILLER.items():
         assert language_of(text) == language_of(text.upper()) == code
     assert language_of("日本語の文章です。東京都") == "ja" and language_of("東京都") == "zh"
@@ -620,7 +621,7 @@ def test_answers_are_marked_as_ifeval_marks_them(ifeval):
         if ours.kind == "language:response_language":
             continue
         theirs = ifeval[ours.kind](ours.kind)
-        theirs.build_description(**ours.to_json()["args"])
+        theirs.build_description(**ours.args)
         if ours.kind.startswith("change_case:english"):  # nothing but the case can be compared
             texts = [
                 FILLER["en"],
