@@ -11,6 +11,7 @@ takes seven to ten minutes on two cores.
 import json
 import logging
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -210,10 +211,9 @@ def preferences(cfg: DemoConfig, name: str, init: str) -> Path:
         prompts=write_prompts(cfg, name, 1000), seed=cfg.seed,
         min_gap=OWN_ANSWERS.min_gap * cfg.scale,  # a judge of fewer rows tells less apart
     ))  # fmt: skip
+    data = with_rows(made, "rpo", advice="" if cfg.scale == 1 else "; raise --scale")
     settings = preference_settings(name)
-    return align(name, replace(
-        settings, data=with_rows(made, "rpo"), init=str(policy), out=cfg.out / name
-    ))  # fmt: skip
+    return align(name, replace(settings, data=data, init=str(policy), out=cfg.out / name))
 
 
 def stages_of(cfg: DemoConfig) -> dict[str, Callable[[], Path]]:
@@ -341,4 +341,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it without a word
     main()

@@ -137,7 +137,8 @@ def round_data(
         counts=cfg.data.counts | {"preference_share": share}, prompts=prompts(k, name),
         seed=cfg.data.seed + len(ROUND) * k + i, out=cfg.out / f"round_{k}" / f"{name}_data",
     ))  # fmt: skip
-    return with_rows(made, file)
+    small = cfg.demo and cfg.demo.scale < 1
+    return with_rows(made, file, advice="; raise --demo.scale" if small else "")
 
 
 def iterate(cfg: IterateConfig) -> None:

@@ -6,6 +6,7 @@ Both need matplotlib: pip install -e '.[report]'.
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it without a word
     main()

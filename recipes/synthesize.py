@@ -803,15 +803,15 @@ def settled_config(pipeline: Pipeline) -> Record:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def with_rows(made: Path, *names: str) -> Path:
+def with_rows(made: Path, *names: str, advice: str = "") -> Path:
     """Return the first of some files of rows. If there is no row in any of them, raise a ValueError
-    that says why."""
+    that says why, and what to do."""
     files = [made / f"{name}.jsonl" for name in names]
     if not any(file.stat().st_size for file in files):
         counts = json.loads((made / "manifest.json").read_text())["counts"]
         why = ", ".join(f"{times} x {reason}" for reason, times in counts.items() if times)
         none = "there is no prompt: name files by --prompts, or raise --counts"
-        raise ValueError(f"{files[0]}: no row: {why or none}")
+        raise ValueError(f"{files[0]}: no row: {why or none}{advice}")
     return files[0]
 
 

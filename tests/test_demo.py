@@ -102,7 +102,7 @@ def test_rows_are_made_once_and_not_at_all_where_they_are_there(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
-    demo.demo(demo.DemoConfig(tmp_path / "demo", scale=0.004))
+    demo.demo(demo.DemoConfig(tmp_path / "demo", scale=0.01))
     lines = (tmp_path / "demo" / "table.md").read_text().splitlines()
     stages = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     models = ["base", "code_sft", "general_sft", "dpo", "rpo_1", "rpo_2", "rpo_3"]
@@ -110,6 +110,34 @@ def test_the_demo_runs_all_stages_and_writes_its_table(tmp_path):
     for name, init in (("code_sft", "base"), ("rpo_2", "rpo_1"), ("reward", "general_sft")):
         cfg = json.loads((tmp_path / "demo" / name / "config.json").read_text())
         assert cfg["init"].endswith(f"demo/{init}")
+
+
+def leave_no_row(cfg):
+    """In synthesize's place: every pair of answers is a tie."""
+    cfg.out.mkdir(parents=True)
+    for name in ("sft", "rpo"):
+        (cfg.out / f"{name}.jsonl").touch()
+    (cfg.out / "manifest.json").write_text('{"counts": {"preference: tie": 40}}')
+    return cfg.out
+
+
+@pytest.mark.parametrize("scale, advice", [(0.01, "; raise --scale"), (1.0, "")])
+def test_a_judge_of_fewer_rows_need_tell_less_apart_and_no_pair_at_all_is_answered_with_advice(
+    tmp_path, monkeypatch, scale, advice
+):
+    made = mock.Mock(side_effect=leave_no_row)
+    monkeypatch.setattr(demo, "synthesize", made)
+    with pytest.raises(ValueError, match=f"rpo.jsonl: no row: 40 x preference: tie{advice}$"):
+        demo.preferences(demo.DemoConfig(tmp_path, scale=scale), "dpo", "general_sft")
+    assert made.call_args.args[0].min_gap == pytest.approx(demo.OWN_ANSWERS.min_gap * scale)
+
+
+def test_a_round_of_a_small_demo_without_a_row_names_the_scale(tmp_path, monkeypatch):
+    toys = demo.DemoConfig(tmp_path / "demo", scale=0.01)
+    loop = dataclasses.replace(iterate.weak_to_strong(), out=tmp_path / "loop", demo=toys)
+    monkeypatch.setattr(iterate, "synthesize", leave_no_row)
+    with pytest.raises(ValueError, match="sft.jsonl: no row: .*; raise --demo.scale$"):
+        iterate.round_data(loop, 1, 0, lambda k, stage: (), Path("weak"), Path("base"))
 
 
 @pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan")])
