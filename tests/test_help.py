@@ -1,0 +1,161 @@
+"""The help of every program, as a person reads it: texts that stand alone, for every option."""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import signal
+import sys
+import tempfile
+import traceback
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import align
+import generate
+import train
+from recipes import iterate
+
+ROOT = Path(__file__).parents[1]
+JOBS = {
+    "train.py": [*train.PRESETS],
+    "align.py": [*align.PRESETS],
+    "data.py": ["prepare", "show"],
+    "parallel.py": ["export"],
+    "generate.py": [*generate.COMMANDS],
+    "recipes.iterate": [*iterate.LOOPS],
+}
+RECIPES = ("demo", "evaluate", "plan", "report", "rewardbench", "serve", "synthesize")
+COMMANDS = [(program, job) for program, jobs in JOBS.items() for job in ["", *jobs]]
+COMMANDS += [(f"recipes.{name}", "") for name in RECIPES]
+# names that stand in the sources, and mean nothing to who reads the help
+INTERNAL = re.compile(r"__|\b[A-Z]\w*Config\b|\b(SamplingParams|NoneType|MISSING)\b")
+WIDTH = 100
+
+
+def run_program(program, *args):
+    """Run a program as `python train.py` or `python -m recipes.demo`; return its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *args])
+        patch.setattr(os, "_exit", sys.exit)
+        patch.chdir(ROOT)
+        run = partial(runpy.run_module, program, alter_sys=True)
+        if program.endswith(".py"):
+            run = partial(runpy.run_path, program)
+        with pytest.raises(SystemExit) as ended:
+            run(run_name="__main__")
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """The help of each command, printed once."""
+    return {}
+
+
+@pytest.fixture(params=COMMANDS, ids=lambda command: " ".join(command).strip())
+def shown(request, helps, monkeypatch):
+    """What a command prints for --help."""
+    if request.param not in helps:
+        program, job = request.param
+        monkeypatch.setenv("COLUMNS", str(WIDTH))
+        out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws boxes for this very spelling
+        with contextlib.redirect_stdout(out):
+            assert run_program(program, *filter(None, [job]), "--help") == 0
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        out.seek(0)
+        helps[request.param] = out.read()
+    return helps[request.param]
+
+
+def entries(text):
+    """Yield (option or argument, its text, whether it is one of a table) from a help."""
+    for box in re.split(r"^╭─ ", text, flags=re.M)[1:]:
+        title, *lines = box.splitlines()
+        inside = [line.strip("│").removeprefix(" ").rstrip() for line in lines if line[:1] == "│"]
+        table = bool(re.match(r"\S*\b(counts|blend|late-blend) options", title))
+        if "subcommands" not in title:
+            joined = "\n" + "\n".join(inside).split("─\n")[-1]
+            for entry in re.split(r"\n(?=[-\[{A-Z])", joined)[1:]:
+                name, *rest = re.split(r"\n| {2,}", entry, maxsplit=1)
+                yield name, " ".join(" ".join(rest).split()), table
+
+
+def test_the_usage_names_the_command_as_it_is_typed(shown, request):
+    program, job = request.node.callspec.params["shown"]
+    typed = program if program.endswith(".py") else f"python -m {program}"
+    assert shown.startswith(f"usage: {typed} {job}".rstrip() + " [-h]")
+
+
+def test_help_has_no_name_from_the_sources(shown):
+    assert not INTERNAL.search(shown), INTERNAL.search(shown)
+
+
+def test_help_has_no_number_that_may_be_wrapped_at_its_comma(shown):
+    assert not re.search(r"\d,\d{3}|\d,\s*│\n│\s*\d{3}\b", shown)
+
+
+def test_every_option_has_a_text_of_its_own(shown):
+    found = [*entries(shown)]
+    assert found[0][0] == "-h, --help" or ("-h, --help" in [name for name, _, _ in found])
+    for name, text, table in found:
+        # the entries of a table are explained together, above them
+        said = re.split(r"\((?:default|required)\b", text)[0]
+        assert table or re.match(r"\S+ ?\S", said), f"{name}: {text!r}"
+
+
+# with which no noun phrase begins that stands alone
+DANGLING = "Of What Who Whose Those That By As Which Whether How If On At At most Is Are And Or It"
+
+
+def test_a_text_begins_as_a_phrase_that_stands_alone(shown):
+    for name, text, _ in entries(shown):
+        first = text.split(" ")[0]
+        assert first not in DANGLING.split(), f"{name}: {text}"
+
+
+def test_a_text_is_not_broken_in_the_middle_of_a_line(shown):
+    """tyro keeps a docstring's own line break, and wraps beside it: write it in one line."""
+    for line, following in zip(shown.splitlines(), shown.splitlines()[1:], strict=False):
+        inside = re.match(r"│( {8,})(\S.*?) *│$", line)
+        after = re.match(r"│( {8,})([^\s(]\S*)", following)
+        if inside and after and inside[1] == after[1]:
+            room = WIDTH - 3 - len(inside[1]) - len(inside[2])
+            assert len(after[2]) >= room, f"{line}\n{following}"
+
+
+def without_reader(program, *args):
+    """Run a program in a fork, its stdout a pipe that nobody reads; return what stderr has."""
+    read, write = os.pipe()
+    os.close(read)
+    with tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python begins
+            os.dup2(errors.fileno(), 2)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            sys.stdout = os.fdopen(write, "w")
+            try:
+                run_program(program, *args)
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)  # no exit handlers of pytest's
+        os.close(write)
+        os.waitpid(child, 0)
+        errors.seek(0)
+        return errors.read()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train.py nano", "data.py prepare", "generate.py sample", "parallel.py export"]
+    + ["recipes.demo", "recipes.plan", "recipes.iterate demo", "recipes.report"],
+)
+def test_help_that_is_not_read_to_its_end_is_no_error(command):
+    """As in `python train.py nano --help | head -3`."""
+    assert without_reader(*command.split(), "--help") == ""
