@@ -42,7 +42,7 @@ from data import (
     sft_rows,
     write_whole,
 )
-from model import IGNORE, SHAPES, ModelConfig, count_params
+from model import IGNORE, SHAPES, ModelConfig, check_ranges
 from parallel import (
     Batch,
     Runner,
@@ -53,22 +53,12 @@ from parallel import (
     step_folders,
     world_size,
 )
-from train import (
-    EvalSet,
-    RunConfig,
-    check_init,
-    choose_config,
-    evaluator,
-    fit,
-    free_folder,
-    open_folder,
-    run,
-    set_up_logging,
-)
+from train import EvalSet, RunConfig, choose_config, evaluator, fit, run, set_up_logging, start
 
 __all__ = ["aggregate"]  # of data.py, as generate.py ranks with it too
 
 log = logging.getLogger("nemotron4")
+HeldOut = dict[str, list[Example]]  # rows to validate on, by the name of the set
 Sums = dict[str, Tensor]  # scalars by name, to be added up over micro-batches and processes
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -281,8 +271,8 @@ class AlignConfig(RunConfig):
     """Learning rate at the end of a cosine; None: the rate is constant."""
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs}: must be positive")
+        check_ranges(self, {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8), "lora_rank": (0, 1e8)})
+        check_ranges(self, {"lora_alpha": (0, 1e8)})
         super().__post_init__()
 
     @property
@@ -340,10 +330,8 @@ class PreferenceConfig(AlignConfig):
             raise ValueError(f"label_smoothing={self.label_smoothing} belongs to dpo: {self.loss}")
         if self.eta != 1.0 and not self.needs_rewards:
             raise ValueError(f"eta={self.eta} belongs to the RPO losses: {self.loss}")
-        if self.beta <= 0 or self.sft_weight < 0 or not 0 <= self.label_smoothing < 0.5:
-            numbers = f"beta={self.beta}, sft_weight={self.sft_weight}"
-            rule = "beta above 0, sft_weight at least 0, label_smoothing in 0..0.5"
-            raise ValueError(f"{numbers}, label_smoothing={self.label_smoothing}: {rule}")
+        ranges = {"beta": (1e-12, 1e12), "eta": (0, 1e12), "sft_weight": (0, 1e12)}
+        check_ranges(self, ranges | {"label_smoothing": (0, 0.499)})
 
 
 # ---- presets -------------------------------------------------------------------------------------
@@ -570,16 +558,20 @@ def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Exa
         rows, _ = preference_rows(path, tokenizer, rewards=cfg.needs_rewards, judged=judged, **how)
     if any(row.values is None for row in rows):  # rewards that only some rows have are not used
         rows = [replace(row, values=None) for row in rows]
-    check_rows(rows, path, isinstance(cfg, RewardConfig))
+    check_rows(cfg, rows, path)
     return rows
 
 
-def check_rows(rows: list[Example], path: Path, scored: bool) -> None:
-    """Refuse rows whose tokens would all be trained, or none of them: the template is not theirs.
-    scored: rows of a reward model, which trains no token."""
+def check_rows(cfg: AlignConfig, rows: list[Example], path: Path) -> None:
+    """Refuse rows whose tokens the model does not have, or would all be trained, or none of them:
+    the tokenizer or the template is not theirs. A reward model trains no token."""
+    last = max(int(np.concatenate(row.ids).max()) for row in rows)
+    if last >= cfg.model.vocab_size:
+        sizes = f"token {last}, the model {cfg.model.vocab_size} tokens"
+        raise ValueError(f"{path} has {sizes}: set --tokenizer to the model's own")
     tokens = sum(row.length for row in rows)
     share = sum(np.concatenate(row.trained).sum() for row in rows) / tokens
-    if not scored and not 0 < share < 1:
+    if not isinstance(cfg, RewardConfig) and not 0 < share < 1:
         raise ValueError(f"{path}: {share:.0%} of the tokens would be trained: look at its roles")
     longest = max(row.length for row in rows)
     log.info(f"{path}: longest row {longest:,} tokens, {share:.1%} of all are trained")
@@ -672,7 +664,7 @@ def reference_log_probs(
     """Return log π_ref of each row's two answers, (rows, 2) in fp64, by the weights that the runner
     holds now. A file beside the rows keeps them for a run with another rate or beta."""
     weights = fingerprint(runner)
-    dtype = cfg.mesh.dtype
+    dtype = cfg.mesh.compute_dtype
     file = cfg.reference or path.with_name(f"{path.name}.reference-{weights}-{dtype}.json")
     known = read_reference(file, weights, dtype)
     keys = [row.key for row in rows]
@@ -726,7 +718,9 @@ def compute_log_probs(
 def check_start(cfg: PreferenceConfig, values: dict[str, float]) -> None:
     """Check that policy and reference are one before the first step: a = 0, so that DPO's loss is
     ln 2 and RPO's ln 2 − H(σ(b)). Otherwise the reference is of other weights, tokens or code."""
-    nats = {"fp32": 1e-3, "bf16": 0.5}[cfg.mesh.dtype]  # of a whole answer's log-probability
+    nats = {"fp32": 1e-3, "bf16": 0.5}[
+        cfg.mesh.compute_dtype
+    ]  # of a whole answer's log-probability
     off = values["abs_drift"] / 2  # a pair's two answers
     due = values["at_reference"]
     loss = values["preference_loss"]
@@ -747,19 +741,25 @@ def with_model(cfg: AlignConfig) -> AlignConfig:
         raise ValueError("init: no weights to start from: set --init RUN or --init hf:FOLDER")
     model = read_config(cfg.init.removeprefix("hf:")) if cfg.init else cfg.model
     heads = cfg.n_attributes if isinstance(cfg, RewardConfig) else 0
+    if isinstance(cfg, RewardConfig) and heads not in (5, 9):
+        raise ValueError(f"n_attributes={heads}: must be 5 or 9")
     if model.n_attributes and not heads:
         raise ValueError(f"init={cfg.init} is a reward model: this stage trains a language model")
-    lora = dict(lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_targets=cfg.lora_targets)
-    return replace(cfg, model=replace(model, seq_len=cfg.seq_len, n_attributes=heads, **lora))
+    names = ("seq_len", "lora_rank", "lora_alpha", "lora_targets")
+    own = {name: getattr(cfg, name) for name in names} | {"n_attributes": heads}
+    for name, value in vars(cfg.model).items():
+        given = value not in (getattr(AlignConfig.model, name), own.get(name))
+        if given and (cfg.init or name in own):
+            rule = "a stage has --init's model, and its own --seq-len, --lora-rank and so on"
+            raise ValueError(f"model.{name}={value} would not be used: {rule}")
+    return replace(cfg, model=replace(model, **own))
 
 
 def tokenizer_of(cfg: AlignConfig) -> Tokenizer:
     """Load the tokenizer of the config, or that of --init."""
     spec = cfg.tokenizer or cfg.init.removeprefix("hf:")
     if not spec:
-        raise ValueError(
-            "tokenizer: none given, and no --init whose folder has one: set --tokenizer"
-        )
+        raise ValueError("tokenizer: none given, nor an --init whose folder has one: set it")
     return load_tokenizer(spec)
 
 
@@ -776,17 +776,25 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
     return EvalSet(lambda: held_out.batches(cfg, runner, numbers), sums.loss_fn, values)
 
 
-def eval_sets(cfg: AlignConfig, runner: Runner, tokenizer: Tokenizer) -> list[EvalSet]:
-    """Return the rows of --val, and of a reward model's --pairs, on which it ranks by the
-    aggregate of its attributes."""
-    sets = []
+def read_held_out(cfg: AlignConfig, tokenizer: Tokenizer) -> HeldOut:
+    """Read the rows of --val, and those of a reward model's --pairs."""
+    held_out = {}
     if cfg.val:
-        held_out = row_set(cfg, runner, read_rows_of(cfg, cfg.val, tokenizer), cfg.val)
-        sets.append(eval_set("val", cfg, runner, held_out))
+        held_out["val"] = read_rows_of(cfg, cfg.val, tokenizer)
     if isinstance(cfg, RewardConfig) and cfg.pairs:
         rows, _ = preference_rows(cfg.pairs, tokenizer, cfg.model.seq_len, judged=True)
-        rows = [replace(row, values=None) for row in rows]  # the order of a pair is enough
-        pairs = RowSet(rows, ranking_objective(aggregate))
+        held_out["pairs"] = [replace(row, values=None) for row in rows]  # the order is enough
+    return held_out
+
+
+def eval_sets(cfg: AlignConfig, runner: Runner, held_out: HeldOut) -> list[EvalSet]:
+    """Return the held-out rows as sets to evaluate; a reward model ranks its pairs by the aggregate
+    of its attributes."""
+    sets = []
+    if "val" in held_out:
+        sets.append(eval_set("val", cfg, runner, row_set(cfg, runner, held_out["val"], cfg.val)))
+    if "pairs" in held_out:
+        pairs = RowSet(held_out["pairs"], ranking_objective(aggregate))
         sets.append(eval_set("pairs", cfg, runner, pairs))
     return sets
 
@@ -796,24 +804,16 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     cfg = with_model(cfg)
     tokenizer = tokenizer_of(cfg)
     rows = read_rows_of(cfg, cfg.data, tokenizer)
+    held_out = read_held_out(cfg, tokenizer)
     n_rows = max(1, round(len(rows) * cfg.epochs))
     steps = math.ceil(n_rows / cfg.batch)  # the last one takes what is left
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
     windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
-    mesh = init_mesh(cfg.mesh)
-    cfg = replace(cfg, out=cfg.out or free_folder(preset))
-    check_init(cfg)
     keys = "".join(row.key for row in rows)
-    open_folder(cfg, hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), tokenizer.save)
-    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
-    size = sum(count_params(cfg.model)) / 1e6
-    how_much = f"{cfg.steps:,} steps of {cfg.batch} rows"
-    log.info(f"{preset}: {size:,.1f}M parameters, {world_size()} process(es), {how_much}")
-    log.info(f"folder: {cfg.out}; the first row:\n{show_row(rows[0], tokenizer)}")
-
-    if cfg.init:
-        runner.load_weights(cfg.init.removeprefix("hf:"))
+    data = hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
+    cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
+    log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
     train_set = row_set(cfg, runner, rows, cfg.data)
     sums = MetricSums(train_set.objective, runner)
 
@@ -830,7 +830,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     if isinstance(cfg, PreferenceConfig) and not step_folders(cfg.out / "checkpoints"):
         runner.eval(batches(0), sums.loss_fn)
         check_start(cfg, sums.take())
-    evaluate = evaluator(runner, eval_sets(cfg, runner, tokenizer))
+    evaluate = evaluator(runner, eval_sets(cfg, runner, held_out))
     fit(cfg, runner, batches, sums.loss_fn, evaluate, describe, sums.take)
     return cfg.out
 

@@ -57,6 +57,7 @@ from parallel import (
     load_parts,
     on_meta,
     read_config,
+    set_up_logging,
     shut_down,
     tp_cuts,
     world_size,
@@ -1213,9 +1214,7 @@ MOVED = ("serve", "evaluate", "synthesize")  # to recipes/
 def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], Any]) -> None:
     """Run a command as a program: parse its config, end on a user's error with one line. The log of
     the first process goes to stderr; stdout is left to answers."""
-    log.handlers = [logging.StreamHandler()]
-    log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
-    log.propagate = False
+    set_up_logging(sys.stderr)
     try:
         command(parse())
     except (ValueError, OSError) as e:

@@ -13,7 +13,7 @@ F ffn_dim  V vocab_size. Under tensor parallelism H, K, F and V are this rank's 
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,19 +66,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse an impossible shape, naming its numbers."""
-        may_be_0 = "n_attributes lora_rank lora_alpha init_std rope_fraction norm_eps".split()
-        ranges = {name: (name not in may_be_0, 1e8) for name in vars(self)}
-        del ranges["lora_targets"]
+        # sizes are at least 1, what is 0 by default and fractions at least 0
+        ranges = {f.name: (f.type is int and f.default != 0, 1e8) for f in fields(self)[:-1]}
         check_ranges(self, ranges)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
             )
         if self.rope_dim not in range(2, self.head_dim + 1, 2):
-            share = f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim}"
-            raise ValueError(f"{share} rotates {self.rope_dim}: must be even, in 2..head_dim")
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates "
+                f"{self.rope_dim} dimensions: must be even, in 2..head_dim"
+            )
         targets = set(self.lora_targets.split())
-        if not set() < targets <= set(ModelConfig.lora_targets.split()):
+        if not targets or targets - set(ModelConfig.lora_targets.split()):
             raise ValueError(f"lora_targets={self.lora_targets!r}: some of wq wk wv wo up down")
 
     @property
@@ -361,9 +362,7 @@ def freeze(model: Nemotron) -> None:
 
 def gaussian(seed: int, name: str, index: Tensor) -> Tensor:
     """Return standard normals, fp32, of (seed, name, element's index) alone, so any shard agrees.
-
-    splitmix64 mixes the index; the two 32-bit halves of the result give one Box-Muller draw.
-    """
+    splitmix64 mixes the index; the two 32-bit halves of the result give one Box-Muller draw."""
     x = index * -7046029254386353131 + (zlib.crc32(f"{seed}/{name}".encode()) << 31)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # & makes the shift logical

@@ -10,10 +10,10 @@ same numbers on every mesh. `python -m recipes.plan` predicts memory and speed o
 import ctypes
 import json
 import logging
-import operator
 import os
 import shutil
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from model import (
     Head,
     ModelConfig,
     Nemotron,
+    RewardHead,
     all_of,
     at_least_fp32,
     check_ranges,
@@ -129,18 +130,15 @@ class MeshConfig:
         shape = self.shape(world)
         return shape["dp_replicate"] * shape["dp_shard"]
 
-    def stages_of(self, rank: int) -> list[int]:
-        """List the stages of a pipeline rank: a loop over the ranks, or for zbv a V."""
-        if self.schedule == "zbv":
-            return [rank, 2 * self.pp - 1 - rank]
-        return list(range(rank, self.n_stages, self.pp))
+    def rank_of(self, stage: int) -> int:
+        """Return the pipeline rank that holds a stage: a loop over the ranks, or for zbv a V."""
+        if self.schedule == "zbv" and stage >= self.pp:
+            return 2 * self.pp - 1 - stage
+        return stage % self.pp
 
-    def rank_of(self) -> dict[int, int]:
-        """Map each stage to the pipeline rank that holds it."""
-        ranks = {}
-        for rank in range(self.pp):
-            ranks |= dict.fromkeys(self.stages_of(rank), rank)
-        return ranks
+    def stages_of(self, rank: int) -> list[int]:
+        """List the stages of a pipeline rank."""
+        return [stage for stage in range(self.n_stages) if self.rank_of(stage) == rank]
 
     def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
         """Raise ValueError, with the numbers and the rule, for what `world` processes cannot run.
@@ -237,18 +235,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-M_TRIM_THRESHOLD = -1  # mallopt's parameters, from malloc.h
-M_MMAP_MAX = -4
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors, as torch does on a GPU. By default it hands a
     large tensor's memory back to the kernel and gets it again zeroed page by page, which is a
     quarter of a step's time on a CPU. Nothing happens without glibc."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)  # large allocations come from the heap too
-        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+        mallopt(-4, 0)  # M_MMAP_MAX: large allocations come from the heap too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
@@ -274,6 +268,37 @@ def shut_down() -> None:
     """Leave the job together: without the barrier gloo may abort at exit. A failing rank hangs."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def set_up_logging(stream: TextIO | None = None) -> None:
+    """Let rank 0 alone write the log, so that nothing else asks for the rank before it speaks."""
+    log.handlers = [logging.StreamHandler(stream or sys.stdout)]
+    log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
+    log.propagate = False
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage as a program. A user's error is one line, any other has its traceback.
+    On the failing path no collective is called, as it would hang; torchrun ends the other ranks."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+        if dist.is_initialized():
+            shut_down()
+    except (ValueError, FloatingPointError, OSError) as e:
+        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
+        if isinstance(e, ValueError) and Path(__file__).parent not in raised_in.parents:
+            traceback.print_exc()  # torch's or a bug of ours, not the user's
+        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        sys.stderr.write(f"error on rank {rank}: {what}\n" if rank else f"error: {what}\n")
+        os._exit(2)
+    except KeyboardInterrupt as e:  # between steps `fit` listens for itself
+        log.warning(f"stopped {str(e) or 'outside of the steps: the last whole checkpoint stays'}")
+        os._exit(130)
+    except Exception:
+        log.error(f"rank {rank} failed:")
+        traceback.print_exc()
+        os._exit(1)
 
 
 # ---- token log-probabilities ---------------------------------------------------------------------
@@ -394,10 +419,13 @@ def over_ranks(logsumexp: Tensor, target_logit: Tensor, group: Any) -> tuple[Ten
 def head_forward(
     head: nn.Module, tp: DeviceMesh | None, h: Tensor, targets: Tensor | None = None
 ) -> Tensor:
-    """Compute model.Head.forward without the (B, T, V) tensor. Under tp, h is split over tokens."""
+    """Compute model.Head.forward without the (B, T, V) tensor. Under tp, h is split over tokens,
+    and model.RewardHead.forward too is computed here."""
     weight = head.weight
     if tp is not None:
         h = h.redistribute(placements=[Replicate()])
+    if isinstance(head, RewardHead):
+        return RewardHead.forward(head, h).to_local()
     if targets is None:
         logits = F.linear(h, weight)
         return logits if tp is None else logits.full_tensor()
@@ -408,21 +436,12 @@ def head_forward(
     return TokenLogProbs.apply(h, weight, targets, tp)
 
 
-def reward_head_forward(forward: Callable, h: DTensor, targets: Tensor | None = None) -> Tensor:
-    """Compute model.RewardHead.forward, as `forward`, on states h that are sharded over tokens."""
-    return forward(h.redistribute(placements=[Replicate()])).to_local()
-
-
 class HeadParallel(styles.ParallelStyle):
     """Style that shards a head's vocabulary, and puts a reward head on every rank."""
 
     def _apply(self, head: nn.Module, tp: DeviceMesh) -> nn.Module:
-        if isinstance(head, Head):
-            placement = Shard(0)
-            head.forward = partial(head_forward, head, tp)
-        else:
-            placement = Replicate()
-            head.forward = partial(reward_head_forward, head.forward)
+        head.forward = partial(head_forward, head, tp)
+        placement = Shard(0) if isinstance(head, Head) else Replicate()
         for name, p in list(head.named_parameters()):
             head.register_parameter(name, nn.Parameter(distribute_tensor(p, tp, [placement])))
         return head
@@ -581,11 +600,9 @@ def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return this rank's piece of a parameter, and its indices in each dimension of the whole."""
     if not isinstance(p, DTensor):
         return all_of(p)
-    data = p.to_local()
     (chunk,) = p.__create_chunk_list__()  # DTensor's protocol with torch's checkpoints
-    ends = map(operator.add, chunk.offsets, chunk.sizes)
-    ranges = zip(chunk.offsets, ends, strict=True)
-    return data, [torch.arange(first, end, device=p.device) for first, end in ranges]
+    ranges = zip(chunk.offsets, chunk.sizes, strict=True)
+    return p.to_local(), [torch.arange(start, start + n, device=p.device) for start, n in ranges]
 
 
 def copied_by_tp(p: DTensor) -> bool:
@@ -731,17 +748,17 @@ class Runner:
         ranks. Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have."""
         group = self.mesh["pp"].get_group()
         rank = self.mesh["pp"].get_local_rank()
-        owner = self.cfg.rank_of()
+        owner = self.cfg.rank_of
         B, T = self.micro[i]["tokens"].shape
         hidden = (B, T // self.cfg.tp, self.model.dim)
         x = None
         for s, stage in sorted(self.stages.items()):
-            if s > 0 and owner[s - 1] != rank:
+            if s > 0 and owner(s - 1) != rank:
                 x = torch.empty(hidden, dtype=DTYPES[self.cfg.compute_dtype], device=self.device)
-                dist.recv(x, group=group, group_src=owner[s - 1])
+                dist.recv(x, group=group, group_src=owner(s - 1))
             x = stage(x, i)
-            if s < self.last and owner[s + 1] != rank:
-                dist.send(x.contiguous(), group=group, group_dst=owner[s + 1])
+            if s < self.last and owner(s + 1) != rank:
+                dist.send(x.contiguous(), group=group, group_dst=owner(s + 1))
         return x if self.last in self.stages else None
 
     def load_weights(self, folder: str | Path) -> None:

@@ -6,7 +6,6 @@ A preset is a function that returns a complete frozen config; the command line c
     python train.py nano --steps 50 --out runs/try --lr 2e-3
 """
 
-import difflib
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +23,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin longer starve a busy machine
+
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from data import PrepareConfig, Sampler, TokenData, hold, prepare, read_jsonl, write_whole
-from model import SHAPES, ModelConfig, count_params, flops_per_token
+from data import (
+    PrepareConfig,
+    Sampler,
+    TokenData,
+    Tokenizer,
+    hold,
+    load_tokenizer,
+    prepare,
+    read_jsonl,
+    write_whole,
+)
+from model import SHAPES, ModelConfig, check_ranges, count_params, flops_per_token
 from parallel import (
     Batch,
     Checkpoints,
@@ -42,7 +53,8 @@ from parallel import (
     init_mesh,
     peak_flops,
     read_config,
-    shut_down,
+    run,
+    set_up_logging,
     step_folders,
     world_size,
 )
@@ -51,6 +63,8 @@ log = logging.getLogger("nemotron4")
 
 
 # ---- configs -------------------------------------------------------------------------------------
+
+MANY = 1 << 50  # more steps or samples than any run has
 
 
 @dataclass(frozen=True)
@@ -73,12 +87,11 @@ class Phase:
     """Learning rate below which late_blend begins."""
 
     def __post_init__(self) -> None:
-        if not self.ramp or any(min(pair) < 1 for pair in self.ramp):
+        check_ranges(self, {"lr": (0, 1e38), "warmup": (0, MANY), "late_below": (0, 1e38)})
+        if not self.ramp or min(map(min, self.ramp)) < 1:
             raise ValueError(f"ramp={self.ramp}: pairs of samples and batch, each at least 1")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"lr={self.lr}, min_lr={self.min_lr}: 0 <= min_lr <= lr is needed")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}: samples, 0 or more")
         if self.late_blend and not self.min_lr < self.late_below <= self.lr:
             between = f"between min_lr={self.min_lr} and lr={self.lr}"
             raise ValueError(f"late_below={self.late_below}: a late blend needs a rate {between}")
@@ -203,6 +216,8 @@ class RunConfig:
     """Steps between validations; the first and the last step validate too."""
     eval_batches: int = 8
     """Batches of validation data per source."""
+    log_every: int = 1
+    """Steps between lines of the log; metrics.jsonl has every step, and so has a validation."""
     save_every: int = 500
     """Steps between checkpoints; the last step and the end of a phase save too."""
     save_in_background: bool = False
@@ -214,21 +229,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that no run can have."""
-        for name, value in vars(self).items():
-            if isinstance(value, float) and math.isnan(value):  # NaN passes each comparison below
-                raise ValueError(f"{name}={value}: must be a number")
+        counts = ("eval_every", "eval_batches", "save_every", "log_every", "keep")
+        ranges = dict.fromkeys(counts, (1, MANY))
+        ranges |= dict.fromkeys(("steps", "max_skips", "profile", "weight_decay"), (0, MANY))
+        ranges |= {"batch": (1, 1 << 24), "micro_batch": (1, 1 << 24), "seed": (-1e30, 1e30)}
+        ranges |= {"eps": (0, 1), "clip": (1e-12, math.inf), "spike": (0, math.inf)}
+        check_ranges(self, ranges)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: each must be at least 0 and below 1")
-        for name in ("eval_every", "eval_batches", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("steps", "max_skips", "profile", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.spike and self.spike <= 1:
+        if 0 < self.spike <= 1:
             raise ValueError(f"spike={self.spike}: a factor above 1, or 0 for none")
-        if self.clip <= 0:
-            raise ValueError(f"clip={self.clip}: the largest norm is positive; inf clips nothing")
         self.schedule()  # raises what is wrong with the phases
 
     def schedule(self) -> Schedule:
@@ -387,28 +397,14 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in RECIP
 def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only; its state exists before the first step."""
     params = list(runner.trained().values())
-    matrices = [p for p in params if p.ndim >= 2]
-    vectors = [p for p in params if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    matrices = {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay}
+    vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
+    how = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW([matrices, vectors], **how)
     for p in params:  # AdamW makes these at its first step; a checkpoint needs them before
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=runner.device), **zeros}
     return optimizer
-
-
-def check_init(cfg: RunConfig) -> None:
-    """Refuse an init that is missing or holds another model, before the run's folder is made. A
-    Hugging Face folder is checked while it is read."""
-    if cfg.init and not cfg.init.startswith("hf:"):
-        folder = Path(cfg.init)
-        if not (folder / "config.json").exists() or not step_folders(folder / "checkpoints"):
-            other = "hf:FOLDER is for Hugging Face folders"
-            raise ValueError(f"init={cfg.init}: no run with a checkpoint there ({other})")
-        check_same_model(read_config(folder), cfg.model, f"init={cfg.init}")
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -417,6 +413,7 @@ def check_init(cfg: RunConfig) -> None:
 # reports, when it ends, and how it treats a bad step.
 MAY_CHANGE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
 MAY_CHANGE |= {"save_in_background", "keep", "profile", "on_bad_step", "spike", "max_skips"}
+MAY_CHANGE |= {"log_every"}
 
 
 def free_folder(name: str) -> Path:
@@ -431,49 +428,72 @@ def free_folder(name: str) -> Path:
     return answer[0]
 
 
-def open_folder(cfg: RunConfig, data: str, save_tokenizer: Callable[[Path], Any]) -> None:
-    """Write config.json and the tokenizer into the run's folder, which must be new, empty or hold
-    the same run, and which no other process may write. data: the training data's fingerprint."""
-    file = cfg.out / "config.json"
+def start(
+    preset: str, cfg: RunConfig, mesh: DeviceMesh, data: str, tokenizer: Tokenizer
+) -> tuple[RunConfig, Runner]:
+    """Build the model of a run, with the weights of init, and then its folder, so that a start that
+    fails leaves none. preset: a name for it; data: the training data's fingerprint."""
+    cfg = replace(cfg, out=cfg.out or free_folder(preset))
     settings = json.loads(json.dumps(asdict(cfg), default=str)) | {"data_fingerprint": data}
-    begun = any((cfg.out / "checkpoints").glob("step_*")) or (cfg.out / "metrics.jsonl").exists()
-    if file.exists() and begun:
-        check_same_run(file, settings)
-    elif not file.exists() and {p.name for p in cfg.out.glob("*")} - {"config.json.tmp", ".lock"}:
-        raise ValueError(f"{cfg.out} is not empty and holds no run: choose another --out")
+    check_folder(cfg.out, settings)
+    init = cfg.init.removeprefix("hf:")
+    if init:
+        check_same_model(read_config(init), cfg.model, f"init={cfg.init}")
+        compare_tokenizers(cfg.init, tokenizer)
+    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
+    if init:  # adapters and a head of another kind stay new
+        runner.load_weights(init)
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
         hold(cfg.out)
-        write_whole(file, json.dumps(settings, indent=2))
-        save_tokenizer(cfg.out)  # generate.py needs no more than this folder
+        write_whole(cfg.out / "config.json", json.dumps(settings, indent=2))
+        tokenizer.save(cfg.out)  # generate.py needs no more than this folder
+    embedding, rest = count_params(cfg.model)
+    size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
+    log.info(f"{preset}: {size}, {world_size()} process(es), folder {cfg.out}")
+    return cfg, runner
 
 
-def check_same_run(file: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue a run whose config.json differs in more than what may change."""
+def compare_tokenizers(init: str, ours: Tokenizer) -> None:
+    """Warn if the weights of init were trained with another tokenizer than the data is in."""
+    probe = "def f(x_1):\n    return 0x2A + 31.5  # Déjà vu, 日本語, हिन्दी: “fine”"
+    try:
+        theirs = load_tokenizer(init.removeprefix("hf:"))
+    except ValueError:  # the folder has none, or one of another kind
+        return
+    if list(theirs.encode(probe)) != list(ours.encode(probe)):
+        log.warning(f"init={init} has another tokenizer than the data: it knows other tokens")
+
+
+def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that is neither new, nor empty, nor holds the same run, whose config.json
+    differs in what may change alone."""
+    file = folder / "config.json"
+    if not file.exists() and {p.name for p in folder.glob("*")} - {"config.json.tmp", ".lock"}:
+        raise ValueError(f"{folder} is not empty and holds no run: choose another --out")
+    begun = any((folder / "checkpoints").glob("step_*")) or (folder / "metrics.jsonl").exists()
+    if not (file.exists() and begun):
+        return
     try:
         before = json.loads(file.read_text())
     except ValueError as e:
         raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
-    keys = sorted(settings.keys() - MAY_CHANGE)
-    changed = [key for key in keys if settings[key] != before.get(key)]
+    now = dict(settings)
+    for config in (before, now):  # so that only what differs of the model is told
+        config |= {f"model.{name}": value for name, value in config.pop("model", {}).items()}
+    keys = sorted(now.keys() - MAY_CHANGE)
+    changed = [key for key in keys if now[key] != before.get(key)]
     if changed:
-        what = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
-        raise ValueError(f"{file.parent} holds another run ({what}): choose another --out")
-    steps = settings["steps"]
+        what = "; ".join(f"{key}: {before.get(key)} there, {now[key]} here" for key in changed)
+        raise ValueError(f"{folder} holds another run ({what}): choose another --out")
+    steps = now["steps"]
     if before["steps"] != steps and not settings.get("phases"):
         both = f"{before['steps']} steps before, {steps} now"
-        log.warning(f"{file.parent}: {both}: from here on the learning rate is that of {steps}")
+        log.warning(f"{folder}: {both}: from here on the learning rate is that of {steps}")
 
 
 # ---- logging -------------------------------------------------------------------------------------
-
-
-def set_up_logging() -> None:
-    """Let rank 0 alone write the log, so that nothing else asks for the rank before it speaks."""
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-    log.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
-    log.propagate = False
 
 
 def memory_gib() -> float:
@@ -483,6 +503,10 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# of a stage, beside its loss
+SAID = ("accuracy", "beta_margin", "beta_reward_chosen", "beta_reward_rejected")
+
+
 class Metrics:
     """Writer of each step: a line in the log, an object in metrics.jsonl, and TensorBoard."""
 
@@ -490,12 +514,12 @@ class Metrics:
         """Open the files; rows of metrics.jsonl after step `start`, and damaged ones, go."""
         from torchtitan.components.metrics import TensorBoardLogger  # slow to import
 
-        self.seq_len = cfg.model.seq_len
+        self.cfg = cfg
         self.schedule = cfg.schedule()
         self.start = start
         self.last = last
         self.tokens = 0  # trained so far
-        self.begun = time.monotonic()
+        self.begun = 0.0  # when the first step, which warms up, was over
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
         self.writes = dist.get_rank() == 0
@@ -512,13 +536,18 @@ class Metrics:
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """Write a step of so many seconds. values: loss, grad_norm, lr, and what else it found."""
         batch = self.schedule.at(step - 1).batch
-        tokens = values.pop("tokens", batch * self.seq_len)  # a stage's windows are not all full
+        tokens = values.pop(
+            "tokens", batch * self.cfg.model.seq_len
+        )  # a stage's windows are not all full
         rate = tokens / seconds
         self.tokens += tokens
         row = {"step": step, **values, "batch": batch, "tokens": self.tokens, "tokens_per_s": rate}
         row["mfu"] = 100 * self.flops * rate if self.flops else None
         row["memory_gib"] = memory_gib()
-        self.log_step(row)
+        if "val_loss" in row or step == self.last or step % self.cfg.log_every == 0:
+            self.log_step(row)
+        if step == self.start + 1:
+            self.begun = time.monotonic()
         if self.writes:
             # JSON has no word for a number that is not finite
             row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
@@ -528,9 +557,11 @@ class Metrics:
 
     def log_step(self, row: dict[str, Any]) -> None:
         """Say a row in a line of the log, and its validation losses in another."""
-        done = self.schedule.samples(row["step"])
-        pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start))
-        eta = timedelta(seconds=round(pace * (self.schedule.samples(self.last) - done)))
+        eta = "--"
+        if self.begun:
+            done = self.schedule.samples(row["step"])
+            pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start + 1))
+            eta = timedelta(seconds=round(pace * (self.schedule.samples(self.last) - done)))
         mfu = "--" if row["mfu"] is None else f"{row['mfu']:.1f}"
         begin = f"step {row['step']:6d}/{self.last}  "
         log.info(
@@ -538,17 +569,26 @@ class Metrics:
             f"{row['tokens_per_s'] / 1e3:8.1f}k tok/s  mfu {mfu:>4}  "
             f"{row['memory_gib']:5.1f} GiB  eta {eta}"
         )
+        found = [f"{key} {value:.4f}" for key, value in row.items() if key.endswith(SAID)]
+        if found:
+            log.info(begin + "  ".join(found))
         if "val_loss" in row:
             parts = ""
             for source in [key.split("/")[1] for key in row if key.startswith("val_loss/")]:
                 bits = row[f"val_bpb/{source}"]
                 parts += f"  {source} {row[f'val_loss/{source}']:.4f} ({bits:.3f} bits/byte)"
+            parts += f"  in {row['eval_seconds']:.1f} s"
             log.info(f"{begin}val  {row['val_loss']:7.4f}{parts}")
 
-    def close(self) -> None:
+    def close(self, step: int) -> None:
+        """Close the files; after the last step, say where the run is and what reads it."""
         if self.writes:
             self.file.close()
             self.tensorboard.close()
+        if step == self.last:
+            out = self.cfg.out
+            use = f"score {out} --file ROWS" if self.cfg.model.n_attributes else f"sample {out}"
+            log.info(f"finished: {out}. Next: python generate.py {use}")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -618,23 +658,11 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return bool(anyone)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield asked
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def restore(
-    cfg: RunConfig, runner: Runner, optimizer: torch.optim.AdamW, checkpoints: Checkpoints
-) -> dict[str, Any]:
-    """Load the newest checkpoint, else cfg.init; return step, recent losses and skipped steps."""
-    state = checkpoints.load(training_state(runner, optimizer))
-    if state is None:
-        if cfg.init:  # adapters and a head of another kind stay new
-            runner.load_weights(cfg.init.removeprefix("hf:"))
-        return {"step": 0, "recent": [], "skipped": 0}
-    finished = ": it is finished" if state["step"] >= min(cfg.steps, cfg.schedule().steps) else ""
-    log.info(f"continuing from step {state['step']} of {cfg.out}{finished}")
-    return state
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fit(
@@ -655,9 +683,14 @@ def fit(
     optimizer = make_optimizer(cfg, runner)
     schedule = cfg.schedule()
     last = min(cfg.steps, schedule.steps)
+    if any(segment.phase.warmup >= segment.phase.samples for segment in schedule.segments):
+        log.warning("the warm-up is as long as the run, whose rate never reaches its peak")
     checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
-    state = restore(cfg, runner, optimizer, checkpoints)
-    step, recent, skipped = (state[key] for key in ("step", "recent", "skipped"))
+    new = {"step": 0, "recent": [], "skipped": 0}
+    state = checkpoints.load(training_state(runner, optimizer)) or new
+    step, recent, skipped = (state[key] for key in new)
+    if step:
+        log.info(f"continuing from step {step} of {cfg.out}" + ": it is finished" * (step >= last))
     metrics = Metrics(cfg, step, last, runner.device)
     micro = batches(step) if step < last else []
     with profiled(cfg) as tick, asked_to_stop() as asked:
@@ -685,6 +718,7 @@ def fit(
             seconds = time.monotonic() - begun
             if step in (1, last) or step % cfg.eval_every == 0:
                 values |= evaluate(step)
+                values["eval_seconds"] = time.monotonic() - begun - seconds
             metrics.step(step, seconds, values)
             stop = asked()
             if stop or step == last or step % cfg.save_every == 0 or schedule.ends_a_segment(step):
@@ -697,7 +731,7 @@ def fit(
                 log.info(f"asked to stop: saved step {step}; --out {cfg.out} goes on from there")
                 break
     checkpoints.finish()
-    metrics.close()
+    metrics.close(step)
 
 
 class EvalSet(NamedTuple):
@@ -813,27 +847,19 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     """Run a pretraining config from its data to its last step. preset: a name for its folder."""
     check_mesh(cfg)
     mesh = init_mesh(cfg.mesh)
-    cfg = replace(cfg, out=cfg.out or free_folder(preset))
     data = open_data(cfg)
     schedule = cfg.schedule()
     blends = {first: data.blend(blend) for first, blend in schedule.blends().items()}
     sampler = Sampler(
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
     )
-    check_init(cfg)
-    open_folder(cfg, data.fingerprint, data.tokenizer().save)
-    runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
+    cfg, runner = start(preset, cfg, mesh, data.fingerprint, data.tokenizer())
     evaluate = source_evaluator(cfg, runner, data, blends)
-
-    embedding, rest = count_params(cfg.model)
-    size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
-    log.info(f"{preset}: {size}, {world_size()} process(es)")
     for first, blend in blends.items():
         parts = ", ".join(f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items())
         log.info(f"blend from sample {first:,}: {parts}")
     epochs = sampler.epochs(schedule.samples(min(cfg.steps, schedule.steps)))
     log.info("epochs by the end: " + ", ".join(f"{s} {e:.2f}" for s, e in epochs.items()))
-    log.info(f"folder: {cfg.out}")
 
     def batches(step: int) -> list[Batch]:
         return micro_batches(cfg, runner, sampler, schedule.samples(step), schedule.at(step).batch)
@@ -851,40 +877,14 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
 def choose_config(
     argv: list[str], presets: dict[str, Callable[[], Any]], description: str
 ) -> tuple[str, Any]:
-    """Parse `preset --name value ...` into (preset, config), with a hint where it is misspelt."""
+    """Parse `preset --name value ...` into (preset, config)."""
     if argv and not argv[0].startswith("-") and argv[0] not in presets:
-        close = difflib.get_close_matches(argv[0], presets, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
-        raise ValueError(f"no preset {argv[0]!r}: {hint}")
+        raise ValueError(f"no preset {argv[0]!r}: there are {', '.join(presets)}")
     table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
+    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     config = tyro.extras.overridable_config_cli(table, args=argv, description=description)
+    signal.signal(signal.SIGPIPE, default)
     return argv[0] if argv else "", config
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a stage as a program. A user's error is one line, any other has its traceback.
-
-    On the failing path no collective is called, as it would hang; torchrun ends the other ranks.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        main()
-        if dist.is_initialized():
-            shut_down()
-    except (ValueError, FloatingPointError, OSError) as e:
-        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        if isinstance(e, ValueError) and Path(__file__).parent not in raised_in.parents:
-            traceback.print_exc()  # torch's or a bug of ours, not the user's
-        log.error(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
-        os._exit(2)
-    except KeyboardInterrupt as e:  # between steps `fit` listens for itself
-        log.warning(f"stopped {str(e) or 'outside of the steps: the last whole checkpoint stays'}")
-        os._exit(130)
-    except Exception:
-        log.error(f"rank {rank} failed:")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def main() -> None:

@@ -536,6 +536,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_memory_of_prepare_does_not_grow_with_the_corpus(tmp_path):
     program = (
         "import sys, resource, data; from pathlib import Path\n"

@@ -201,7 +201,9 @@ def generate_on_a_mesh(path, tp, pp):
     )
 
 
-@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    "tp, pp", [(2, 1), (1, 2), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
 def test_every_mesh_yields_the_same_with_a_batch_of_many(on_ranks, folder, tp, pp):
     want = generate_on_a_mesh(folder, 1, 1)
     for got in on_ranks(tp * pp, generate_on_a_mesh, folder, tp, pp):
@@ -1146,6 +1148,7 @@ def test_a_reward_model_scores_conversations_and_rewardbench_rows(
     assert said[-1] == f"the chosen one has the higher reward in {won} of 20 pairs"
 
 
+@pytest.mark.slow
 def test_a_run_of_any_mesh_can_be_sampled_from(on_ranks, corpus, tmp_path):
     axes = {"tp": 2, "pp": 2, "vp": 2}
     on_ranks(4, train_tiny, str(corpus), str(tmp_path / "run"), axes)

@@ -802,6 +802,7 @@ def some_steps(cfg, root, first, last):
 MOVES = [(1, {}), (4, {"tp": 4}), (4, {"pp": 4}), (4, {"tp": 2, "dp_replicate": 2})]
 
 
+@pytest.mark.slow
 def test_a_run_moved_to_another_mesh_continues_the_same_loss_curve(on_ranks, tmp_path):
     want = torch.tensor(on_ranks(1, some_steps, config(), tmp_path / "whole", 0, 6)[0])
     four_axes = config(tp=2, pp=2, vp=2)

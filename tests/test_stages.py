@@ -3,6 +3,7 @@ the reference is data; what is wrong is refused before a step."""
 
 import dataclasses
 import json
+import logging
 import math
 import random
 import re
@@ -97,7 +98,7 @@ def run_stage(base, name, out, axes, changes):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-NOT_NUMBERS = {"tokens_per_s", "mfu", "memory_gib"}
+NOT_NUMBERS = {"tokens_per_s", "mfu", "memory_gib", "eval_seconds"}
 
 
 def same(a, b, tolerance=1e-5):
@@ -364,12 +365,56 @@ def test_the_presets_are_the_reports_stages():
         ({"loss": "dpo", "eta": 2.0}, "belongs to the RPO"), ({"epochs": 0.0}, "epochs"),
         ({"seq_len": 8}, "no row left"), ({"tokenizer": "nowhere"}, "nowhere"),
         ({"init": "hf:nowhere"}, "no config.json"), ({"micro_batch": 0}, "micro_batch"),
+        ({"val": Path("nowhere.jsonl")}, "nowhere.jsonl"),
+        ({"model": dataclasses.replace(align.AlignConfig.model, seq_len=512)}, "--seq-len"),
+        ({"model": dataclasses.replace(align.AlignConfig.model, dim=64)}, "model.dim=64 would not"),
     ],
 )  # fmt: skip
 def test_an_impossible_stage_is_refused(base, tmp_path, change, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, OSError), match=words):
         align.align("rpo", stage(base, "rpo", tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_model_has_not_is_refused_before_it_is_built(base, tmp_path):
+    tokenizer = data.train_bpe(["some other words, of which more are tokens"] * 9, 290)
+    small = dataclasses.replace(TINY, vocab_size=64)
+    cfg = stage(base, "sft", tmp_path / "run", init="", model=small, tokenizer=str(tmp_path))
+    tokenizer.save(tmp_path)
+    with pytest.raises(ValueError, match=r"sft.jsonl has token \d+, the model 64 tokens"):
+        align.align("sft", cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_tokenizer_are_warned_of(base, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("nemotron4"), "propagate", True)
+    other = data.train_bpe([path.read_text()[:9000] for path in Path(base).glob("*.jsonl")], 290)
+    other.save(tmp_path)
+    for tokenizer, words in ((str(tmp_path), "another tokenizer"), ("", "")):
+        caplog.clear()
+        out = tmp_path / f"run{len(words)}"
+        align.align("sft", stage(base, "sft", out, tokenizer=tokenizer, steps=1, warmup=0))
+        warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert [word for word in warned if "another tokenizer" in word] == warned
+        assert bool(warned) == bool(words)
+
+
+def test_a_stage_says_its_margins_when_it_is_ready_and_what_comes_next(
+    base, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("nemotron4"), "propagate", True)
+    caplog.set_level("INFO")
+    align.align("dpo", stage(base, "dpo", tmp_path / "run", log_every=2, eval_every=100, warmup=24))
+    said = [r.message for r in caplog.records]
+    assert any("warm-up is as long as the run" in line for line in said)
+    assert [line.split("/")[0] for line in said if "loss" in line and line.startswith("step")] == [
+        "step      1",
+        "step      2",
+        "step      3",
+    ]  # fmt: skip  the first and the last validate
+    assert any("accuracy" in line and "beta_margin" in line for line in said)
+    assert "eta --" in next(line for line in said if "step      1/3" in line)
+    assert said[-1].startswith("finished") and "generate.py sample" in said[-1]
 
 
 def test_rpo_needs_rewards_and_says_which_line_has_none(base, tmp_path):

@@ -314,9 +314,11 @@ def test_a_run_starts_from_another_runs_weights_with_a_fresh_optimizer(on_ranks,
     assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
         rows(first.out)[-1]["val_loss"], rel=1e-6
     )
-    assert "no run with a checkpoint there" in error_of(
-        on_ranks, config(corpus, tmp_path / "c", init=str(tmp_path))
-    )
+    for init, words in ((tmp_path, "neither a run nor"), (tmp_path / "empty", "no .safetensors")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        shutil.copy(first.out / "config.json", tmp_path / "empty")
+        assert words in error_of(on_ranks, config(corpus, tmp_path / "c", init=str(init)))
+    assert not (tmp_path / "c").exists()
 
 
 def test_weights_of_another_shape_are_refused(on_ranks, corpus, tmp_path):
@@ -415,6 +417,8 @@ def test_a_folder_with_another_runs_config_is_refused(on_ranks, corpus, tmp_path
     on_ranks(1, pretrain, cfg)
     message = error_of(on_ranks, dataclasses.replace(cfg, seed=9))
     assert "holds another run (seed: 0 there, 9 here)" in message and "--out" in message
+    message = error_of(on_ranks, dataclasses.replace(cfg, model=dataclasses.replace(TINY, dim=32)))
+    assert "holds another run (model.dim: 64 there, 32 here)" in message
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("precious")
     assert "holds no run" in error_of(on_ranks, dataclasses.replace(cfg, out=tmp_path / "b"))
@@ -475,7 +479,7 @@ def test_a_profile_window_writes_a_trace(on_ranks, corpus, tmp_path):
 
 
 def test_an_unknown_preset_or_option_gets_a_suggestion(capsys):
-    with pytest.raises(ValueError, match="no preset 'nanoo': did you mean nano"):
+    with pytest.raises(ValueError, match="no preset 'nanoo': there are nano, "):
         choose_config(["nanoo"], PRESETS, "")
     with pytest.raises(SystemExit):
         choose_config(["nano", "--step", "5"], PRESETS, "")
