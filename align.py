@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin longer starve a busy machine
 
 import numpy as np
 import torch

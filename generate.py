@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin longer starve a busy machine
+
 import numpy as np
 import torch
 import torch.distributed as dist

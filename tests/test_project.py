@@ -337,3 +337,10 @@ def test_every_hop_of_the_architecture_page_exists():
     assert len(hops) > 60
     for file, name in hops:
         assert re.search(rf"^(def|class) {name}\b", files()[file], re.M), f"{file}:{name}"
+
+
+@pytest.mark.parametrize("program", ["train.py", "align.py", "generate.py", "recipes/__init__.py"])
+def test_threads_are_told_to_spin_briefly_before_torch_starts_them(program):
+    text = (ROOT / program).read_text()
+    before, found, after = text.partition('os.environ.setdefault("GOMP_SPINCOUNT", "10000")')
+    assert found and "import torch" not in before and "import numpy" not in before
