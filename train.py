@@ -185,7 +185,7 @@ class RunConfig:
     """Weights to start from, with a fresh optimizer: hf:FOLDER (a Hugging Face Nemotron), or the
     FOLDER of another run. Empty: random."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps; 0: as many as the phases have."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     batch: int = 16
@@ -267,7 +267,7 @@ class PretrainConfig(RunConfig):
     """Phases, which own batch, lr, min_lr, warmup and blend; the run may end sooner, at steps."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps < 1 and not self.phases:
             raise ValueError(f"steps={self.steps}: must be at least 1")
         for name in ("n_attributes", "lora_rank"):
             if getattr(self.model, name):
@@ -312,7 +312,7 @@ def nano_two_phase() -> PretrainConfig:
     )
     return PretrainConfig(
         model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), phases=phases,
-        steps=Schedule(phases).steps, micro_batch=2, eval_every=20,
+        steps=0, micro_batch=2, eval_every=20,
     )  # fmt: skip
 
 
@@ -352,7 +352,7 @@ def on_many_gpus(shape: str, mesh: MeshConfig, phases: tuple[Phase, ...]) -> Pre
     # micro_batch=1 is the launch script's for the 340B; for the others it is not printed
     return PretrainConfig(
         model=SHAPES[shape], mesh=mesh, data=Path("data/nemotron4"), phases=phases,
-        steps=Schedule(phases).steps, micro_batch=1, save_in_background=True,
+        steps=0, micro_batch=1, save_in_background=True,
     )  # fmt: skip
 
 
@@ -682,7 +682,7 @@ def fit(
     """
     optimizer = make_optimizer(cfg, runner)
     schedule = cfg.schedule()
-    last = min(cfg.steps, schedule.steps)
+    last = cfg.steps
     if any(segment.phase.warmup >= segment.phase.samples for segment in schedule.segments):
         log.warning("the warm-up is as long as the run, whose rate never reaches its peak")
     checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
@@ -845,10 +845,11 @@ def source_evaluator(
 
 def pretrain(preset: str, cfg: PretrainConfig) -> None:
     """Run a pretraining config from its data to its last step. preset: a name for its folder."""
+    schedule = cfg.schedule()
+    cfg = replace(cfg, steps=min(cfg.steps or schedule.steps, schedule.steps))
     check_mesh(cfg)
     mesh = init_mesh(cfg.mesh)
     data = open_data(cfg)
-    schedule = cfg.schedule()
     blends = {first: data.blend(blend) for first, blend in schedule.blends().items()}
     sampler = Sampler(
         data, blends[0], cfg.model.seq_len, cfg.seed, isolate=cfg.isolate, later=blends
@@ -858,7 +859,7 @@ def pretrain(preset: str, cfg: PretrainConfig) -> None:
     for first, blend in blends.items():
         parts = ", ".join(f"{s} {w:.3f} ({sampler.windows[s]:,} windows)" for s, w in blend.items())
         log.info(f"blend from sample {first:,}: {parts}")
-    epochs = sampler.epochs(schedule.samples(min(cfg.steps, schedule.steps)))
+    epochs = sampler.epochs(schedule.samples(cfg.steps))
     log.info("epochs by the end: " + ", ".join(f"{s} {e:.2f}" for s, e in epochs.items()))
 
     def batches(step: int) -> list[Batch]:

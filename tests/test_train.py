@@ -186,11 +186,11 @@ def test_the_340b_presets_totals_are_the_reports():
     first, second = cfg.phases
     assert first.samples == 1_953_125_000 and first.samples * 4096 == 8.0e12
     assert abs(schedule.segments[3].first_sample / first.samples - 1) < 1e-6
-    assert second.samples * 4096 == 1.0e12 and cfg.steps == 1_006_656
+    assert second.samples * 4096 == 1.0e12 and cfg.schedule().steps == 1_006_656
     assert first.warmup * 4096 == pytest.approx(16.0e9, rel=1e-6)
     assert first.samples - first.warmup == 1_949_218_748  # NVIDIA's decay samples
     assert schedule.lr(63_578 + 31_789 + 805_325 - 1) == pytest.approx(1e-5)
-    assert schedule.lr(cfg.steps - 1) == pytest.approx(1e-7, rel=1e-3)
+    assert schedule.lr(schedule.steps - 1) == pytest.approx(1e-7, rel=1e-3)
     assert second.late_from() / second.samples == pytest.approx(0.711, abs=5e-4)
 
 
@@ -281,6 +281,19 @@ def test_a_ramped_run_moved_to_more_ranks_gives_the_losses_of_one_that_was_not(
     assert len(got) == 14
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_run_of_phases_lasts_as_long_as_they_do_unless_steps_are_given(
+    on_ranks, corpus, tmp_path
+):
+    longer = two_phases(corpus, tmp_path / "a", steps=0)
+    *rest, last = longer.phases
+    longer = dataclasses.replace(longer, phases=(*rest, dataclasses.replace(last, ramp=((48, 8),))))
+    on_ranks(1, pretrain, longer)
+    assert len(rows(tmp_path / "a")) == longer.schedule().steps
+    on_ranks(1, pretrain, dataclasses.replace(longer, out=tmp_path / "b", steps=2))
+    assert len(rows(tmp_path / "b")) == 2
+    assert all(PRESETS[name]().steps == 0 for name in PRESETS if PRESETS[name]().phases)
 
 
 def test_the_blend_changes_at_the_right_sample(corpus):
