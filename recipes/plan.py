@@ -125,7 +125,7 @@ def stage_params(plan: PlanConfig, kind: tuple[int, bool, bool]) -> tuple[int, i
     first GPU that has it, before they are divided by tensor and data parallelism)."""
     mesh = plan.mesh
     s = kinds_of(plan).index(kind)
-    with imagined_mesh(mesh, plan.gpus, mesh.rank_of()[s] * (plan.gpus // mesh.pp)) as devices:
+    with imagined_mesh(mesh, plan.gpus, mesh.rank_of(s) * (plan.gpus // mesh.pp)) as devices:
         params = list(build_stage(plan.model, s, devices, mesh, []).model.parameters())
         here = sum(p.to_local().numel() for p in params)
     return here, sum(p.numel() for p in params)
@@ -311,7 +311,7 @@ def matrix_flops(plan: PlanConfig) -> float:
     block = (flops_per_token(cfg) - 6 * head) / cfg.n_layers
     block *= FULL_RECOMPUTE if mesh.recompute == "full" else 1
     work = [sum(share.layers) * block for share in shares_of(plan)]
-    work[mesh.rank_of()[mesh.n_stages - 1]] += HEAD_FLOPS * head
+    work[mesh.rank_of(mesh.n_stages - 1)] += HEAD_FLOPS * head
     return max(work)
 
 
