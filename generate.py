@@ -1217,8 +1217,11 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
     """Run a command as a program: parse its config, end on a user's error with one line. The log of
     the first process goes to stderr; stdout is left to answers."""
     set_up_logging(sys.stderr)
+    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     try:
-        command(parse())
+        cfg = parse()
+        signal.signal(signal.SIGPIPE, default)
+        command(cfg)
     except (ValueError, OSError) as e:
         sys.exit(f"{name}: error: {e}")
     except KeyboardInterrupt as e:

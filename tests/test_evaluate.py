@@ -57,6 +57,7 @@ def write_lines(path, rows):
     return path
 
 
+@pytest.mark.slow
 def test_lm_eval_gets_the_engines_likelihoods_and_texts(folder, tmp_path):
     rng = random.Random(0)
     words = ["import", "return", "class", "The module", "values"]

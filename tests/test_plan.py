@@ -28,6 +28,7 @@ def plan_says(capsys, *args):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_340b_is_built_for_6144_gpus_and_every_parameter_is_on_some_pipeline_rank():
     plan = PlanConfig()
     built = [built_params(plan, rank) for rank in range(12)]
@@ -38,6 +39,7 @@ def test_the_340b_is_built_for_6144_gpus_and_every_parameter_is_on_some_pipeline
         assert abs(here - share.params / 64) <= 1000 and share.unit < share.params < whole
 
 
+@pytest.mark.slow
 def test_the_reports_layout_fits_80_gb_and_tensor_parallelism_alone_does_not(capsys):
     out = plan_says(capsys)
     assert "341,029,195,776" in out and "fits: the fullest GPU needs" in out and "bubble" in out
