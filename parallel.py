@@ -96,9 +96,9 @@ class MeshConfig:
         """Refuse a field's value that no layout can have."""
         check_ranges(self, dict.fromkeys(("tp", "pp", "vp", "dp_replicate", "timeout"), (1, 1e8)))
         for field in fields(self):
+            value = getattr(self, field.name)
             choices = get_args(field.type)
-            if choices and getattr(self, field.name) not in choices:
-                value = getattr(self, field.name)
+            if choices and value not in choices:
                 raise ValueError(f"{field.name}={value}: must be one of {', '.join(choices)}")
 
     @property
@@ -285,7 +285,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             shut_down()
-    except (ValueError, FloatingPointError, OSError) as e:
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as e:
         raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
         if isinstance(e, ValueError) and Path(__file__).parent not in raised_in.parents:
             traceback.print_exc()  # torch's or a bug of ours, not the user's
@@ -480,25 +480,21 @@ def tp_plan() -> dict[str, styles.ParallelStyle]:
 # ---- recompute, compile, data parallelism --------------------------------------------------------
 
 
-def keep_first_products(n: int) -> Callable[[], Any]:
+def keep_first_products(n: int) -> Any:
     """Make the contexts of a selective recompute that keeps a branch's first n matrix products and
     attention's result. These are dear; norms, gathers and element-wise steps are done again. The
     last product, back to the residual, is neither kept nor redone: backward does not need it."""
+    seen = {False: 0, True: 0}  # forward, recompute
 
-    def contexts() -> Any:
-        seen = {False: 0, True: 0}  # forward, recompute
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> ac.CheckpointPolicy:
+        product = op is torch.ops.aten.mm.default
+        seen[ctx.is_recompute] += product
+        # torch's kernels are called ..._attention or _varlen_attn, flash-attn's _flash_attn_...
+        attention = "attention" in op.name() or "_attn" in op.name()
+        keep = seen[ctx.is_recompute] <= n if product else attention
+        return ac.CheckpointPolicy.MUST_SAVE if keep else ac.CheckpointPolicy.PREFER_RECOMPUTE
 
-        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> ac.CheckpointPolicy:
-            product = op is torch.ops.aten.mm.default
-            seen[ctx.is_recompute] += product
-            # torch's kernels are called ..._attention or _varlen_attn, flash-attn's _flash_attn_...
-            attention = "attention" in op.name() or "_attn" in op.name()
-            keep = seen[ctx.is_recompute] <= n if product else attention
-            return ac.CheckpointPolicy.MUST_SAVE if keep else ac.CheckpointPolicy.PREFER_RECOMPUTE
-
-        return ac.create_selective_checkpoint_contexts(policy)
-
-    return contexts
+    return ac.create_selective_checkpoint_contexts(policy)
 
 
 def recompute_blocks(model: Nemotron, how: str) -> None:
@@ -509,8 +505,8 @@ def recompute_blocks(model: Nemotron, how: str) -> None:
         if how == "full":
             block.forward = again(block.forward)
         else:  # keep q, k, v and attention; keep up
-            block.attn_branch = again(block.attn_branch, context_fn=keep_first_products(3))
-            block.mlp_branch = again(block.mlp_branch, context_fn=keep_first_products(1))
+            block.attn_branch = again(block.attn_branch, context_fn=partial(keep_first_products, 3))
+            block.mlp_branch = again(block.mlp_branch, context_fn=partial(keep_first_products, 1))
 
 
 def fsdp_units(stage: nn.Module) -> list[FSDPModule]:
@@ -1181,18 +1177,15 @@ def export(c: ExportConfig) -> None:
         for file in c.run.glob("tokenizer*"):
             shutil.copy(file, partial)
     log.info(f"{c.out}: {sum(count_params(cfg)):,} parameters, {c.dtype}")
-    shut_down()
 
 
 def main() -> None:
     """Run `parallel.py export`."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit("parallel.py plan is now `python -m recipes.plan`")
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    try:
-        export(tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__))
-    except (ValueError, OSError, SafetensorError) as e:
-        sys.exit(f"parallel.py: error: {e}")
+    set_up_logging()
+    c = tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__)
+    run(lambda: export(c))
 
 
 if __name__ == "__main__":

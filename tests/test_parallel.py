@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -488,14 +490,17 @@ def test_an_export_is_whole_or_not_there(on_ranks, tmp_path, monkeypatch, breaks
             dist.destroy_process_group()
 
 
-def test_an_export_to_where_nothing_can_be_written_ends_in_a_line(on_ranks, tmp_path, monkeypatch):
+def test_an_export_to_where_nothing_can_be_written_ends_in_a_line(
+    on_ranks, tmp_path, monkeypatch, capsys
+):
     on_ranks(1, one_rank_run, tmp_path / "run")
+    monkeypatch.setattr(os, "_exit", sys.exit)
     (tmp_path / "file").write_text("")
     for out in ("/proc/x/hf", str(tmp_path / "file" / "hf")):
         monkeypatch.setattr(sys, "argv", ["parallel.py", "export", str(tmp_path / "run"), out])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit, match="2"):
             parallel.main()
-        assert "parallel.py: error: " in ended.value.code and "\n" not in ended.value.code
+        assert re.fullmatch("error: [^\n]*\n", capsys.readouterr().err)
 
 
 def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
