@@ -218,17 +218,12 @@ def evaluate(cfg: EvaluateConfig) -> None:
         raise ValueError(f"{twice[1]} tasks have the name {twice[0]!r}: rename the file")
     engine = load_engine(cfg)
     model = language_model(engine)
+    how = dict(limit=cfg.limit, bootstrap_iters=0, task_manager=manager)
+    how["gen_kwargs"] = {"max_gen_toks": cfg.max_tokens} if cfg.max_tokens else None
     results = {}
     for task, shots in tasks:
-        found = lm_eval.simple_evaluate(
-            model,
-            tasks=[task],
-            num_fewshot=shots if cfg.shots is None else cfg.shots,
-            limit=cfg.limit,
-            gen_kwargs={"max_gen_toks": cfg.max_tokens} if cfg.max_tokens else None,
-            bootstrap_iters=0,
-            task_manager=manager,
-        )
+        shots = shots if cfg.shots is None else cfg.shots
+        found = lm_eval.simple_evaluate(model, tasks=[task], num_fewshot=shots, **how)
         log.info(lm_eval.utils.make_table(found))
         results |= found["results"]
         if cfg.out and engine.leads:

@@ -83,14 +83,10 @@ class DependsOn(NamedTuple):
 
 
 class Kind(NamedTuple):
-    text: str
-    """Sentence for the prompt, with arguments in braces."""
-    arguments: dict[str, Any]
-    """Choices for each argument, in the order in which they are drawn."""
-    check: Callable[..., Any]
-    """Function of an answer and of the arguments by their names: is the instruction followed?"""
-    only_with: Collection[str] | None
-    """Kinds that it goes with; None: all."""
+    text: str  # the sentence for the prompt, with arguments in braces
+    arguments: dict[str, Any]  # choices for each, in the order in which they are drawn
+    check: Callable[..., Any]  # of an answer and of the arguments by their names: is it followed?
+    only_with: Collection[str] | None  # kinds that it goes with; None: all
 
 
 KINDS: dict[str, Kind] = {}  # a seed draws from them in the order of their definition
@@ -142,10 +138,8 @@ def instruction(
 
 def bounded(relation: str, number: str, less: Sequence[int], least: Sequence[int]) -> dict:
     """Return the choices for two arguments: how a number bounds a count, and the number."""
-    return {
-        relation: RELATIONS,
-        number: DependsOn(relation, {"less than": less, "at least": least}),
-    }
+    bounds = DependsOn(relation, {"less than": less, "at least": least})
+    return {relation: RELATIONS, number: bounds}
 
 
 def within(count: int, relation: str, bound: int) -> bool:

@@ -46,7 +46,7 @@ class IterateConfig:
     bases: tuple[str, ...] = ()
     """Models to align, one a round; the last one in all rounds that follow."""
     data: SynthesizeConfig = field(default_factory=SynthesizeConfig)
-    """Settings of each round's data; its model is the first generator."""
+    """Settings of the data; its model is the first generator, its prompts serve every stage."""
     sft: SftConfig = field(default_factory=SftConfig)
     dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
     rpo: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -42,8 +42,7 @@ class Question:
     sample: int = 0  # number among equal questions
     truth: dict[str, Any] = field(default_factory=dict)
     """Lets a program judge answers: `answer`, `tests`, or `instructions` and their `scope`."""
-    document: str = ""
-    """The document that the question is about; it is included in the prompt."""
+    document: str = ""  # what the question is about; it is included in the prompt
 
     @property
     def text(self) -> str:

@@ -20,6 +20,9 @@ from train import run, set_up_logging
 
 log = logging.getLogger("nemotron4")
 Rows = list[dict[str, Any]]
+# what is drawn of each step; a step that was skipped has no loss, a CPU no MFU
+DRAWN = dict.fromkeys(("batch", "lr", "tokens", "tokens_per_s"), int | float)
+DRAWN |= dict.fromkeys(("loss", "mfu"), int | float | None)
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ def read_metrics(folder: Path) -> Rows:
         raise ValueError(f"{folder}: no metrics.jsonl: not a run's folder")
     rows = []
     for where, row in read_jsonl(path):
-        missing = {"tokens", "batch", "mfu", "lr", "loss", "tokens_per_s"} - row.keys()
-        if missing:
-            raise ValueError(f"{where}: no {min(missing)}: not a row of this program's metrics")
+        for name, kind in DRAWN.items():
+            if name not in row or not isinstance(row[name], kind):
+                raise ValueError(f"{where}: no {name}: not a row of this program's metrics")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no step is in it")
     return rows
 
 

@@ -7,6 +7,7 @@ python -m recipes.rewardbench scores.jsonl
 import logging
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 
 import tyro
 
@@ -78,10 +79,12 @@ def rewardbench(cfg: RewardBenchConfig) -> None:
     wins: dict[str, list[bool]] = {}
     for where, row in read_jsonl(cfg.file):
         try:
-            won = row["chosen_scores"]["reward"] > row["rejected_scores"]["reward"]
+            gap = row["chosen_scores"]["reward"] - row["rejected_scores"]["reward"]
         except (KeyError, TypeError) as e:
             raise ValueError(f"{where}: no rewards of both answers: run generate.py score") from e
-        wins.setdefault(str(row.get("subset") or "all"), []).append(won)
+        if isnan(gap):
+            raise ValueError(f"{where}: a reward is no number")
+        wins.setdefault(str(row.get("subset") or "all"), []).append(gap > 0)
     if not wins:
         raise ValueError(f"{cfg.file}: no rows")
     table = accuracies(wins)

@@ -352,12 +352,9 @@ class ServerState:
         self.check_key(request)
         kind = ChatRequest if request.url.path == "/v1/chat/completions" else TextRequest
         raw = bytearray()
-        n_bytes = 0
         async for part in request.stream():  # to its end: many clients send all before they listen
-            n_bytes += len(part)
-            if n_bytes <= self.cfg.max_body:
-                raw += part
-        if n_bytes > self.cfg.max_body:
+            raw += part[: self.cfg.max_body + 1 - len(raw)]
+        if len(raw) > self.cfg.max_body:
             raise RequestError(413, f"the request has more than {self.cfg.max_body} bytes")
         # Tokenizing a long text takes a while: do it in another thread.
         active = await asyncio.to_thread(self.parse, kind, raw)

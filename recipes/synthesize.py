@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice, permutations, product
-from math import inf, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from string import Formatter
@@ -147,9 +147,12 @@ class SynthesizeConfig(EngineConfig):
     seed: int = 0  # Seed of sampling and of every draw
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": (0, 10), "top_p": (1e-6, 1), "max_tokens": (1, 1 << 20)}
-        ranges |= {"near": (0.1, 1), "longest": (1, 1 << 30)}
-        ranges |= {"concurrency": (1, 4096), "retries": (0, 100)}
+        least = dict.fromkeys(("min_helpfulness", "min_chosen", "min_gap"), (-1e6, 1e6))
+        ranges = least | {
+            "temperature": (0, 10), "top_p": (1e-6, 1), "max_tokens": (1, 1 << 20),
+            "near": (0.1, 1), "longest": (1, 1 << 30), "concurrency": (1, 4096),
+            "retries": (0, 100),
+        }  # fmt: skip
         check_ranges(self, ranges)
         self.amounts()
 
@@ -164,7 +167,7 @@ class SynthesizeConfig(EngineConfig):
         for name, amount in (amounts | self.counts).items():
             if name not in amounts:
                 raise ValueError(f"counts {name!r}: not one of {', '.join(amounts)}")
-            most = limits.get(name, inf)
+            most = limits.get(name, 1 << 31)
             if not 0 <= amount <= most:
                 raise ValueError(f"amounts.{name}: {amount} is not in 0..{most}")
             amounts[name] = type(amounts[name])(amount)
@@ -818,14 +821,15 @@ def with_rows(made: Path, *names: str, advice: str = "") -> Path:
 def listen() -> None:
     """Let a first Ctrl-C or SIGTERM raise KeyboardInterrupt, and a second one end the process at
     once. What is written is whole, or mended by the next start."""
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, _: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
         raise KeyboardInterrupt(f"by {name}: the same command goes on from here")
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in signals:
         signal.signal(each, stop)
 
 

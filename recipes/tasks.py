@@ -84,8 +84,7 @@ class Task:
     operation: str
     digits: str
     instructions: tuple[str, ...] = ()
-    call: bool = False
-    """Asked for as a call, else in words."""
+    call: bool = False  # asked for as a call, else in words
 
     @property
     def prompt(self) -> str:

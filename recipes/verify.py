@@ -261,8 +261,7 @@ class Instruction:
     """Writes an instruction of some kind into a prompt, and verifies it in an answer."""
 
     kind: str
-    args: dict[str, Any] = field(default_factory=dict, hash=False)
-    """IFEval's keyword arguments."""
+    args: dict[str, Any] = field(default_factory=dict, hash=False)  # IFEval's keyword arguments
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -514,15 +513,10 @@ def run_guard(job: dict[str, Any], folder: str, out: BinaryIO) -> int:
     """Run recipes/guard.py on a job within its time, and return the exit status as a shell does."""
     # not -I, which would ignore this environment, and it has no more
     environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-s", "-P", "-B", "-u", os.path.abspath(guard.__file__)],
-        cwd=folder,
-        env=environment | {"TMPDIR": folder},
-        start_new_session=True,
-        stdin=subprocess.PIPE,
-        stdout=out,
-        stderr=subprocess.STDOUT,
-    )
+    command = [sys.executable, "-s", "-P", "-B", "-u", os.path.abspath(guard.__file__)]
+    place = dict(cwd=folder, env=environment | {"TMPDIR": folder}, start_new_session=True)
+    streams = dict(stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, **place, **streams)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(json.dumps(job).encode(), job["timeout"])

@@ -170,6 +170,23 @@ def test_each_rounds_tasks_are_new(tmp_path):
     assert texts[0] != texts[1] and all(text.count("\n") == 40 for text in texts)
 
 
+def test_each_stage_of_each_round_draws_its_own_prompts_beside_those_that_are_given(
+    tmp_path, monkeypatch
+):
+    own = SynthesizeConfig(prompts=(Path("mine.jsonl"),), counts={"turns": 2})
+    loop = iterate.IterateConfig(bases=("base",), data=own, out=tmp_path)
+    asked = []
+    monkeypatch.setattr(iterate, "synthesize", lambda cfg: asked.append(cfg) or cfg.out)
+    monkeypatch.setattr(iterate, "with_rows", lambda made, name, advice: made)
+    prompts = iterate.start(loop)[1]
+    for k in (1, 2):
+        for i in range(3):
+            iterate.round_data(loop, k, i, prompts, Path("generator"), Path("policy"))
+    assert len({cfg.seed for cfg in asked}) == len({cfg.out for cfg in asked}) == 6
+    assert {cfg.prompts for cfg in asked} == {own.prompts}
+    assert [cfg.counts["preference_share"] for cfg in asked] == [0, 1, 1] * 2
+
+
 def write_answers(cfg):
     """In synthesize's place, as what so small a model writes never ends: rows of the right kind."""
     cfg.out.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,10 @@ def test_what_is_no_run_is_refused_with_its_name(runs, tmp_path):
         report(ReportConfig((tmp_path,), tmp_path / "r.png"))
     with pytest.raises(ValueError, match="no run given"):
         report(ReportConfig((), tmp_path / "r.png"))
-    for line, says in (("{", "metrics.jsonl:1: "), ('{"loss": 1}', "metrics.jsonl:1: no batch")):
+    row = json.dumps(read_metrics(runs[0])[0] | {"tokens": "many"})
+    wrong = [("{", "metrics.jsonl:1: "), ('{"loss": 1}', "metrics.jsonl:1: no batch")]
+    wrong += [(row, "metrics.jsonl:1: no tokens"), ("", "metrics.jsonl: no step is in it")]
+    for line, says in wrong:
         (tmp_path / "metrics.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match=says):
             report(ReportConfig((tmp_path,), tmp_path / "r.png"))

@@ -56,6 +56,9 @@ def test_rows_without_two_rewards_and_an_empty_file_are_named(tmp_path):
         file.write_text(f"{json.dumps(good)}\n{json.dumps(good | row if row else row)}\n")
         with pytest.raises(ValueError, match="scores.jsonl:2: no rewards of both answers"):
             rewardbench.rewardbench(rewardbench.RewardBenchConfig(str(file)))
+    file.write_text(json.dumps(good | {"chosen_scores": {"reward": float("nan")}}))
+    with pytest.raises(ValueError, match="scores.jsonl:1: a reward is no number"):
+        rewardbench.rewardbench(rewardbench.RewardBenchConfig(str(file)))
     file.write_text("\n")
     with pytest.raises(ValueError, match="scores.jsonl: no rows"):
         rewardbench.rewardbench(rewardbench.RewardBenchConfig(str(file)))
