@@ -1,6 +1,7 @@
 """The help of every program, as a person reads it: texts that stand alone, for every option."""
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -9,8 +10,6 @@ import signal
 import sys
 import tempfile
 import traceback
-from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,6 @@ import generate
 import train
 from recipes import iterate
 
-ROOT = Path(__file__).parents[1]
 JOBS = {
     "train.py": [*train.PRESETS],
     "align.py": [*align.PRESETS],
@@ -34,6 +32,7 @@ COMMANDS += [(f"recipes.{name}", "") for name in RECIPES]
 # names that stand in the sources, and mean nothing to who reads the help
 INTERNAL = re.compile(r"__|\b[A-Z]\w*Config\b|\b(SamplingParams|NoneType|MISSING)\b")
 WIDTH = 100
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # by runpy
 
 
 def run_program(program, *args):
@@ -41,12 +40,11 @@ def run_program(program, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, *args])
         patch.setattr(os, "_exit", sys.exit)
-        patch.chdir(ROOT)
-        run = partial(runpy.run_module, program, alter_sys=True)
-        if program.endswith(".py"):
-            run = partial(runpy.run_path, program)
         with pytest.raises(SystemExit) as ended:
-            run(run_name="__main__")
+            if program.endswith(".py"):  # imported once: tyro remembers the sources of its classes
+                importlib.import_module(program.removesuffix(".py")).main()
+            else:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
     return ended.value.code
 
 
