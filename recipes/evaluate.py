@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tyro
@@ -182,15 +181,6 @@ def sampling(options: dict[str, Any], max_tokens: int) -> SamplingParams:
     )
 
 
-def harness() -> ModuleType:
-    """Import lm-eval, which is an extra."""
-    try:
-        import lm_eval.tasks
-    except ImportError as e:
-        raise ValueError("evaluation needs lm-eval: pip install -e '.[eval]'") from e
-    return lm_eval
-
-
 def language_model(engine: Engine) -> Any:
     """Return the engine as a language model of lm-eval."""
     if engine.cfg.n_attributes:
@@ -206,7 +196,10 @@ def language_model(engine: Engine) -> Any:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Run the tasks one after the other; log a table for each and write all results to a file."""
-    lm_eval = harness()
+    try:
+        import lm_eval.tasks
+    except ImportError as e:
+        raise ValueError("evaluation needs lm-eval: pip install -e '.[eval]'") from e
     manager = lm_eval.tasks.TaskManager()
     names = cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS))
     if unknown := [name for name in names if name not in manager.all_tasks]:

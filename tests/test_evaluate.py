@@ -5,8 +5,10 @@ import functools
 import json
 import logging
 import random
+import sys
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +308,9 @@ def test_a_file_without_questions_is_refused_with_its_name(tmp_path):
     empty = write_lines(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="empty.jsonl: give each line a `question`"):
         local_task(empty)
+
+
+def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
+        evaluate(EvaluateConfig(Path("no model is read")))
