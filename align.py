@@ -50,6 +50,7 @@ from parallel import (
     Batch,
     Runner,
     copied_by_tp,
+    from_rank_0,
     init_mesh,
     local_part,
     read_config,
@@ -57,8 +58,6 @@ from parallel import (
     world_size,
 )
 from train import EvalSet, RunConfig, choose_config, evaluator, fit, run, set_up_logging, start
-
-__all__ = ["aggregate"]  # of data.py, as generate.py ranks with it too
 
 log = logging.getLogger("nemotron4")
 HeldOut = dict[str, list[Example]]  # rows to validate on, by the name of the set
@@ -669,7 +668,7 @@ def reference_log_probs(
     weights = fingerprint(runner)
     dtype = cfg.mesh.compute_dtype
     file = cfg.reference or path.with_name(f"{path.name}.reference-{weights}-{dtype}.json")
-    known = read_reference(file, weights, dtype)
+    known = from_rank_0(lambda: read_reference(file, weights, dtype))
     keys = [row.key for row in rows]
     missing = [i for i, key in enumerate(keys) if key not in known]
     log.info(f"{file}: {len(rows) - len(missing):,} known, {len(missing):,} to compute")
@@ -830,7 +829,8 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     def describe(step: int) -> str:
         return ", ".join(rows[i].where for i in numbers(step))
 
-    if isinstance(cfg, PreferenceConfig) and not step_folders(cfg.out / "checkpoints"):
+    begun = from_rank_0(lambda: bool(step_folders(cfg.out / "checkpoints")))
+    if isinstance(cfg, PreferenceConfig) and not begun:
         runner.eval(batches(0), sums.loss_fn)
         check_start(cfg, sums.take())
     evaluate = evaluator(runner, eval_sets(cfg, runner, held_out))

@@ -55,6 +55,7 @@ from parallel import (
     DTYPES,
     MeshConfig,
     fp32_logits,
+    from_rank_0,
     init_mesh,
     load_parts,
     on_meta,
@@ -996,7 +997,7 @@ def sample_command(cfg: SampleConfig) -> None:
         return engine.submit(ids, chat_sampling(cfg.sampling, engine.tokenizer))
 
     rows = [("--prompts", {"prompt": text}) for text in cfg.prompts]
-    work = submit_rows(rows or read_jsonl(cfg.file, text_field="prompt"), submit)
+    work = submit_rows(rows or read_rows(cfg.file, text_field="prompt"), submit)
 
     def lines() -> Iterator[dict]:
         for row, samples in work:
@@ -1008,6 +1009,11 @@ def sample_command(cfg: SampleConfig) -> None:
 
     write_lines(cfg.out, engine, lines(), cfg.sampling.n * len(work))
     log.info(f"{engine.prompt_tokens:,} prompt tokens, {engine.new_tokens:,} new ones")
+
+
+def read_rows(file: str, text_field: str = "") -> list[tuple[str, dict]]:
+    """Read a file of JSON lines, or stdin, which all processes share: the first one reads it."""
+    return from_rank_0(lambda: list(read_jsonl(file, text_field=text_field)))
 
 
 def submit_rows(
@@ -1138,7 +1144,7 @@ def score(cfg: ScoreConfig) -> None:
     engine = load_engine(cfg)
     wins = []
     submit = submit_reward if engine.cfg.n_attributes else submit_continuations
-    work = submit_rows(read_jsonl(cfg.file), partial(submit, engine))
+    work = submit_rows(read_rows(cfg.file), partial(submit, engine))
 
     def lines() -> Iterator[dict]:
         """Yield the rows with their scores."""
@@ -1214,8 +1220,7 @@ MOVED = ("serve", "evaluate", "synthesize")  # to recipes/
 
 
 def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], Any]) -> None:
-    """Run a command as a program: parse its config, end on a user's error with one line. The log of
-    the first process goes to stderr; stdout is left to answers."""
+    """Run a command as a program. The log goes to stderr, a user's error is a line of it."""
     set_up_logging(sys.stderr)
     default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     try:

@@ -270,6 +270,14 @@ def shut_down() -> None:
     dist.destroy_process_group()
 
 
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """Compute something on rank 0 alone and give it to all, as what they see of a file differs: NFS
+    keeps a listing for half a minute, and all processes of a machine share one stdin."""
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def set_up_logging(stream: TextIO | None = None) -> None:
     """Let rank 0 alone write the log, so that nothing else asks for the rank before it speaks."""
     log.handlers = [logging.StreamHandler(stream or sys.stdout)]
@@ -907,10 +915,7 @@ class Checkpoints:
         dist.barrier()
         self.poll()
         if self.rank == 0 and self.writing.exists():
-            raise RuntimeError(
-                f"not all of {self.world} processes' files are in {self.writing}: "
-                "--out must be a folder that all machines share"
-            )
+            raise ValueError(f"{self.writing} lacks some rank's files: all must share --out")
         dist.barrier()
         self.writing = None
 
@@ -960,11 +965,14 @@ class Checkpoints:
             log.warning(f"{folder} cannot be removed ({e}): training goes on")
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Fill the tensors in place from the newest checkpoint that is whole, of any mesh. Returns
-        its state.json, or None where there is none. A damaged one is named, then the one before it
-        is taken."""
-        folders = step_folders(self.root)
+        """Fill the tensors in place from the newest whole checkpoint, of any mesh; return its
+        state.json, or None. A damaged one is named, then the one before it is taken."""
+        folders = from_rank_0(lambda: step_folders(self.root))
         for folder in reversed(folders):
+            seen = [True] * self.world
+            dist.all_gather_object(seen, folder.exists())
+            if not all(seen):
+                raise ValueError(f"{folder}: rank {seen.index(False)} sees none: share --out")
             found = [""] * self.world
             dist.all_gather_object(found, damage(folder, self.rank, self.world))
             wrong = max(found)  # "" if no rank found anything

@@ -50,6 +50,7 @@ from parallel import (
     MeshConfig,
     Runner,
     check_same_model,
+    from_rank_0,
     init_mesh,
     peak_flops,
     read_config,
@@ -417,15 +418,13 @@ MAY_CHANGE |= {"log_every"}
 
 
 def free_folder(name: str) -> Path:
-    """Return runs/NAME, or the first new one of runs/NAME-2, -3 ...; rank 0 decides for all."""
+    """Return runs/NAME, or the first new one of runs/NAME-2, -3 ..."""
     folder = Path("runs") / name
     number = 1
     while folder.exists():
         number += 1
         folder = Path("runs") / f"{name}-{number}"
-    answer = [folder]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return folder
 
 
 def start(
@@ -433,9 +432,10 @@ def start(
 ) -> tuple[RunConfig, Runner]:
     """Build the model of a run, with the weights of init, and then its folder, so that a start that
     fails leaves none. preset: a name for it; data: the training data's fingerprint."""
-    cfg = replace(cfg, out=cfg.out or free_folder(preset))
+    out = cfg.out or from_rank_0(lambda: free_folder(preset))
+    cfg = replace(cfg, out=out, mesh=replace(cfg.mesh, dtype=cfg.mesh.compute_dtype))
     settings = json.loads(json.dumps(asdict(cfg), default=str)) | {"data_fingerprint": data}
-    check_folder(cfg.out, settings)
+    from_rank_0(lambda: check_folder(cfg.out, settings))
     init = cfg.init.removeprefix("hf:")
     if init:
         check_same_model(read_config(init), cfg.model, f"init={cfg.init}")
@@ -451,7 +451,7 @@ def start(
         tokenizer.save(cfg.out)  # generate.py needs no more than this folder
     embedding, rest = count_params(cfg.model)
     size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
-    log.info(f"{preset}: {size}, {world_size()} process(es), folder {cfg.out}")
+    log.info(f"{preset}: {size}, {world_size()} process(es), {cfg.mesh.dtype}, folder {cfg.out}")
     return cfg, runner
 
 

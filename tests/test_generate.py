@@ -5,10 +5,12 @@ import dataclasses
 import io
 import json
 import math
+import os
 import queue
 import random
 import re
 import signal
+import sys
 import threading
 from pathlib import Path
 from unittest import mock
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torch.distributed as dist
 from scipy import stats
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LogitsProcessorList, NemotronForCausalLM, PreTrainedTokenizerFast
@@ -821,6 +824,20 @@ def run(monkeypatch, capsys):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def rows_of_the_pipe(name):
+    """Read stdin, which is a pipe on rank 0 and closed on the others, as one that is read is."""
+    sys.stdin = open(name if dist.get_rank() == 0 else os.devnull)
+    return generate.read_rows("-", text_field="prompt")
+
+
+def test_processes_share_the_prompts_that_the_first_reads_from_stdin(on_ranks, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    text = "one\n" + json.dumps({"prompt": "two"}) + "\n"
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,)).start()
+    first, second = on_ranks(2, rows_of_the_pipe, str(tmp_path / "pipe"))
+    assert first == second and [row["prompt"] for _, row in first] == ["one", "two"]
 
 
 def test_sample_answers_prompts_from_arguments_a_file_and_stdin(folder, tmp_path, run):

@@ -366,6 +366,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(on_ranks,
         on_ranks(1, load_on, config(), tmp_path)
 
 
+def load_with_a_stale_listing(cfg, folder):
+    """Load, where rank 1 does not see the newest checkpoint in its listing."""
+    listing = parallel.step_folders
+    if dist.get_rank() == 1:
+        parallel.step_folders = lambda root: listing(root)[:-1]
+    try:
+        return load_on(cfg, folder)
+    finally:
+        parallel.step_folders = listing
+
+
+def test_all_ranks_load_the_checkpoint_that_rank_0_sees(on_ranks, tmp_path):
+    on_ranks(2, save_on, config(), tmp_path, 2)
+    for state, _ in on_ranks(2, load_with_a_stale_listing, config(), tmp_path):
+        assert state["step"] == 2
+
+
 def test_what_is_still_being_written_is_not_a_checkpoint(tmp_path):
     for name in ("step_000010.partial", "step_000004.old", "step_000005", "other"):
         (tmp_path / name).mkdir()
