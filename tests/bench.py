@@ -537,7 +537,7 @@ def slices(shape: str, o: argparse.Namespace) -> list[Result]:
     ways = list(product(counts, ("", " compiled"), ("ours_train", "forward_backward")))
     for layers, compiled, name in ways:
         part = replace(cfg, n_layers=layers)
-        mesh = parallel.MeshConfig(compile=bool(compiled))
+        mesh = parallel.MeshConfig(dtype="bf16", compile=bool(compiled))
         label = f"{layers} block(s){compiled}, {name}"
         steps = in_turns({label: (name, {"cfg": part, "mesh": mesh, "batch": 1}, 1)}, o.rounds)
         for some in steps.values():  # none, where it did not fit
