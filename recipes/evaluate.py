@@ -200,12 +200,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
         import lm_eval.tasks
     except ImportError as e:
         raise ValueError("evaluation needs lm-eval: pip install -e '.[eval]'") from e
-    manager = lm_eval.tasks.TaskManager()
+    tasks = [(local_task(path, cfg.shots or 0), 0) for path in cfg.jsonl]
     names = cfg.tasks or (() if cfg.jsonl else tuple(BASE_TASKS))
+    # listing lm-eval's own tasks takes ten seconds
+    manager = lm_eval.tasks.TaskManager(include_defaults=bool(names))
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"{', '.join(map(repr, unknown))}: none of lm-eval's tasks")
-    tasks = [(name, BASE_TASKS.get(name)) for name in names]
-    tasks += [(local_task(path, cfg.shots or 0), 0) for path in cfg.jsonl]
+    tasks = [*((name, BASE_TASKS.get(name)) for name in names), *tasks]
     twice = Counter([*names, *(path.stem for path in cfg.jsonl)]).most_common(1)[0]
     if twice[1] > 1:
         raise ValueError(f"{twice[1]} tasks have the name {twice[0]!r}: rename the file")

@@ -1,4 +1,5 @@
-"""The help of every program, as a person reads it: texts that stand alone, for every option."""
+"""The help of every program, as a person reads it: texts that stand alone, for every option; and
+what a recipe answers to a mistake."""
 
 import contextlib
 import importlib
@@ -40,6 +41,8 @@ def run_program(program, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, *args])
         patch.setattr(os, "_exit", sys.exit)
+        for name in ("handlers", "level", "propagate"):  # which a program sets for itself
+            patch.setattr(train.log, name, getattr(train.log, name))
         with pytest.raises(SystemExit) as ended:
             if program.endswith(".py"):  # imported once: tyro remembers the sources of its classes
                 importlib.import_module(program.removesuffix(".py")).main()
@@ -157,3 +160,74 @@ def without_reader(program, *args):
 def test_help_that_is_not_read_to_its_end_is_no_error(command):
     """As in `python train.py nano --help | head -3`."""
     assert without_reader(*command.split(), "--help") == ""
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+ASK = "synthesize --model x --endpoint http://127.0.0.1:9/v1 --out out"
+MISTAKES = {
+    "demo --out taken": "taken",
+    "demo --scale nan": "scale",
+    "evaluate nowhere --jsonl questions.jsonl": "nowhere: no config.json",
+    "evaluate nowhere --jsonl deep.jsonl": "deep.jsonl:1",
+    "evaluate nowhere --jsonl binary.jsonl": "binary.jsonl:1",
+    "evaluate nowhere --jsonl nofile": "nofile",
+    "evaluate foreign --jsonl questions.jsonl": "foreign/config.json",
+    "iterate nosuch": "no preset 'nosuch'",
+    "iterate report": "model '.'",
+    "iterate --out taken": "taken",
+    "iterate --demo.out taken --out rounds": "taken",
+    "plan --gpus 100": "100 processes",
+    "plan --batch 7": "batch=7",
+    "plan --gpu RTX4090": "H100",
+    "report nowhere": "nowhere: no metrics.jsonl",
+    "report foreign --out a.xyz": "foreign: no metrics.jsonl",
+    "rewardbench nowhere": "nowhere",
+    "rewardbench folder": "folder",
+    "rewardbench deep.jsonl": "deep.jsonl:1",
+    "rewardbench list.jsonl": "list.jsonl:1",
+    "serve nowhere --port 0": "nowhere: no config.json",
+    "serve foreign --port 0": "foreign/config.json",
+    "serve nowhere --port 99999": "port=99999",
+    "synthesize": "a model is a folder",
+    "synthesize --model foreign --out out": "foreign/config.json",
+    "synthesize --model x --endpoint localhost": "endpoint 'localhost': a URL",
+    f"{ASK} --retries 0": "Connection refused",
+    f"{ASK} --out taken": "taken",
+    f"{ASK} --templates deep.toml": "deep.toml",
+    f"{ASK} --templates binary.jsonl": "binary.jsonl",
+    f"{ASK} --templates nofile": "nofile",
+    f"{ASK} --prompts deep.jsonl": "deep.jsonl:1",
+    f"{ASK} --prompts list.jsonl": "list.jsonl:1",
+    f"{ASK} --evaluations folder": "folder",
+    f"{ASK} --documents nofile": "nofile",
+    f"{ASK} --counts turns inf": "inf",
+    f"{ASK} --near nan": "near=nan",
+}
+
+
+@pytest.fixture
+def wrong_files(tmp_path, monkeypatch):
+    """Files and folders that are not what a recipe asks for, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "else"}')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000 + "\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "binary.jsonl").write_bytes(b"\x80\x81\0\n")
+    (tmp_path / "questions.jsonl").write_text('{"question": "What?", "answer": "This"}\n')
+
+
+@pytest.mark.parametrize("command, names", MISTAKES.items(), ids=list(MISTAKES))
+def test_a_mistake_is_answered_with_a_line_that_names_it(wrong_files, capfd, command, names):
+    name, *args = command.split()
+    code = run_program(f"recipes.{name}", *args)
+    said = code if isinstance(code, str) else capfd.readouterr().err
+    assert code and names in " ".join(re.sub(r"[│|+╭╰─]", " ", said).split())
+    assert "Traceback" not in said
+    if not re.match(r"[╭+]", said):  # tyro's box
+        errors = [line for line in said.splitlines() if "error: " in line]
+        assert len(errors) == 1 and said.rstrip().endswith(errors[0])
