@@ -109,8 +109,7 @@ class EngineMethods:
     """Has the methods that lm-eval calls; `language_model` adds the fields and lm-eval's class.
 
     Tokens are counted and cut as lm-eval's own Hugging Face model does, but for what ends that: a
-    continuation of no token of its own, and one that is longer than the context.
-    """
+    continuation of no token of its own, and one that is longer than the context."""
 
     engine: Engine
     eot_token_id: int

@@ -41,8 +41,7 @@ def enclose(memory_mib: int, timeout: float) -> None:
     """Move into namespaces of users, processes and networks, where allowed, and set limits.
 
     The process that goes on is the first of its namespace: when it ends, the kernel ends all others
-    in there. Its parent only waits for it and passes its exit status on.
-    """
+    in there. Its parent only waits for it and passes its exit status on."""
     libc = ctypes.CDLL(None)
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET) == 0:
         if child := os.fork():
@@ -63,8 +62,7 @@ def enclose(memory_mib: int, timeout: float) -> None:
 def refuse_ways_out() -> type[Exception]:
     """Install the audit hook that refuses ways out, and return the exception that it raises.
 
-    It uses local names, for a program can change os, or this file's globals through a frame.
-    """
+    It uses local names, for a program can change os, or this file's globals through a frame."""
 
     class Refused(PermissionError):
         pass

@@ -199,8 +199,7 @@ def response_language(answer: str, language: str) -> bool:
 def number_sentences(answer: str, relation: str, num_sentences: int) -> bool:
     """Count the ends of sentences, and a last one without.
 
-    The end of a line is none, nor is the dot of a list's number, an initial or an abbreviation.
-    """
+    The end of a line is none, nor is the dot of a list's number, an initial or an abbreviation."""
     short = r"(?:\d{1,3}|[a-z]|(?:[a-z]\.){1,3}[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|no|jr)\."
     text = re.sub(r"(?m)^[ \t]*[-*•]\s", "", answer)
     text = re.sub(rf"(?i)(?<!\w){short}(?=\s+\S)", "", text)

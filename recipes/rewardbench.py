@@ -50,8 +50,7 @@ def accuracies(wins: dict[str, list[bool]]) -> dict[str, str]:
     """Average wins by subset and section, and overall.
 
     Overall are the mean of the sections, as in the report; the leaderboard's, with the other sets
-    at half weight; and the share of all rows.
-    """
+    at half weight; and the share of all rows."""
     share = {subset: sum(won) / len(won) for subset, won in wins.items()}
     table = {subset: f"{share[subset]:6.1%} of {len(wins[subset])}" for subset in wins}
     other = dict(share)

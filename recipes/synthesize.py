@@ -75,8 +75,7 @@ def override(built_in: Any, given: Any, path: Path, name: str = "") -> Any:
     """Return the user's value of a key, with what a table lacks taken from the built-in one.
 
     A ValueError names the file, the key and the rule: types are the built-in ones, no key is new,
-    and a template has the placeholders of the one that it replaces.
-    """
+    and a template has the placeholders of the one that it replaces."""
     where = f"{path}: {name}"
     kind = type(built_in)
     if type(given) is not kind or given == []:

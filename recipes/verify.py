@@ -49,8 +49,7 @@ def parse_list(text: str) -> list[str]:
     """Return the items of a list in a model's answer, or [] for "no list": it can be asked again.
 
     Items have marks (numbers from 1, letters, bullets), or are the strings of a JSON array. A shape
-    is read exactly or not at all: what could be read in two ways is no list.
-    """
+    is read exactly or not at all: what could be read in two ways is no list."""
     text = re.sub(r"(?s)^.*</think>|[\0\ufeff\u200b\u2060]", "", text).expandtabs(4)
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if MARK.match(line)]
@@ -61,8 +60,7 @@ def marked_items(lines: list[str]) -> list[str]:
     """Return the items of a list that begins in the first line, or [] where it is not clear.
 
     An item has the first mark's kind and depth. Other marks below it, lines indented further, and
-    lines that go on in small letters are joined to it.
-    """
+    lines that go on in small letters are joined to it."""
     first = MARK.match(lines[0])
     depth = first.end("indent")
     items: list[str] = []
@@ -114,8 +112,7 @@ def clean_items(items: list[str]) -> list[str]:
     """Return items without the marks around them: emphasis, quotes, a title's asterisks.
 
     Return [] if their text shows that they were not read right: YAML (one key before all items,
-    | or >, doubled quotes), or the next item's mark on the same line.
-    """
+    | or >, doubled quotes), or the next item's mark on the same line."""
     unread = rf"^[|>]|^'.*''|[ ](?:•|\(?{len(items) + 1}[.)])[ ]|\A([a-z_]+: ).*(?:\n\1.*)*\Z"
     if re.search(f"(?m){unread}", "\n".join(items)):
         return []
@@ -157,8 +154,7 @@ def normalise(text: str) -> str:
     """Return a text in small letters, without punctuation, with single spaces, in Unicode's NFKC.
 
     Signs that count in a sum (+ % $ -3) stay, as words of their own, and so do the characters of
-    scripts without blanks: what looks for shared words, here, looks for shared characters there.
-    """
+    scripts without blanks: what looks for shared words, here, looks for shared characters there."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
     plain = " ".join("".join(map(plain_char, text)).split())
@@ -180,8 +176,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[
 
     A hit is (its index, the Jaccard index of their word 5-grams), of equals the first. The search
     is exact: two sets that share `threshold` of each one's grams share one of its rarest
-    1 - threshold and the next, so only those are looked up.
-    """
+    1 - threshold and the next, so only those are looked up."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
     grams = [shingles(normalise(text) or text.strip()) for text in texts]
@@ -290,8 +285,7 @@ class Instruction:
     def met(self, response: str, prompt: str = "") -> bool:
         """Return whether a response follows it.
 
-        An instruction to repeat the prompt means `prompt` where its arguments do not hold one.
-        """
+        An instruction to repeat the prompt means `prompt` where its arguments do not hold one."""
         args = {"prompt_to_repeat": prompt} if self.kind == REPEAT else {}
         return KINDS[self.kind].check(response, **args | self.args)
 
@@ -424,8 +418,7 @@ def final_answer(text: str) -> tuple[str, Fraction | None]:
     there is none or it cannot be judged.
 
     The mark is the last \boxed{} or the last ####, and its content must be a number, perhaps with
-    a unit; or the last "answer is". Else the number is the last one in the text. 5 % is 5.
-    """
+    a unit; or the last "answer is". Else the number is the last one in the text. 5 % is 5."""
     for tex, plain in TEX.items():
         text = text.replace(tex, plain)
     _, box, after = text.rpartition(r"\boxed")
@@ -490,8 +483,7 @@ def extract_code(text: str) -> str | None:
     """Return the Python in an answer, or None.
 
     It is in blocks marked as such, else in those without a mark that compile (a last one may be cut
-    off); without blocks it is the whole text, if that is a program.
-    """
+    off); without blocks it is the whole text, if that is a program."""
     pattern = r"(?ms)^[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)"
     blocks = [(name.lower(), textwrap.dedent(body)) for _, name, body in re.findall(pattern, text)]
     code = [body for name, body in blocks if name in ("python", "py", "python3")]
@@ -534,8 +526,7 @@ def run_python(
 
     It gets nothing on stdin, no environment, and an empty temporary folder; stdout and stderr are
     one output. The same program gives the same result: strings hash alike. It is no container:
-    recipes/guard.py lists what is stopped and what is not.
-    """
+    recipes/guard.py lists what is stopped and what is not."""
     if timeout <= 0 or memory_mib < 64 or not 0 <= output_limit < guard.FILE_BYTES:
         given = f"timeout={timeout}, memory_mib={memory_mib}, output_limit={output_limit}"
         raise ValueError(f"{given}: some time, at least 64 MiB, and output of less than 16 MiB")
