@@ -51,6 +51,13 @@ def run_program(program, *args):
     return ended.value.code
 
 
+@pytest.fixture(autouse=True)
+def pipes_stay_as_python_has_them():
+    """A program lets a closed pipe end it; the tests in this process must not end by one."""
+    yield
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
 def helps():
     """The help of each command, printed once."""
@@ -66,7 +73,6 @@ def shown(request, helps, monkeypatch):
         out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws boxes for this very spelling
         with contextlib.redirect_stdout(out):
             assert run_program(program, *filter(None, [job]), "--help") == 0
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         out.seek(0)
         helps[request.param] = out.read()
     return helps[request.param]
