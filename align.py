@@ -295,8 +295,8 @@ class RewardConfig(AlignConfig):
     n_attributes: Literal[5, 9] = 5
     """Outputs: HelpSteer2's five, or as NVIDIA's checkpoint four more before them."""
     loss: Literal["regression", "regular", "margin", "scaled"] = "regression"
-    """Masked squared error of the attributes; or Bradley-Terry's on the helpfulness of preference
-    rows, whose reward gap is the strength of the preference (margin, scaled)."""
+    # the reward gap of a preference row is the strength of the preference (margin, scaled)
+    """Squared error of the attributes, or Bradley-Terry's on the helpfulness of pairs."""
     pairs: Path | None = None
     """Preference rows, on which to measure how often the chosen one has the higher reward."""
 
@@ -343,12 +343,12 @@ class PreferenceConfig(AlignConfig):
 
 
 def code_sft() -> SftConfig:
-    """Fine-tune on code, stage 1: 800K samples, one epoch (6,250 steps)."""
+    """Fine-tune on code, stage 1: 800K samples, one epoch (6250 steps)."""
     return SftConfig(lr=3e-7)
 
 
 def general_sft() -> SftConfig:
-    """Fine-tune on all tasks, stage 2: 200K samples, 2 % code, three epochs (4,688 steps)."""
+    """Fine-tune on all tasks, stage 2: 200K samples, 2 % code, three epochs (4688 steps)."""
     return SftConfig(lr=2.2e-7, epochs=3)  # searched in [1e-7, 5e-7]
 
 

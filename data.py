@@ -22,6 +22,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import sqlite3
 import sys
 import sysconfig
@@ -282,8 +283,7 @@ def hold(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        todo = "wait for it, stop it, or set another --out"
-        raise ValueError(f"{folder}: {file.read()} writes into it: {todo}") from None
+        raise ValueError(f"{folder}: {file.read()} writes into it: set another --out") from None
     except OSError as e:
         log.warning(f"{folder}: no locks here ({e.strerror}): see that nothing else writes into it")
     file.truncate(0)
@@ -466,12 +466,11 @@ EMBEDDED = {"english": lambda on_bad: embedded_english(), "code": embedded_code}
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn text into token files."""
+    """Turn text into token files: files and folders of text, Markdown, source code, .jsonl (packed
+    by gzip or not) or .parquet, and .json files of an object a line."""
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=PATH of each source: a file or folder of text, Markdown, source code, .jsonl (packed by
-    gzip or not) or .parquet, or a .json file of an object a line. Several paths may share a name.
-    Default: Python's own library and documentation."""
+    """NAME=PATH of each source; several may share a name. Default: Python's own documentation."""
     out: Path = Path("data/python")  # Folder to make. It appears when it is complete, not before.
     tokenizer: str = ""  # .model or tokenizer.json file. Empty: one is trained on the texts.
     vocab_size: int = 32_768  # Size of the trained tokenizer (unused with --tokenizer).
@@ -674,8 +673,7 @@ class TokenData:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.exists():
-            todo = f"run data.py prepare --out {folder}"
-            raise ValueError(f"{folder}: not a prepared data folder (no manifest.json): {todo}")
+            raise ValueError(f"{folder} has no manifest.json: run data.py prepare --out {folder}")
         self.manifest = json.loads(path.read_text())
         self.vocab_size: int = self.manifest["vocab_size"]
         self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
@@ -1283,9 +1281,11 @@ def show(cfg: ShowConfig) -> None:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     commands = {"prepare": PrepareConfig, "show": ShowConfig}
+    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     try:
         cfg = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
         if isinstance(cfg, PrepareConfig):
+            signal.signal(signal.SIGPIPE, default)
             prepare(cfg)
         else:
             show(cfg)

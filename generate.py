@@ -183,8 +183,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end a sample; default: the tokenizer's </s>."""
     logprobs: int | None = None
-    """Number of likeliest tokens whose log-probabilities (before any filter) are returned, beside
-    that of the token itself; default: no log-probabilities."""
+    """Number of likeliest tokens to give log-probabilities of, before any filter; default: none."""
     echo: bool = False
     """Return of the prompt as part of the result, with its own log-probabilities if asked for."""
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import traceback
 import zlib
@@ -70,8 +71,8 @@ LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Layout of a run over its processes, and how they compute. Processes that no axis takes shard
-    parameters, gradients and optimizer among them (dp_shard)."""
+    """Layout of a run over its processes, and how they compute. The processes that the axes leave
+    over divide parameters, gradients and optimizer among them (dp_shard)."""
 
     tp: int = 1
     """Tensor (and sequence) parallel: heads, MLP, vocabulary and the residual's tokens divided."""
@@ -84,8 +85,7 @@ class MeshConfig:
     """Work done again in backward: none, all but matrix products and attention, or every block."""
     compile: bool = False  # torch.compile of each block.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of matrix products; auto: bf16 on a GPU, fp32 on a CPU. Master weights, norms'
-    statistics, softmax and loss are fp32."""
+    """Dtype of matrix products (all else is fp32); auto: bf16 on a GPU, fp32 on a CPU."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
@@ -151,8 +151,7 @@ class MeshConfig:
                 raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
         if self.n_stages > model.n_layers:
             stages = f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages"
-            rule = "each stage needs a layer"
-            raise ValueError(f"{stages}, but only n_layers={model.n_layers}: {rule}")
+            raise ValueError(f"{stages}, but only n_layers={model.n_layers}: one layer a stage")
         if min(batch, micro_batch) < 1:
             raise ValueError(f"batch={batch}, micro_batch={micro_batch}: must be at least 1")
         share = batch // dp
@@ -1188,11 +1187,12 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
-    """Run `parallel.py export`."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
+    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     c = tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__)
+    signal.signal(signal.SIGPIPE, default)
     run(lambda: export(c))
 
 

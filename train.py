@@ -180,11 +180,9 @@ class RunConfig:
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     out: Path | None = None
-    """Folder of the run; a run that is in it already is continued. Default: runs/PRESET, or the
-    first unused of runs/PRESET-2, -3 ..."""
+    """Folder; a run in it is continued. Default: the first new one of runs/PRESET, PRESET-2 ..."""
     init: str = ""
-    """Weights to start from, with a fresh optimizer: hf:FOLDER (a Hugging Face Nemotron), or the
-    FOLDER of another run. Empty: random."""
+    """Run or Hugging Face folder of the weights to start from (new optimizer). Empty: random."""
     steps: int = 1000
     """Optimizer steps; 0: as many as the phases have."""
     seed: int = 0
@@ -260,8 +258,7 @@ class PretrainConfig(RunConfig):
     data: Path = Path("data/python")
     """Folder made by data.py prepare."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source weights; empty: 70/15/15 for english, multilingual, code (report section 2.1), else by
-    tokens."""
+    """Source weights. Empty: english, multilingual, code 70/15/15 (the report's), or by tokens."""
     isolate: bool = False
     """Attention within a document only, where several share a window (not so in the report)."""
     phases: tuple[Phase, ...] = ()
@@ -358,8 +355,8 @@ def on_many_gpus(shape: str, mesh: MeshConfig, phases: tuple[Phase, ...]) -> Pre
 
 
 def nemotron4_340b() -> PretrainConfig:
-    """Pretrain as the report does: 9T tokens, tp 8, pp 12 interleaved by 8, 1,536 to 6,144 H100s.
-    Start it with --steps 63578 on 1,536, then --steps 95367 on 3,072, then the rest on 6,144."""
+    """Pretrain as the report does: 9T tokens, tp 8, pp 12 interleaved by 8, 1536 to 6144 H100s.
+    Start it with --steps 63578 on 1536, then --steps 95367 on 3072, then the rest on 6144."""
     # report section 2.3; the rate, vp and selective recompute are the launch script's
     mesh = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
     return on_many_gpus("nemotron4-340b", mesh, pretraining(lr=1e-4, batch=768))

@@ -528,7 +528,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path):
         process.kill()
         process.wait()
         assert not (tmp_path / "out").exists()
-        with pytest.raises(ValueError, match="not a prepared data folder"):
+        with pytest.raises(ValueError, match="has no manifest.json"):
             TokenData(tmp_path / "out")
     whole = prepared(folder, tmp_path / "out", val_fraction=0.01)
     assert contents(whole.folder) == contents(
