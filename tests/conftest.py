@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -60,6 +61,8 @@ def no_job_is_left_behind():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    # a program that printed its help ends where nobody reads it; the tests go on
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

@@ -386,8 +386,14 @@ def test_a_token_that_the_model_has_not_is_refused_before_it_is_built(base, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_tokenizer_are_warned_of(base, tmp_path, caplog, monkeypatch):
+def heard_by_pytest_alone(monkeypatch):
+    """Let the log go to pytest's handler, once, whatever other tests have left of handlers."""
+    monkeypatch.setattr(logging.getLogger("nemotron4"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("nemotron4"), "propagate", True)
+
+
+def test_weights_of_another_tokenizer_are_warned_of(base, tmp_path, caplog, monkeypatch):
+    heard_by_pytest_alone(monkeypatch)
     other = data.train_bpe([path.read_text()[:9000] for path in Path(base).glob("*.jsonl")], 290)
     other.save(tmp_path)
     for tokenizer, words in ((str(tmp_path), "another tokenizer"), ("", "")):
@@ -402,16 +408,13 @@ def test_weights_of_another_tokenizer_are_warned_of(base, tmp_path, caplog, monk
 def test_a_stage_says_its_margins_when_it_is_ready_and_what_comes_next(
     base, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(logging.getLogger("nemotron4"), "propagate", True)
+    heard_by_pytest_alone(monkeypatch)
     caplog.set_level("INFO")
     align.align("dpo", stage(base, "dpo", tmp_path / "run", log_every=2, eval_every=100, warmup=24))
     said = [r.message for r in caplog.records]
     assert any("warm-up is as long as the run" in line for line in said)
-    assert [line.split("/")[0] for line in said if "loss" in line and line.startswith("step")] == [
-        "step      1",
-        "step      2",
-        "step      3",
-    ]  # fmt: skip  the first and the last validate
+    steps = [line.split("/")[0] for line in said if "loss" in line and line.startswith("step")]
+    assert steps == ["step      1", "step      2", "step      3"]  # the first and last validate
     assert any("accuracy" in line and "beta_margin" in line for line in said)
     assert "eta --" in next(line for line in said if "step      1/3" in line)
     assert said[-1].startswith("finished") and "generate.py sample" in said[-1]
