@@ -505,6 +505,7 @@ def test_empty_and_missing_sources_and_wrong_options_are_refused(tmp_path):
         prepared(full, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path):
     folder = write_corpus(tmp_path / "in", [w * 40 for w in words(1500)], "jsonl")
     command = [

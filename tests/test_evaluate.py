@@ -251,6 +251,7 @@ def scores(methods, tasks, **options):
     return found["results"]
 
 
+@pytest.mark.slow
 def test_questions_that_look_like_numbers_and_lists_stay_texts_and_are_no_examples_of_theirs(
     tmp_path,
 ):

@@ -204,8 +204,11 @@ def generate_on_a_mesh(path, tp, pp):
     )
 
 
+MORE_MESHES = ((2, 1), (1, 2), (4, 1))
+
+
 @pytest.mark.parametrize(
-    "tp, pp", [(2, 1), (1, 2), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+    "tp, pp", [(2, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in MORE_MESHES)]
 )
 def test_every_mesh_yields_the_same_with_a_batch_of_many(on_ranks, folder, tp, pp):
     want = generate_on_a_mesh(folder, 1, 1)

@@ -330,6 +330,7 @@ def test_a_checkpoint_moves_between_meshes_and_the_newest_are_kept(on_ranks, tmp
             assert state == {"step": 4, "tokens": 40} and got == pytest.approx(want, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_to_and_from_every_axis(on_ranks, tmp_path):
     four_axes = config(tp=2, pp=2, vp=2)
     want = on_ranks(8, save_on, four_axes, tmp_path, 1, True)  # in the background

@@ -902,6 +902,7 @@ def wait_for_more(out, process, before):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_folder_are_refused_and_a_signal_ends_one_that_goes_on(
     made, tmp_path
 ):
