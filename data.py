@@ -262,7 +262,8 @@ def count_bad(bad: BadDocument, skip_bad: bool, counts: Counts, level: int = log
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
     """Write a text, or lines, to a file that readers find either complete or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
+    # a name of one's own: several runs may write the reference beside the same rows
+    unfinished = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     lines = [text] if isinstance(text, str) else (f"{line}\n" for line in text)
     with unfinished.open("w", encoding="utf-8") as file:
         file.writelines(lines)

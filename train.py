@@ -467,7 +467,8 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that is neither new, nor empty, nor holds the same run, whose config.json
     differs in what may change alone."""
     file = folder / "config.json"
-    if not file.exists() and {p.name for p in folder.glob("*")} - {"config.json.tmp", ".lock"}:
+    others = [p for p in folder.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
+    if not file.exists() and others:
         raise ValueError(f"{folder} is not empty and holds no run: choose another --out")
     begun = any((folder / "checkpoints").glob("step_*")) or (folder / "metrics.jsonl").exists()
     if not (file.exists() and begun):

@@ -583,6 +583,17 @@ def test_the_embedded_corpus_is_source_code_and_english(corpus):
     assert sum(d.count(" the ") for d in english) > 10_000
 
 
+def write_often(path):
+    for i in range(300):
+        data.write_whole(path, f"{i} " * 2000)
+
+
+def test_processes_that_write_one_file_at_once_leave_a_whole_one(on_ranks, tmp_path):
+    on_ranks(3, write_often, tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "299 " * 2000
+
+
 # ---- JSON lines ----------------------------------------------------------------------------------
 
 
