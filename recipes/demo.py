@@ -37,7 +37,7 @@ from data import (
 )
 from generate import Engine, EngineConfig, SamplingParams, chat_stops, load_engine
 from model import ModelConfig
-from parallel import MeshConfig
+from parallel import MeshConfig, world_size
 from recipes.report import table
 from recipes.synthesize import SynthesizeConfig, listen, synthesize, with_rows
 from recipes.tasks import Task, draw_task, draw_text, scored_row
@@ -303,6 +303,8 @@ def weak_start(cfg: DemoConfig) -> Path:
 
 def demo(cfg: DemoConfig) -> None:
     """Run the stages in order, mark each model, and write the table."""
+    if world_size() > 1:
+        raise ValueError("demo runs in one process: start it without torchrun")
     cfg.out.mkdir(parents=True, exist_ok=True)
     hold(cfg.out)
     begun = time.monotonic()

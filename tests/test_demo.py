@@ -140,6 +140,13 @@ def test_a_round_of_a_small_demo_without_a_row_names_the_scale(tmp_path, monkeyp
         iterate.round_data(loop, 1, 0, lambda k, stage: (), Path("weak"), Path("base"))
 
 
+def test_the_demo_under_torchrun_is_refused_before_it_makes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        demo.demo(demo.DemoConfig(tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan")])
 def test_a_scale_that_is_no_share_is_refused(scale):
     with pytest.raises(ValueError, match="scale"):
