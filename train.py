@@ -646,6 +646,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def stop(number: int, _: Any) -> None:
         received.fill_(1)
+        if not first:
+            log.info("asked to stop: after this step, which is saved; once more ends it at once")
         first.append(time.monotonic())
         if first[-1] - first[0] > 1:
             os._exit(128 + number)

@@ -1,6 +1,7 @@
 """train.py: the loop, the run's folder, and what it says to bad input."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -606,6 +607,20 @@ def test_a_first_signal_saves_and_exits_cleanly_and_a_second_process_is_kept_out
     assert process.wait(timeout=60) == 0
     saved = list((cfg.out / "checkpoints").iterdir())
     assert [p.name for p in saved] == [f"step_{len(rows(cfg.out)):06d}"]
+
+
+def say_what_a_signal_does():
+    said = io.StringIO()
+    train.set_up_logging(said)
+    with train.asked_to_stop() as asked:
+        before = asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before, asked(), said.getvalue()
+
+
+def test_a_signal_is_answered_at_once(on_ranks):
+    before, after, said = on_ranks(1, say_what_a_signal_does)[0]
+    assert (before, after) == (False, True) and said.startswith("asked to stop: after this step")
 
 
 def test_a_damaged_line_of_metrics_ends_no_run(corpus, tmp_path, caplog):
