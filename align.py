@@ -273,8 +273,8 @@ class AlignConfig(RunConfig):
     """Learning rate at the end of a cosine; None: the rate is constant."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8), "lora_rank": (0, 1e8)})
-        check_ranges(self, {"lora_alpha": (0, 1e8)})
+        ranges = {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8)}
+        check_ranges(self, ranges | {"lora_rank": (0, 1e8), "lora_alpha": (0, 1e8)})
         super().__post_init__()
 
     @property
@@ -720,9 +720,8 @@ def compute_log_probs(
 def check_start(cfg: PreferenceConfig, values: dict[str, float]) -> None:
     """Check that policy and reference are one before the first step: a = 0, so that DPO's loss is
     ln 2 and RPO's ln 2 − H(σ(b)). Otherwise the reference is of other weights, tokens or code."""
-    nats = {"fp32": 1e-3, "bf16": 0.5}[
-        cfg.mesh.compute_dtype
-    ]  # of a whole answer's log-probability
+    # of a whole answer's log-probability
+    nats = {"fp32": 1e-3, "bf16": 0.5}[cfg.mesh.compute_dtype]
     off = values["abs_drift"] / 2  # a pair's two answers
     due = values["at_reference"]
     loss = values["preference_loss"]

@@ -216,7 +216,7 @@ class RunConfig:
     eval_batches: int = 8
     """Batches of validation data per source."""
     log_every: int = 1
-    """Steps between lines of the log; metrics.jsonl has every step, and so has a validation."""
+    """Steps between lines of the log; validations are always said, metrics.jsonl has each step."""
     save_every: int = 500
     """Steps between checkpoints; the last step and the end of a phase save too."""
     save_in_background: bool = False
@@ -464,8 +464,8 @@ def compare_tokenizers(init: str, ours: Tokenizer) -> None:
 
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that is neither new, nor empty, nor holds the same run, whose config.json
-    differs in what may change alone."""
+    """Refuse a folder that is neither new, nor empty, nor holds the same run. Only what may change
+    is free to differ from its config.json."""
     file = folder / "config.json"
     others = [p for p in folder.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
     if not file.exists() and others:
@@ -501,7 +501,7 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# of a stage, beside its loss
+# what the log says of a preference or ranking stage beside its loss
 SAID = ("accuracy", "beta_margin", "beta_reward_chosen", "beta_reward_rejected")
 
 
@@ -534,9 +534,8 @@ class Metrics:
     def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
         """Write a step of so many seconds. values: loss, grad_norm, lr, and what else it found."""
         batch = self.schedule.at(step - 1).batch
-        tokens = values.pop(
-            "tokens", batch * self.cfg.model.seq_len
-        )  # a stage's windows are not all full
+        # a stage counts them, as its windows are not all full
+        tokens = values.pop("tokens", batch * self.cfg.model.seq_len)
         rate = tokens / seconds
         self.tokens += tokens
         row = {"step": step, **values, "batch": batch, "tokens": self.tokens, "tokens_per_s": rate}

@@ -3,7 +3,7 @@
 A base model reads calls such as sort(312) and their results. Two rounds of SFT teach it to answer
 them, and questions in words; a reward model learns the program's marks; DPO and three RPOs train on
 the model's own answers, ranked by the reward model. table.md tells what each stage brought. It
-takes seven to ten minutes on two cores.
+takes seven to thirteen minutes on two cores.
 
     python -m recipes.demo
 """
