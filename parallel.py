@@ -20,8 +20,8 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cached_property, partial
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.pipelining as pipe
+import torch.distributed.pipelining.schedules as torchs
 import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
 import torch.utils.checkpoint as ac
@@ -599,6 +600,35 @@ def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, mic
     return stage
 
 
+def make_schedule(
+    cfg: MeshConfig, stages: list[Any], n: int, train: bool = True, loss_fn: Any = None
+) -> Any:
+    """Make torch's pipeline schedule for a rank's stages and n micro-batches; or one of the forward
+    pass alone, breadth first: all micro-batches of a stage come before the rank's next stage."""
+    kinds = {
+        "1f1b": pipe.ScheduleInterleaved1F1B if cfg.vp > 1 else pipe.Schedule1F1B,
+        "zero_bubble": pipe.ScheduleInterleavedZeroBubble,
+        "zbv": pipe.ScheduleZBVZeroBubble,
+    }
+    kind = kinds[cfg.schedule] if train else torchs._PipelineScheduleRuntime
+    if kind is pipe.Schedule1F1B:
+        return kind(stages[0], n, loss_fn=loss_fn, scale_grads=False)
+    schedule = kind(stages, n, loss_fn=loss_fn, scale_grads=False)
+    order = schedule.pipeline_order
+    for rank in range(cfg.pp) if not train else ():
+        pairs = product(cfg.stages_of(rank), range(n))
+        order[rank] = [torchs._Action(s, torchs.FORWARD, i) for s, i in pairs]
+    # torch gathers three stages at most and frees the others, many times a step
+    active = 3 if cfg.reshards else cfg.vp
+    lowered = {}
+    for rank, actions in order.items():
+        lowered[rank] = torchs._add_reduce_grad(torchs._add_unshard_reshard(actions, active), n)
+    schedule.pipeline_order_with_comms = torchs._add_send_recv(lowered, cfg.rank_of, cfg.n_stages)
+    for holder in (schedule, *stages):
+        holder.stage_index_to_group_rank = {s: cfg.rank_of(s) for s in range(cfg.n_stages)}
+    return schedule
+
+
 def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return this rank's piece of a parameter, and its indices in each dimension of the whole."""
     if not isinstance(p, DTensor):
@@ -640,7 +670,8 @@ class Runner:
             init_weights(self.stages[i].model, seed, local_part)
         self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
         self.dp_rank = replica * mesh["dp_shard"].size() + shard
-        self.schedules = {}  # by the number of micro-batches
+        self.schedules = {}  # by the number of micro-batches, and whether to train
+        self.pipelines = {}  # their stages
 
     def params(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters, of all its stages, by the whole model's names."""
@@ -675,6 +706,20 @@ class Runner:
     def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Do forward and backward of this rank's micro-batches. Returns the global loss everywhere.
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
+        return self.run(batches, loss_fn, train=True)
+
+    @torch.no_grad()
+    def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
+        """Return the global loss of these micro-batches, by forward alone."""
+        total = self.run(batches, loss_fn, train=False)
+        # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
+        for stage in self.stages.values():
+            for unit in fsdp_units(stage):
+                unit.reshard()
+        return total
+
+    def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
+        """Go through all stages, forward and, to train, backward; return the global loss."""
         count, total = self.load(batches)
 
         def loss_of(out: Tensor, i: Tensor | int) -> Tensor:
@@ -682,38 +727,39 @@ class Runner:
             total.add_(loss.detach())
             return loss
 
+        n = len(batches)
         if self.last > 0:
-            self.run_schedule(len(batches), loss_of)
+            # forward alone goes in rounds: a bubble of an eighth, and few states received at once
+            size = n if train else max(1, 8 * self.cfg.pp // self.cfg.vp)
+            for first in range(0, n, size):
+                self.run_schedule(range(first, min(n, first + size)), loss_of, train)
         else:
             stage = self.stages[0]
-            for i in range(len(batches)):
-                stage.set_requires_gradient_sync(i == len(batches) - 1)
-                loss_of(stage(None, i), i).backward()
+            for i in range(n):
+                stage.set_requires_gradient_sync(i == n - 1)
+                loss = loss_of(stage(None, i), i)
+                if train:
+                    loss.backward()
         return self.reduce(total, "dp_replicate", "dp_shard", "pp")
 
-    def run_schedule(self, n: int, loss_of: Callable) -> None:
-        """Do one step of torch's pipeline schedule over n micro-batches. It splits tensors alone:
-        target and the extra argument of each stage are the micro-batches' numbers."""
+    def run_schedule(self, micro: range, loss_of: Callable, train: bool) -> None:
+        """Run torch's pipeline schedule over some micro-batches. It splits tensors alone: target
+        and the extra argument of each stage are the micro-batches' numbers."""
         self.loss_of = loss_of  # the schedule outlives this step's loss
-        if n not in self.schedules:
-            self.schedules[n] = self.make_schedule(n)
-        numbers = torch.arange(n)
+        key = (len(micro), train)
+        if key not in self.schedules:
+            # their buffers for what is received fit one kind of schedule, of any length
+            if train not in self.pipelines:
+                self.pipelines[train] = self.pipeline_stages()
+            late = lambda out, i: self.loss_of(out, i)  # noqa: E731
+            self.schedules[key] = make_schedule(self.cfg, self.pipelines[train], *key, late)
+        numbers = torch.tensor(micro)
         first = (numbers,) if 0 in self.stages else ()
         last = {"target": numbers} if self.last in self.stages else {}
-        self.schedules[n].step(*first, i=numbers, **last)
+        schedule = self.schedules[key]
+        go = schedule.step if train else schedule.eval
+        go(*first, i=numbers, return_outputs=False, **last)
 
-    def make_schedule(self, n: int) -> Any:
-        """Make torch's pipeline schedule for n micro-batches."""
-        kinds = {
-            "1f1b": pipe.ScheduleInterleaved1F1B if self.cfg.vp > 1 else pipe.Schedule1F1B,
-            "zero_bubble": pipe.ScheduleInterleavedZeroBubble,
-            "zbv": pipe.ScheduleZBVZeroBubble,
-        }
-        kind = kinds[self.cfg.schedule]
-        stages = self.pipeline_stages[0] if kind is pipe.Schedule1F1B else self.pipeline_stages
-        return kind(stages, n, loss_fn=lambda out, i: self.loss_of(out, i), scale_grads=False)
-
-    @cached_property
     def pipeline_stages(self) -> list[pipe.PipelineStage]:
         """Give each stage static shapes, so that no first step infers them with real traffic."""
         B = self.micro_batch
@@ -731,38 +777,6 @@ class Runner:
             )
             for i, stage in self.stages.items()
         ]  # fmt: skip
-
-    @torch.no_grad()
-    def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """Return the global loss of these micro-batches, by forward alone."""
-        count, total = self.load(batches)
-        for i in range(len(batches)):
-            out = self.forward(i)
-            if out is not None:
-                total += loss_fn(out, self.micro[i]) / count
-        # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
-        for stage in self.stages.values():
-            for unit in fsdp_units(stage):
-                unit.reshard()
-        return self.reduce(total, "dp_replicate", "dp_shard", "pp")
-
-    def forward(self, i: int) -> Tensor | None:
-        """Send micro-batch i through all stages in their order; its output is on the last stage's
-        ranks. Plain sends, not torch's schedule.eval, which zero-bubble schedules do not have."""
-        group = self.mesh["pp"].get_group()
-        rank = self.mesh["pp"].get_local_rank()
-        owner = self.cfg.rank_of
-        B, T = self.micro[i]["tokens"].shape
-        hidden = (B, T // self.cfg.tp, self.model.dim)
-        x = None
-        for s, stage in sorted(self.stages.items()):
-            if s > 0 and owner(s - 1) != rank:
-                x = torch.empty(hidden, dtype=DTYPES[self.cfg.compute_dtype], device=self.device)
-                dist.recv(x, group=group, group_src=owner(s - 1))
-            x = stage(x, i)
-            if s < self.last and owner(s + 1) != rank:
-                dist.send(x.contiguous(), group=group, group_dst=owner(s + 1))
-        return x if self.last in self.stages else None
 
     def load_weights(self, folder: str | Path) -> None:
         """Fill the shards from a Hugging Face folder or a run's newest checkpoint. Adapters stay as
