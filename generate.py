@@ -93,10 +93,12 @@ class InferenceLinear(nn.Module):
     def quantize(self) -> None:
         """Keep the matrix in float8, scaled so that each row uses its whole range (to 448)."""
         weight = self.weight.float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+        largest = weight.abs().amax(1, keepdim=True)
+        if self.reduce_group is not None:  # each has some of every row's columns
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.reduce_group)
+        scale = largest.clamp(min=1e-12) / 448
         self.scale = scale[:, 0].to(self.weight.dtype)
-        scaled = (weight / scale).to(torch.float8_e4m3fn)
-        self.weight = nn.Parameter(scaled, requires_grad=False)
+        self.weight = nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
 
 
 class ShardedEmbedding(nn.Module):
@@ -1236,7 +1238,6 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
 
 
 def main() -> None:
-    """Run the command that the command line names."""
     if sys.argv[1:2] and sys.argv[1] in MOVED:
         sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     functions = dict(COMMANDS.values())

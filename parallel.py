@@ -39,7 +39,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, empty
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    empty,
+)
 
 from model import (
     IGNORE,
@@ -202,32 +210,22 @@ def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
     return [range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Dense bf16 FLOP/s, bytes of memory, and bytes/s of memory, NVLink and network, each way."""
-
-    flops: float
-    memory: float
-    hbm: float
-    nvlink: float
-    network: float = 50e9  # 8 x 400 Gb/s a node, the report's section 2.3
-
-
-# NVIDIA's data sheets. The first key that is part of a device's name counts; H100 is the SXM.
-GPUS = {
-    "B200": Gpu(2250e12, 180e9, 8.0e12, 900e9),
-    "H200": Gpu(989e12, 141e9, 4.8e12, 450e9),
-    "H100 NVL": Gpu(835e12, 94e9, 3.9e12, 300e9),
-    "H100 PCIe": Gpu(756e12, 80e9, 2.0e12, 300e9),
-    "H100": Gpu(989e12, 80e9, 3.35e12, 450e9),
-    "A100": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9),
+# Dense bf16 FLOP/s of NVIDIA's data sheets. The first key that is part of a device's name counts;
+# H100 is the SXM.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Return dense bf16 FLOP/s, or None if unknown: better no MFU than a wrong one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
 
 
 def world_size() -> int:
@@ -444,15 +442,28 @@ def head_forward(
     return TokenLogProbs.apply(h, weight, targets, tp)
 
 
+def place(module: nn.Module, tp: DeviceMesh, where: dict[str, Placement], rest: Placement) -> None:
+    """Distribute a module's parameters: those of `where` by name, the others alike."""
+    for name, p in list(module.named_parameters()):
+        placed = distribute_tensor(p, tp, [where.get(name, rest)])
+        module.register_parameter(name, nn.Parameter(placed))
+
+
 class HeadParallel(styles.ParallelStyle):
     """Style that shards a head's vocabulary, and puts a reward head on every rank."""
 
     def _apply(self, head: nn.Module, tp: DeviceMesh) -> nn.Module:
         head.forward = partial(head_forward, head, tp)
-        placement = Shard(0) if isinstance(head, Head) else Replicate()
-        for name, p in list(head.named_parameters()):
-            head.register_parameter(name, nn.Parameter(distribute_tensor(p, tp, [placement])))
+        place(head, tp, {}, Shard(0) if isinstance(head, Head) else Replicate())
         return head
+
+
+class Column(styles.ColwiseParallel):
+    """Style that shards a matrix's rows and those of its adapter's B. A may have fewer than there
+    are ranks: it stays whole."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, tp: DeviceMesh) -> None:
+        place(module, tp, {"lora_a": Replicate()}, Shard(0))
 
 
 def tp_plan() -> dict[str, styles.ParallelStyle]:
@@ -466,7 +477,7 @@ def tp_plan() -> dict[str, styles.ParallelStyle]:
         input_layouts=(tokens, *rest), desired_input_layouts=(every, *rest)
     )
     gather = styles.PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(every,))
-    column = styles.ColwiseParallel()
+    column = Column()
     row = styles.RowwiseParallel(output_layouts=tokens)
     return {
         "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
@@ -1201,8 +1212,6 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["plan"]:
-        sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
     default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     c = tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__)

@@ -30,7 +30,7 @@ from model import SHAPES, ModelConfig, flops_per_token, rope_angles
 from parallel import (
     AXES,
     DTYPES,
-    GPUS,
+    PEAK_FLOPS,
     MeshConfig,
     TokenLogProbs,
     build_stage,
@@ -42,6 +42,26 @@ from parallel import (
 from train import set_up_logging
 
 log = logging.getLogger("nemotron4")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes of memory, and bytes/s of memory, NVLink and network, each way."""
+
+    memory: float
+    hbm: float
+    nvlink: float
+    network: float = 50e9  # 8 x 400 Gb/s a node, the report's section 2.3
+
+
+GPUS = {  # NVIDIA's data sheets
+    "B200": Gpu(180e9, 8.0e12, 900e9),
+    "H200": Gpu(141e9, 4.8e12, 450e9),
+    "H100 NVL": Gpu(94e9, 3.9e12, 300e9),
+    "H100 PCIe": Gpu(80e9, 2.0e12, 300e9),
+    "H100": Gpu(80e9, 3.35e12, 450e9),
+    "A100": Gpu(80e9, 2.039e12, 300e9, 25e9),
+}
 
 # Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent; tp 8, pp 12, vp 8
 REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
@@ -322,7 +342,8 @@ def step_of(plan: PlanConfig) -> dict[str, float]:
     cfg = plan.model
     mesh = plan.mesh
     gpu = GPUS[plan.gpu]
-    rate = {name: getattr(gpu, name) * share for name, share in REACHED.items()}
+    peaks = {"flops": PEAK_FLOPS[plan.gpu], **vars(gpu)}
+    rate = {name: peaks[name] * share for name, share in REACHED.items()}
     wire = wire_of(plan)
     layers, params = busiest(plan)
     tokens = plan.micro_batch * cfg.seq_len
@@ -342,7 +363,7 @@ def step_of(plan: PlanConfig) -> dict[str, float]:
     seconds["optimizer"] = ADAMW_BYTES * params / plan.shards / rate["hbm"]
     total = sum(seconds.values())
     useful = plan.batch * cfg.seq_len * flops_per_token(cfg)
-    return {"seconds": total, "mfu": 100 * useful / (total * plan.gpus * gpu.flops), **seconds}
+    return {"seconds": total, "mfu": 100 * useful / (total * plan.gpus * peaks["flops"]), **seconds}
 
 
 # ---- tables --------------------------------------------------------------------------------------
