@@ -190,7 +190,8 @@ def pair_sums(
     reference and the trained tokens; b (N). beta_...: times β. drift_...: log π/π_ref, in nats."""
     log_ratio = (log_probs - reference).detach().double()
     a = beta * (log_ratio[:, 0] - log_ratio[:, 1])
-    per_pair = {"pairs": torch.ones_like(a), "accuracy": a > 0, "beta_margin": a}
+    won = a > 1e-6  # less is rounding, of a policy that still is the reference
+    per_pair = {"pairs": torch.ones_like(a), "accuracy": won, "beta_margin": a}
     for i, side in enumerate(("chosen", "rejected")):
         per_pair[f"beta_reward_{side}"] = beta * log_ratio[:, i]
         per_pair[f"drift_{side}"] = log_ratio[:, i]
@@ -241,36 +242,26 @@ class AlignConfig(RunConfig):
 
     model: ModelConfig = SHAPES["nemotron4-340b"]
     """Shape of a model with random weights; --init brings its own."""
-    data: Path = Path("data/align.jsonl")
-    """Rows, as JSON lines."""
-    val: Path | None = None
-    """Rows to validate on."""
-    tokenizer: str = ""
-    """File or folder of a tokenizer; default: the one in the folder of --init."""
-    seq_len: int = 4096
-    """Tokens of a window; longer rows are left out and counted."""
+    data: Path = Path("data/align.jsonl")  # Rows, as JSON lines.
+    val: Path | None = None  # Rows to validate on.
+    tokenizer: str = ""  # File or folder of a tokenizer; default: the one in the folder of --init.
+    seq_len: int = 4096  # Tokens of a window; longer rows are left out and counted.
     steps: int = 0
     """Limit of optimizer steps, beside that of the epochs; 0: no limit but the epochs."""
-    epochs: float = 1.0
-    """Passes over the rows."""
+    epochs: float = 1.0  # Passes over the rows.
     packed: bool = True
     """Several rows in a window; they do not see each other, and the result is the same."""
     shorten: bool = False
     """Rows that are too long lose their earliest exchanges instead of being left out."""
     lora_rank: int = 0
     """Rank of adapters, trained in place of the weights and merged by export; 0: no adapters."""
-    lora_alpha: float = 32.0
-    """Scale of the adapters, times 1 / rank."""
-    lora_targets: str = "wq wk wv wo up down"
-    """Matrices that have adapters."""
+    lora_alpha: float = 32.0  # Scale of the adapters, times 1 / rank.
+    lora_targets: str = "wq wk wv wo up down"  # Matrices that have adapters.
     skip_bad: bool = False
     """Rows that cannot be read are left out and counted, instead of ending the run."""
-    batch: int = 128
-    """Rows (conversations, scored responses, pairs) per optimizer step."""
-    micro_batch: int = 1
-    """Windows per forward pass of one process; affects memory and speed only."""
-    min_lr: float | None = None
-    """Learning rate at the end of a cosine; None: the rate is constant."""
+    batch: int = 128  # Rows (conversations, scored responses, pairs) per optimizer step.
+    micro_batch: int = 1  # Windows per forward pass of one process; affects memory and speed only.
+    min_lr: float | None = None  # Learning rate at the end of a cosine; None: the rate is constant.
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8)}
@@ -311,14 +302,11 @@ class PreferenceConfig(AlignConfig):
 
     loss: Literal["dpo", "ipo", "rpo_bwd", "rpo_fwd", "rpo_sq"] = "dpo"
     """Loss per pair; rpo_bwd is the report's, and the RPO losses need rows with rewards."""
-    beta: float = 1e-3
-    """KL coefficient: factor of the log-ratio between policy and reference."""
-    eta: float = 1.0
-    """Factor of the gap between the two rewards (RPO)."""
+    beta: float = 1e-3  # KL coefficient: factor of the log-ratio between policy and reference.
+    eta: float = 1.0  # Factor of the gap between the two rewards (RPO).
     sft_weight: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, summed over its tokens."""
-    label_smoothing: float = 0.0
-    """Share of pairs that are taken to be the wrong way round (DPO)."""
+    label_smoothing: float = 0.0  # Share of pairs that are taken to be the wrong way round (DPO).
     reference: Path | None = None
     """File of reference log-probabilities; default: beside the rows, by the weights' hash."""
 
@@ -408,8 +396,7 @@ class Objective(NamedTuple):
     """A batch → the number that its loss is divided by: tokens, labels or pairs."""
     names: Sequence[str]
     """Names of the sums, as a process that lacks the model's last stage measures none."""
-    values: Callable[[Sums], dict[str, float]]
-    """Sums over all processes → what is logged."""
+    values: Callable[[Sums], dict[str, float]]  # Sums over all processes → what is logged.
 
 
 def n_rows(batch: Batch) -> int:
@@ -616,6 +603,17 @@ def batches_of(
         batch = {key: value[i : i + cfg.micro_batch] for key, value in windows.items()}
         out.append(batch | {"count": count(batch)})
     return out
+
+
+def say_how_full(cfg: AlignConfig, runner: Runner, rows: Sequence[Example]) -> None:
+    """Log how many windows of a step hold rows, of those that the mesh computes all the same."""
+    multiple = window_multiple(cfg, runner.dp)
+    held = len(pack(rows, cfg.model.seq_len, cfg.packed, 1)["tokens"])
+    computed = multiple * math.ceil(held / multiple)
+    log.info(f"a step has {computed:,} windows, of which {held:,} hold rows")
+    if 2 * held < computed:
+        todo = "raise --batch, or start fewer processes or pipeline stages"
+        log.warning(f"{1 - held / computed:.0%} of the work is on empty windows: {todo}")
 
 
 @dataclass(frozen=True)
@@ -828,6 +826,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     def describe(step: int) -> str:
         return ", ".join(rows[i].where for i in numbers(step))
 
+    say_how_full(cfg, runner, [rows[i] for i in numbers(0)])
     begun = from_rank_0(lambda: bool(step_folders(cfg.out / "checkpoints")))
     if isinstance(cfg, PreferenceConfig) and not begun:
         runner.eval(batches(0), sums.loss_fn)
@@ -838,8 +837,6 @@ def align(preset: str, cfg: AlignConfig) -> Path:
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in ("demo", "iterate"):
-        sys.exit(f"align.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     set_up_logging()
     about = "Align a model: a preset, changed by options."
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))

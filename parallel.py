@@ -14,8 +14,10 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -39,15 +41,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-    empty,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, empty
 
 from model import (
     IGNORE,
@@ -153,7 +147,6 @@ class MeshConfig:
         """Raise ValueError, with the numbers and the rule, for what `world` processes cannot run.
         batch: sequences of a step, over all of them; micro_batch: computed at once by each."""
         dp = self.dp(world)
-        # the model's sizes
         for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
             n = getattr(model, name)
             if n % self.tp:
@@ -161,8 +154,6 @@ class MeshConfig:
         if self.n_stages > model.n_layers:
             stages = f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages"
             raise ValueError(f"{stages}, but only n_layers={model.n_layers}: one layer a stage")
-        if min(batch, micro_batch) < 1:
-            raise ValueError(f"batch={batch}, micro_batch={micro_batch}: must be at least 1")
         share = batch // dp
         if batch % dp:
             whom = f"{dp} data-parallel processes: use a multiple of {dp}"
@@ -210,16 +201,9 @@ def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
     return [range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]
 
 
-# Dense bf16 FLOP/s of NVIDIA's data sheets. The first key that is part of a device's name counts;
-# H100 is the SXM.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
+# Dense bf16 FLOP/s of NVIDIA's data sheets; the first key that is part of a device's name counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
+PEAK_FLOPS |= {"H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -245,13 +229,20 @@ def keep_freed_memory() -> None:
 
 def init_mesh(cfg: MeshConfig) -> DeviceMesh:
     """Join the job, or start a job of one. Every axis exists, of size 1 where unused."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     timeout = timedelta(seconds=cfg.timeout)
-    if device == "cpu":
-        keep_freed_memory()
+    gpus = torch.cuda.device_count()
+    device = "cuda" if gpus else "cpu"
+    if gpus:
+        number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        if number >= gpus:
+            todo = f"start {gpus} on each machine, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            raise ValueError(f"process {number} of a machine that has {gpus} GPU(s): {todo}")
+        torch.cuda.set_device(number)
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        keep_freed_memory()
     if not dist.is_initialized():
+        # gloo would connect everyone to everyone: past 500 ranks that is too many open files
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
         started = {} if "WORLD_SIZE" in os.environ else alone
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -291,20 +282,20 @@ def run(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             shut_down()
-    except (ValueError, FloatingPointError, OSError, SafetensorError) as e:
-        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        if isinstance(e, ValueError) and Path(__file__).parent not in raised_in.parents:
-            traceback.print_exc()  # torch's or a bug of ours, not the user's
-        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        sys.stderr.write(f"error on rank {rank}: {what}\n" if rank else f"error: {what}\n")
-        os._exit(2)
     except KeyboardInterrupt as e:  # between steps `fit` listens for itself
         log.warning(f"stopped {str(e) or 'outside of the steps: the last whole checkpoint stays'}")
         os._exit(130)
-    except Exception:
-        log.error(f"rank {rank} failed:")
-        traceback.print_exc()
-        os._exit(1)
+    except Exception as e:
+        if rank:  # what all ranks find, rank 0 says: as it ends, torchrun ends the others
+            time.sleep(3)
+        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
+        ours = isinstance(e, ValueError) and Path(__file__).parent in raised_in.parents
+        users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
+        if not users:
+            traceback.print_exc()
+        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        sys.stderr.write(f"error on rank {rank}: {what}\n" if rank else f"error: {what}\n")
+        os._exit(2 if users else 1)
 
 
 # ---- token log-probabilities ---------------------------------------------------------------------
@@ -442,28 +433,25 @@ def head_forward(
     return TokenLogProbs.apply(h, weight, targets, tp)
 
 
-def place(module: nn.Module, tp: DeviceMesh, where: dict[str, Placement], rest: Placement) -> None:
-    """Distribute a module's parameters: those of `where` by name, the others alike."""
-    for name, p in list(module.named_parameters()):
-        placed = distribute_tensor(p, tp, [where.get(name, rest)])
-        module.register_parameter(name, nn.Parameter(placed))
-
-
 class HeadParallel(styles.ParallelStyle):
     """Style that shards a head's vocabulary, and puts a reward head on every rank."""
 
     def _apply(self, head: nn.Module, tp: DeviceMesh) -> nn.Module:
         head.forward = partial(head_forward, head, tp)
-        place(head, tp, {}, Shard(0) if isinstance(head, Head) else Replicate())
+        placement = Shard(0) if isinstance(head, Head) else Replicate()
+        for name, p in list(head.named_parameters()):
+            head.register_parameter(name, nn.Parameter(distribute_tensor(p, tp, [placement])))
         return head
 
 
 class Column(styles.ColwiseParallel):
-    """Style that shards a matrix's rows and those of its adapter's B. A may have fewer than there
-    are ranks: it stays whole."""
+    """Style that shards a matrix's rows and those of its adapter's B. A may have fewer rows than
+    there are ranks: torch puts what is left out here on every rank."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, tp: DeviceMesh) -> None:
-        place(module, tp, {"lora_a": Replicate()}, Shard(0))
+        a = module._parameters.pop("lora_a", None)
+        super()._partition_linear_fn(name, module, tp)
+        module.register_parameter("lora_a", a)
 
 
 def tp_plan() -> dict[str, styles.ParallelStyle]:
@@ -483,9 +471,7 @@ def tp_plan() -> dict[str, styles.ParallelStyle]:
         "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
         "blocks.*.attn_norm": styles.SequenceParallel(),
         "blocks.*.attn": gather_first,
-        "blocks.*.attn.wq": column,
-        "blocks.*.attn.wk": column,
-        "blocks.*.attn.wv": column,
+        "blocks.*.attn.w[qkv]": column,
         "blocks.*.attn.wo": row,
         "blocks.*.mlp_norm": styles.SequenceParallel(),
         "blocks.*.mlp": gather,
@@ -541,7 +527,8 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
         reduce_dtype=DTYPES[cfg.reduce_dtype],
         cast_forward_inputs=False,  # it would round the rotary angles
     )
-    dp = mesh["dp_replicate", "dp_shard"]
+    # a single copy would be summed over itself, block by block
+    dp = mesh["dp_replicate", "dp_shard"] if cfg.dp_replicate > 1 else mesh["dp_shard"]
     reshard = cfg.reshards and mesh["dp_shard"].size() > 1  # alone, it would only cast again
     model = stage.model
     last = [model.norm, model.head] if model.head is not None else None
@@ -679,10 +666,12 @@ class Runner:
             self.stages[i] = build_stage(model, i, mesh, cfg, self.micro)
             self.stages[i].to_empty(device=self.device)
             init_weights(self.stages[i].model, seed, local_part)
-        self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
+        self.dp = cfg.dp(mesh.size())
         self.dp_rank = replica * mesh["dp_shard"].size() + shard
         self.schedules = {}  # by the number of micro-batches, and whether to train
-        self.pipelines = {}  # their stages
+        # their stages, whose buffers for what is received fit one kind of schedule, of any length
+        self.pipelines = defaultdict(self.pipeline_stages)
+        self.asked = False  # to stop after this step; clip_grad_norm counts the ranks that are
 
     def params(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters, of all its stages, by the whole model's names."""
@@ -690,10 +679,6 @@ class Runner:
         for stage in self.stages.values():
             params |= dict(stage.model.named_parameters())
         return params
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are not frozen."""
-        return {name: p for name, p in self.params().items() if p.requires_grad}
 
     def reduce(self, x: Tensor, *axes: str) -> Tensor:
         """Sum x over the named axes, in place."""
@@ -739,8 +724,7 @@ class Runner:
             return loss
 
         n = len(batches)
-        if self.last > 0:
-            # forward alone goes in rounds: a bubble of an eighth, and few states received at once
+        if self.last > 0:  # forward alone in rounds: a bubble of an eighth, few states at once
             size = n if train else max(1, 8 * self.cfg.pp // self.cfg.vp)
             for first in range(0, n, size):
                 self.run_schedule(range(first, min(n, first + size)), loss_of, train)
@@ -759,9 +743,6 @@ class Runner:
         self.loss_of = loss_of  # the schedule outlives this step's loss
         key = (len(micro), train)
         if key not in self.schedules:
-            # their buffers for what is received fit one kind of schedule, of any length
-            if train not in self.pipelines:
-                self.pipelines[train] = self.pipeline_stages()
             late = lambda out, i: self.loss_of(out, i)  # noqa: E731
             self.schedules[key] = make_schedule(self.cfg, self.pipelines[train], *key, late)
         numbers = torch.tensor(micro)
@@ -805,13 +786,15 @@ class Runner:
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Return the gradients' global L2 norm, and scale them to max_norm where it is larger.
         torchtitan's clip_grad_norm_ warns of (_NormPartial, _NormPartial) on a 2-D mesh."""
-        grads = [p.grad for p in self.trained().values()]
+        grads = [p.grad for p in self.params().values() if p.requires_grad]
         squares = []
         for grad in grads:
             rows = torch.linalg.vector_norm(grad.to_local(), dim=-1)  # fp64 only of these
-            copies = self.cfg.tp if copied_by_tp(grad) else 1
+            copies = self.cfg.dp_replicate * (self.cfg.tp if copied_by_tp(grad) else 1)
             squares.append(rows.double().square().sum() / copies)
-        norm = self.reduce(torch.stack(squares).sum(), "dp_shard", "tp", "pp").sqrt()
+        asked = torch.full_like(squares[0], self.asked)
+        squared, self.n_asked = self.reduce(torch.stack([sum(squares), asked]), *AXES)
+        norm = squared.sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         torch._foreach_mul_([grad.to_local() for grad in grads], factor)
         return norm
@@ -965,21 +948,16 @@ class Checkpoints:
                 files |= json.loads(file.read_text())
                 file.unlink()
             (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
+            if self.state.get("pin"):  # it stays
+                (self.writing / "pin").touch()
             if final.exists():
                 self.discard(final)
             self.writing.rename(final)
         folders = step_folders(self.root)
         until_now = folders[: folders.index(final) + 1]  # a later one is damaged: it was not loaded
-        unpinned = [folder for folder in until_now if not self.pinned(folder)]
+        unpinned = [folder for folder in until_now if not (folder / "pin").exists()]
         for folder in unpinned[: -self.keep]:
             self.discard(folder)
-
-    def pinned(self, folder: Path) -> bool:
-        """Tell whether a checkpoint was saved with pin=True in its state: it stays."""
-        try:
-            return json.loads((folder / "state.json").read_text()).get("pin", False)
-        except (OSError, ValueError, AttributeError):
-            return False  # damaged: as any other
 
     def discard(self, folder: Path) -> None:
         """Delete a checkpoint. Half deleted, it must not have a checkpoint's name."""
@@ -993,12 +971,12 @@ class Checkpoints:
         state.json, or None. A damaged one is named, then the one before it is taken."""
         folders = from_rank_0(lambda: step_folders(self.root))
         for folder in reversed(folders):
-            seen = [True] * self.world
-            dist.all_gather_object(seen, folder.exists())
-            if not all(seen):
-                raise ValueError(f"{folder}: rank {seen.index(False)} sees none: share --out")
+            unseen = "sees none: share --out"
             found = [""] * self.world
-            dist.all_gather_object(found, damage(folder, self.rank, self.world))
+            own = damage(folder, self.rank, self.world) if folder.exists() else unseen
+            dist.all_gather_object(found, own)
+            if unseen in found:
+                raise ValueError(f"{folder}: rank {found.index(unseen)} {unseen}")
             wrong = max(found)  # "" if no rank found anything
             if not wrong:
                 try:
@@ -1043,10 +1021,9 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
         free.add("n_attributes")  # a reward model begins as a language model with a new head
     for key in sorted(vars(mine).keys() - free):
         found = getattr(theirs, key)
-        wanted = getattr(mine, key)
-        if found != wanted:
-            option = f"--model.{key.replace('_', '-')} {found}"
-            raise ValueError(f"{where} has {key}={found}, this run {wanted}: set {option}")
+        if found != getattr(mine, key):
+            option = f"set --model.{key.replace('_', '-')} {found}"
+            raise ValueError(f"{where} has {key}={found}, this run {getattr(mine, key)}: {option}")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -1133,14 +1110,14 @@ def load_parts(
 ) -> dict[str, Tensor]:
     """Return this tensor-parallel rank's pieces of the named parameters, plain tensors for
     inference, from a Hugging Face folder or a run."""
-    shapes = full_shapes(cfg)
-    cuts = tp_cuts(cfg, mesh["tp"])
-    sharded = {}
-    for name, dtype in dtypes.items():
-        cut = [Shard(cuts[name]) if name in cuts else Replicate()]
-        sharded[name] = empty(shapes[name], dtype=dtype, device_mesh=mesh["tp"], placements=cut)
-    fill(sharded, folder)
-    return {name: p.to_local() for name, p in sharded.items()}
+    model = styles.parallelize_module(on_meta(cfg), mesh["tp"], tp_plan())
+    parts = {}
+    for name, p in model.named_parameters():
+        if name in dtypes:
+            how = dict(dtype=dtypes[name], device_mesh=mesh["tp"], placements=p.placements)
+            parts[name] = empty(p.shape, **how)
+    fill(parts, folder)
+    return {name: p.to_local() for name, p in parts.items()}
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:

@@ -16,7 +16,7 @@ import sys
 import time
 from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -74,18 +74,14 @@ class Phase:
 
     ramp: tuple[tuple[int, int], ...]
     """Pairs (samples, batch), one after the other; a single pair where the batch does not grow."""
-    lr: float
-    """Peak learning rate."""
-    min_lr: float
-    """Learning rate at the end of the cosine, which spans the whole phase."""
-    warmup: int = 0
-    """Samples of linear warm-up."""
+    lr: float  # Peak learning rate.
+    min_lr: float  # Learning rate at the end of the cosine, which spans the whole phase.
+    warmup: int = 0  # Samples of linear warm-up.
     blend: dict[str, float] = field(default_factory=dict)
     """Source weights; empty: the default blend."""
     late_blend: dict[str, float] = field(default_factory=dict)
     """Source weights once the learning rate has fallen below late_below; empty: no change."""
-    late_below: float = 0.0
-    """Learning rate below which late_blend begins."""
+    late_below: float = 0.0  # Learning rate below which late_blend begins.
 
     def __post_init__(self) -> None:
         check_ranges(self, {"lr": (0, 1e38), "warmup": (0, MANY), "late_below": (0, 1e38)})
@@ -183,46 +179,32 @@ class RunConfig:
     """Folder; a run in it is continued. Default: the first new one of runs/PRESET, PRESET-2 ..."""
     init: str = ""
     """Run or Hugging Face folder of the weights to start from (new optimizer). Empty: random."""
-    steps: int = 1000
-    """Optimizer steps; 0: as many as the phases have."""
-    seed: int = 0
-    """Seed of the initial weights and of the data order."""
+    steps: int = 1000  # Optimizer steps; 0: as many as the phases have.
+    seed: int = 0  # Seed of the initial weights and of the data order.
     batch: int = 16
     """Sequences per optimizer step, over all processes: the result does not depend on the mesh."""
     micro_batch: int = 4
     """Sequences per forward pass of one process; affects memory and speed only."""
-    lr: float = 1e-4
-    """Peak learning rate."""
-    min_lr: float | None = 1e-5
-    """Learning rate at the end of the cosine; None: a constant rate."""
-    warmup: int = 0
-    """Samples of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
-    eps: float = 1e-8
-    """AdamW's epsilon; no source prints it."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices; norms and biases have none."""
-    clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    lr: float = 1e-4  # Peak learning rate.
+    min_lr: float | None = 1e-5  # Learning rate at the end of the cosine; None: a constant rate.
+    warmup: int = 0  # Samples of linear warm-up.
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's betas.
+    eps: float = 1e-8  # AdamW's epsilon; no source prints it.
+    weight_decay: float = 0.1  # Weight decay of matrices; norms and biases have none.
+    clip: float = 1.0  # Largest gradient norm; larger gradients are scaled down to it.
     on_bad_step: Literal["stop", "skip"] = "stop"
     """Reaction to a non-finite loss or gradient, or to a spike: end the run, or skip the update."""
     spike: float = 0.0
     """Factor over the median of the last 32 losses above which a loss is a spike; 0: no check."""
-    max_skips: int = 10
-    """Skipped steps after which the run ends all the same."""
-    eval_every: int = 100
-    """Steps between validations; the first and the last step validate too."""
-    eval_batches: int = 8
-    """Batches of validation data per source."""
+    max_skips: int = 10  # Skipped steps after which the run ends all the same.
+    eval_every: int = 100  # Steps between validations; the first and the last step validate too.
+    eval_batches: int = 8  # Batches of validation data per source.
     log_every: int = 1
     """Steps between lines of the log; validations are always said, metrics.jsonl has each step."""
     save_every: int = 500
     """Steps between checkpoints; the last step and the end of a phase save too."""
-    save_in_background: bool = False
-    """Training goes on while a checkpoint is being written."""
-    keep: int = 2
-    """Newest checkpoints to keep, beside those where a phase ends or the batch grows."""
+    save_in_background: bool = False  # Training goes on while a checkpoint is being written.
+    keep: int = 2  # Newest checkpoints to keep, beside those where a phase ends or the batch grows.
     profile: int = 0
     """Steps to profile, from the third of this start on; the trace goes to OUT/trace."""
 
@@ -255,8 +237,7 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Settings of a pretraining run."""
 
-    data: Path = Path("data/python")
-    """Folder made by data.py prepare."""
+    data: Path = Path("data/python")  # Folder made by data.py prepare.
     blend: dict[str, float] = field(default_factory=dict)
     """Source weights. Empty: english, multilingual, code 70/15/15 (the report's), or by tokens."""
     isolate: bool = False
@@ -350,7 +331,7 @@ def on_many_gpus(shape: str, mesh: MeshConfig, phases: tuple[Phase, ...]) -> Pre
     # micro_batch=1 is the launch script's for the 340B; for the others it is not printed
     return PretrainConfig(
         model=SHAPES[shape], mesh=mesh, data=Path("data/nemotron4"), phases=phases,
-        steps=0, micro_batch=1, save_in_background=True,
+        steps=0, micro_batch=1, eval_every=1000, save_in_background=True,
     )  # fmt: skip
 
 
@@ -394,7 +375,7 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {f.__name__: f for f in RECIP
 
 def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only; its state exists before the first step."""
-    params = list(runner.trained().values())
+    params = [p for p in runner.params().values() if p.requires_grad]
     matrices = {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay}
     vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
     how = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
@@ -440,16 +421,37 @@ def start(
     runner = Runner(cfg.model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     if init:  # adapters and a head of another kind stay new
         runner.load_weights(init)
+    if from_rank_0(lambda: data) != data:
+        raise ValueError(f"rank {dist.get_rank()} reads other data than rank 0: share one copy")
+    settings["started"] = from_rank_0(time.time_ns)
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
         hold(cfg.out)
         write_whole(cfg.out / "config.json", json.dumps(settings, indent=2))
         tokenizer.save(cfg.out)  # generate.py needs no more than this folder
+    wait_for_folder(cfg.out, settings["started"])
     embedding, rest = count_params(cfg.model)
     size = f"{(embedding + rest) / 1e6:,.1f}M parameters ({embedding / 1e6:,.1f}M embedding)"
     log.info(f"{preset}: {size}, {world_size()} process(es), {cfg.mesh.dtype}, folder {cfg.out}")
     return cfg, runner
+
+
+LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
+
+
+def wait_for_folder(folder: Path, started: int) -> None:
+    """Wait until this rank sees the config.json of this start, so that a folder which the machines
+    do not share is noticed now, and not at the first save."""
+    given_up = time.monotonic() + LONGEST_LAG
+    while time.monotonic() < given_up:
+        with suppress(OSError, ValueError, KeyError):
+            if json.loads((folder / "config.json").read_text())["started"] == started:
+                return
+        time.sleep(1)
+    raise ValueError(
+        f"{folder}: rank {dist.get_rank()} does not see what rank 0 wrote: share --out"
+    )
 
 
 def compare_tokenizers(init: str, ours: Tokenizer) -> None:
@@ -610,8 +612,11 @@ def what_is_wrong(cfg: RunConfig, loss: float, norm: float, recent: list[float])
     return ""
 
 
-def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: str) -> None:
+def handle_bad_step(
+    cfg: RunConfig, checkpoints: Checkpoints, step: int, wrong: str, skipped: int, batch: str
+) -> None:
     """Raise FloatingPointError, or warn that the update is left out."""
+    checkpoints.finish()  # what is being written is whole, should the run end here
     advice = f"lower the rate, or look at the batch: {batch}"
     if cfg.on_bad_step == "stop":
         kept = "stopped before the update; the last checkpoint is untouched"
@@ -625,7 +630,8 @@ def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: 
 @contextmanager
 def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
-    if not cfg.profile:
+    # the ranks of a pipeline stage do alike: the first of each
+    if not cfg.profile or dist.get_rank() % (world_size() // cfg.mesh.pp):
         yield lambda: None
         return
     file = cfg.out / "trace" / f"rank{dist.get_rank()}.json"
@@ -637,28 +643,22 @@ def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Listen for SIGTERM and Ctrl-C; yield a function that tells every rank if any has come. One
-    more, a second later, ends the process: torchrun at once repeats what a terminal sends."""
-    received = torch.zeros((), dtype=torch.int32)
+def asked_to_stop(runner: Runner) -> Iterator[None]:
+    """Listen for SIGTERM and Ctrl-C, of which every rank learns with the next step. One more, a
+    second later, ends the process: torchrun at once repeats what a terminal sends."""
     first = []
 
     def stop(number: int, _: Any) -> None:
-        received.fill_(1)
+        runner.asked = True
         if not first:
             log.info("asked to stop: after this step, which is saved; once more ends it at once")
         first.append(time.monotonic())
         if first[-1] - first[0] > 1:
             os._exit(128 + number)
 
-    def asked() -> bool:
-        anyone = received.clone()
-        dist.all_reduce(anyone, dist.ReduceOp.MAX)
-        return bool(anyone)
-
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -692,7 +692,7 @@ def fit(
         log.info(f"continuing from step {step} of {cfg.out}" + ": it is finished" * (step >= last))
     metrics = Metrics(cfg, step, last, runner.device)
     micro = batches(step) if step < last else []
-    with profiled(cfg) as tick, asked_to_stop() as asked:
+    with profiled(cfg) as tick, asked_to_stop(runner):
         while step < last:
             begun = time.monotonic()
             lr = schedule.lr(step)
@@ -701,10 +701,11 @@ def fit(
             micro = batches(step + 1) if step + 1 < last else []  # while a GPU still computes
             # the one wait of a step: nothing is updated before its loss is known to be good
             values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **observe()}
+            stop = bool(runner.n_asked)
             wrong = what_is_wrong(cfg, values["loss"], values["grad_norm"], recent)
             if wrong:
                 skipped += 1
-                handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
+                handle_bad_step(cfg, checkpoints, step + 1, wrong, skipped, describe(step))
                 values["skipped"] = skipped
             else:
                 for group in optimizer.param_groups:
@@ -719,7 +720,6 @@ def fit(
                 values |= evaluate(step)
                 values["eval_seconds"] = time.monotonic() - begun - seconds
             metrics.step(step, seconds, values)
-            stop = asked()
             if stop or step == last or step % cfg.save_every == 0 or schedule.ends_a_segment(step):
                 pin = schedule.ends_a_segment(step) and step < schedule.steps
                 saved = {"step": step, "recent": recent, "skipped": skipped, "pin": pin}
@@ -888,8 +888,6 @@ def choose_config(
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["report"]:
-        sys.exit("train.py report is now `python -m recipes.report`")
     set_up_logging()
     about = "Pretrain a preset, changed by options."
     run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))

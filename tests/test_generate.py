@@ -755,6 +755,20 @@ def test_float8_weights_cost_little_and_say_what(folder, dtype, caplog):
     assert weights == {torch.float8_e4m3fn}
 
 
+def score_in_float8(folder, tp):
+    cfg = EngineConfig(folder, quantize="float8", dtype="fp32", slots=4)
+    cfg = dataclasses.replace(cfg, mesh=generate.Layout(tp=tp))
+    pairs = [(p[:1], p[1:]) for p in ragged_prompts() if len(p) > 1]
+    return [done.logprobs for done in load_engine(cfg).score(pairs)]
+
+
+def test_float8_weights_are_the_same_however_many_processes_divide_them(on_ranks, folder):
+    (alone,) = on_ranks(1, score_in_float8, folder, 1)
+    for rank in on_ranks(2, score_in_float8, folder, 2):
+        for a, b in zip(rank, alone, strict=True):
+            assert np.allclose(a, b, atol=1e-4)
+
+
 def test_a_quantized_reward_model_still_scores(reward_folder):
     prompts = ragged_prompts()[:4]
     plain = load_engine(EngineConfig(reward_folder)).generate(prompts, SamplingParams(max_tokens=0))

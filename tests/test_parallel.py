@@ -1,6 +1,7 @@
 """parallel.py: the same numbers on every mesh, and checkpoints that are whole or not there."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -8,15 +9,20 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.pipelining import schedules as torchs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import parallel
 from model import IGNORE, SHAPES, ModelConfig, Nemotron, count_params, hf_config, init_weights
@@ -32,13 +38,14 @@ from parallel import (
     fill,
     init_mesh,
     load_hf,
+    make_schedule,
     peak_flops,
     read_config,
     save_hf,
     split_layers,
     step_folders,
 )
-from train import lm_loss, make_optimizer, nano, training_state
+from train import RunConfig, lm_loss, make_optimizer, nano, training_state
 
 TINY = ModelConfig(64, 4, 8, 4, 8, 128, vocab_size=96, seq_len=16, init_std=0.1)
 
@@ -856,3 +863,161 @@ def test_gradients_are_reduced_in_the_dtype_asked_for(on_ranks, reduce_dtype):
     other = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, reduce_dtype="fp32"))
     same = on_ranks(2, train_three_steps, other)[0][0][1] == norm
     assert same == (reduce_dtype == "fp32")
+
+
+def stand_ins(cfg, rank):
+    """A pipeline rank's stages, as far as a schedule looks at them before it runs."""
+    return [
+        SimpleNamespace(
+            submod=torch.nn.Identity(), num_stages=cfg.n_stages, group_size=cfg.pp,
+            group_rank=rank, stage_index=s, is_first=s == 0, is_last=s == cfg.n_stages - 1,
+        )
+        for s in cfg.stages_of(rank)
+    ]  # fmt: skip
+
+
+SCHEDULES = [("1f1b", 12, 8), ("1f1b", 4, 2), ("zero_bubble", 4, 8), ("zbv", 4, 2)]
+
+
+@pytest.mark.parametrize("kind, pp, vp", SCHEDULES)
+@pytest.mark.parametrize("reshard", ["auto", "always"])
+def test_a_pipelines_weights_are_gathered_once_a_step_unless_they_are_to_be_freed(
+    kind, pp, vp, reshard
+):
+    cfg = MeshConfig(tp=2, pp=pp, vp=vp, schedule=kind, reshard=reshard)
+    order = make_schedule(cfg, stand_ins(cfg, 0), 3 * pp).pipeline_order_with_comms
+    for rank in range(pp):
+        gathers = sum(action.computation_type == torchs.UNSHARD for action in order[rank])
+        assert gathers == vp if reshard == "auto" else gathers >= vp
+        if reshard == "always" and vp > 3:
+            assert gathers > 2 * vp  # as torch does
+
+
+@pytest.mark.parametrize("kind, pp, vp", SCHEDULES)
+def test_validation_takes_all_micro_batches_of_a_stage_before_the_next_stage(kind, pp, vp):
+    cfg = MeshConfig(pp=pp, vp=vp, schedule=kind)
+    order = make_schedule(cfg, stand_ins(cfg, 1), 5, train=False).pipeline_order_with_comms
+    kinds = {
+        rank: [(a.computation_type, a.stage_index, a.microbatch_index) for a in actions]
+        for rank, actions in order.items()
+    }
+    for rank in range(pp):
+        forward = [(s, i) for kind, s, i in kinds[rank] if kind == torchs.FORWARD]
+        assert forward == [(s, i) for s in cfg.stages_of(rank) for i in range(5)]
+    # every pair of ranks sends and receives in one order
+    for a, b in itertools.permutations(range(pp), 2):
+        sent = [
+            (s + 1, i)
+            for kind, s, i in kinds[a]
+            if kind == torchs.SEND_F and cfg.rank_of(s + 1) == b
+        ]
+        got = [
+            (s, i) for kind, s, i in kinds[b] if kind == torchs.RECV_F and cfg.rank_of(s - 1) == a
+        ]
+        assert sent == got
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are asked for, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace and "wait" not in func.name():
+            kind = re.search("gather|scatter|reduce|send|recv|broadcast", func.name())
+            name = "reduce_scatter" if "reduce_scatter" in func.name() else kind[0]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(cfg):
+    """The collectives of a training step after the first, by name."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=0)
+    optimizer = make_optimizer(cfg, runner)
+    for step in range(2):
+        with Collectives() as seen:
+            runner.step(my_batches(cfg, runner, step), lm_loss)
+            runner.clip_grad_norm(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen.counts
+
+
+# FSDP has a unit for each of 4 layers, for the embedding, and for norm and head: 6, or 3 on a rank
+# of a pipeline of 2. A step has 2 micro-batches on each of 2 data-parallel ranks.
+COLLECTIVES = [
+    (1, {}, {}),
+    # each unit's weights are gathered in forward and in backward, its gradient scattered once; the
+    # count, the loss and the norm are summed
+    (2, {}, {"gather": 2 * 2 * 6, "reduce_scatter": 6, "reduce": 3}),
+    # copies sum each unit's gradient instead
+    (2, {"dp_replicate": 2}, {"reduce": 6 + 3}),
+    # a pipeline gathers once; the loss and the norm are summed over it too; two of its three
+    # borders between stages are sent over and received from, forward and backward
+    (4, {"pp": 2, "vp": 2}, {"gather": 3, "reduce_scatter": 3, "reduce": 5, "send": 6, "recv": 6}),
+]
+
+
+@pytest.mark.parametrize("n, axes, want", COLLECTIVES)
+def test_a_step_does_the_collectives_that_the_design_names(on_ranks, n, axes, want):
+    assert on_ranks(n, collectives, config(**axes)) == [want] * n
+
+
+def open_files(n_ranks, port):
+    """Files that this process opens to join a job and to sum over all of it."""
+    dist.destroy_process_group()
+    os.environ |= {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    before = len(os.listdir("/proc/self/fd"))
+    init_mesh(MeshConfig())
+    dist.all_reduce(torch.ones(()))
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts Linux's open files")
+def test_a_rank_does_not_connect_to_every_other(on_ranks):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    # rank 0 holds the store here, to which all connect; under torchrun its agent does
+    few, many = (max(on_ranks(n, open_files, n, port)[1:]) for n in (4, 12))
+    assert many - few < 8
+
+
+def join_with(gpus, local_rank):
+    """Start on a machine with so many GPUs, as the process with this number."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    with mock.patch.object(torch.cuda, "device_count", lambda: gpus):
+        init_mesh(MeshConfig())
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers_and_what_to_do(on_ranks):
+    with pytest.raises(AssertionError, match="process 3 .* has 2 GPU.*start 2 .*VISIBLE_DEVICES="):
+        on_ranks(1, join_with, 2, 3)
+
+
+def lora_losses(cfg):
+    """Losses and norms of three steps of adapters, whose B is zero in the first alone."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=0)
+    optimizer = make_optimizer(cfg, runner)
+    found = []
+    for step in range(3):
+        found.append(runner.step(my_batches(cfg, runner, step), lm_loss).item())
+        found.append(runner.clip_grad_norm(1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+FEW_ROWS = [(2, {"tp": 2}), *(pytest.param(4, {"tp": tp}, marks=pytest.mark.slow) for tp in (2, 4))]
+
+
+@pytest.mark.parametrize("n, axes", FEW_ROWS)
+def test_adapters_of_fewer_rows_than_ranks_train_alike(on_ranks, n, axes):
+    model = dataclasses.replace(TINY, lora_rank=1)
+    one = RunConfig(model, MeshConfig(dtype="fp32"), batch=12, micro_batch=1, lr=3e-3, eps=1e-6)
+    (alone,) = on_ranks(1, lora_losses, one)
+    cut = dataclasses.replace(one, mesh=MeshConfig(dtype="fp32", **axes))
+    for got in on_ranks(n, lora_losses, cut):
+        assert got == pytest.approx(alone, rel=1e-5)

@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from data import Sampler, TokenData, hold
@@ -612,15 +614,95 @@ def test_a_first_signal_saves_and_exits_cleanly_and_a_second_process_is_kept_out
 def say_what_a_signal_does():
     said = io.StringIO()
     train.set_up_logging(said)
-    with train.asked_to_stop() as asked:
-        before = asked()
+    runner = SimpleNamespace(asked=False)
+    with train.asked_to_stop(runner):
+        before = runner.asked
         os.kill(os.getpid(), signal.SIGTERM)
-        return before, asked(), said.getvalue()
+        return before, runner.asked, said.getvalue()
 
 
 def test_a_signal_is_answered_at_once(on_ranks):
     before, after, said = on_ranks(1, say_what_a_signal_does)[0]
     assert (before, after) == (False, True) and said.startswith("asked to stop: after this step")
+
+
+def pretrain_and_signal_one_rank(cfg, rank, step):
+    """Train, where one rank alone is asked to stop during a step. Returns the last step saved."""
+    done = []
+    original = train.Runner.step
+
+    def with_signal(self, *args):
+        done.append(1)
+        if len(done) == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    train.Runner.step = with_signal
+    try:
+        pretrain(cfg)
+    finally:
+        train.Runner.step = original
+    return len(done)
+
+
+@pytest.mark.parametrize("n, axes", [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"dp_replicate": 2})])
+def test_all_ranks_stop_after_the_same_step_whichever_is_asked_to(
+    on_ranks, corpus, tmp_path, n, axes
+):
+    for rank in range(n):
+        cfg = config(corpus, tmp_path / str(rank), mesh=MeshConfig(dtype="fp32", **axes))
+        assert on_ranks(n, pretrain_and_signal_one_rank, cfg, rank, 2) == [2] * n
+        assert (cfg.out / "checkpoints" / "step_000002" / "state.json").exists()
+
+
+def pretrain_elsewhere(cfg, rank, what):
+    """Train, where one rank has another folder, or other data, than the others."""
+    train.LONGEST_LAG = 2
+    if dist.get_rank() == rank and what == "out":
+        cfg = dataclasses.replace(cfg, out=cfg.out.with_name("elsewhere"))
+    if dist.get_rank() == rank and what == "data":
+        own = cfg.out.with_name("data")
+        shutil.copytree(cfg.data, own)
+        manifest = json.loads((own / "manifest.json").read_text())
+        manifest["sources"]["code"]["train"]["crc"] ^= 1
+        (own / "manifest.json").write_text(json.dumps(manifest))
+        cfg = dataclasses.replace(cfg, data=own)
+    try:
+        pretrain(cfg)
+    except ValueError as error:
+        cfg.out.with_name("said").write_text(str(error))
+    os._exit(3)  # the other rank waits for this one
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("out", "elsewhere: rank 1 does not see what rank 0 wrote: share --out"),
+        ("data", "rank 1 reads other data than rank 0: share one copy"),
+    ],
+)
+def test_what_the_machines_do_not_share_is_noticed_before_the_first_step(
+    on_ranks, corpus, tmp_path, what, words
+):
+    cfg = config(corpus, tmp_path / "run")
+    with pytest.raises(AssertionError, match="of 2 died"):
+        on_ranks(2, pretrain_elsewhere, cfg, 1, what)
+    assert words in (tmp_path / "said").read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+
+
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "train.py"]
+    command += ["nano", "--batch", "7", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("batch=7") == 1 and done.returncode
+
+
+def test_the_first_rank_of_each_pipeline_stage_is_profiled(on_ranks, corpus, tmp_path):
+    mesh = MeshConfig(dtype="fp32", pp=2)
+    cfg = config(corpus, tmp_path / "a", profile=1, steps=4, mesh=mesh)
+    on_ranks(4, pretrain, cfg)
+    assert sorted(p.name for p in (cfg.out / "trace").iterdir()) == ["rank0.json", "rank2.json"]
 
 
 def test_a_damaged_line_of_metrics_ends_no_run(corpus, tmp_path, caplog):
