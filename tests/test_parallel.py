@@ -925,10 +925,10 @@ class Collectives(TorchDispatchMode):
         self.counts = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "c10d" in func.namespace and "wait" not in func.name():
-            kind = re.search("gather|scatter|reduce|send|recv|broadcast", func.name())
-            name = "reduce_scatter" if "reduce_scatter" in func.name() else kind[0]
-            self.counts[name] = self.counts.get(name, 0) + 1
+        kinds = "reduce_scatter|gather|scatter|reduce|send|recv|broadcast|all_to_all"
+        kind = "c10d" in func.namespace and re.search(kinds, func.name())
+        if kind:
+            self.counts[kind[0]] = self.counts.get(kind[0], 0) + 1
         return func(*args, **(kwargs or {}))
 
 
@@ -954,6 +954,9 @@ COLLECTIVES = [
     (2, {}, {"gather": 2 * 2 * 6, "reduce_scatter": 6, "reduce": 3}),
     # copies sum each unit's gradient instead
     (2, {"dp_replicate": 2}, {"reduce": 6 + 3}),
+    # 4 micro-batches: 4 of each a layer, and 2 for embedding and head; 2 sums each of the logits'
+    # maximum and exponentials; a sum of each norm's gradients, as its tokens are divided
+    (2, {"tp": 2}, {"gather": 4 * 18, "reduce_scatter": 4 * 18, "reduce": 4 * 2 + 18 + 1}),
     # a pipeline gathers once; the loss and the norm are summed over it too; two of its three
     # borders between stages are sent over and received from, forward and backward
     (4, {"pp": 2, "vp": 2}, {"gather": 3, "reduce_scatter": 3, "reduce": 5, "send": 6, "recv": 6}),
