@@ -1,7 +1,7 @@
 """Plan a run without a GPU: the memory that a layout needs, and the time that a step should take.
 
-The training code itself builds the model, on meta tensors in a process group that does not exist;
-a roofline then predicts the step.
+The training code itself builds a block, on meta tensors in a process group that does not exist, and
+the pipeline's schedule; what they hold and send is counted, and a roofline predicts the step.
 
     python -m recipes.plan nemotron4-340b --gpus 6144
     python -m recipes.plan --report
@@ -11,35 +11,35 @@ a roofline then predicts the step.
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.pipelining.schedules as torchs
 import tyro
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
 
-from model import SHAPES, ModelConfig, flops_per_token, rope_angles
+from model import SHAPES, ModelConfig, check_ranges, flops_per_token, rope_angles
 from parallel import (
-    AXES,
     DTYPES,
     PEAK_FLOPS,
     MeshConfig,
     TokenLogProbs,
-    build_stage,
+    make_schedule,
     on_meta,
     recompute_blocks,
+    set_up_logging,
     split_layers,
     tp_plan,
 )
-from train import set_up_logging
+from train import PRESETS
 
 log = logging.getLogger("nemotron4")
 
@@ -65,13 +65,11 @@ GPUS = {  # NVIDIA's data sheets
 
 # Report Table 2: GPUs, sequences, seconds an iteration, MFU in percent; tp 8, pp 12, vp 8
 REPORT_ROWS = ((1536, 768, 10.3, 42.4), (3072, 1536, 10.3, 42.3), (6144, 2304, 8.0, 41.0))
+REPORT_MESH = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
 
 # names that --help lists, read off the tables
 ShapeName = Literal[tuple(SHAPES)]  # pyrefly: ignore[invalid-literal]
 GpuName = Literal[tuple(GPUS)]  # pyrefly: ignore[invalid-literal]
-
-REPORT_MESH = MeshConfig(tp=8, pp=12, vp=8, recompute="selective")
-SEARCHED = ("tp", "pp", "vp", "recompute", "schedule")  # fields of a mesh that --search sets
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,18 @@ class PlanConfig:
     gpu: GpuName = "H100"  # Kind of GPU.
     batch: int = 2304  # Sequences per step.
     micro_batch: int = 1  # Sequences per micro-batch.
-    mesh: MeshConfig = REPORT_MESH
-    """Layout of the GPUs; the default is the report's."""
+    mesh: MeshConfig = REPORT_MESH  # Layout of the GPUs; the default is the report's.
     report: bool = False  # Predictions beside the three rows of the report's Table 2.
     search: int = 0  # Number of meshes to list, fastest first, of those that fit.
+    train: tyro.conf.Suppress[bool] = True  # no option: False where a round of validation is priced
 
     def __post_init__(self) -> None:
-        for name, least in (("gpus", 1), ("batch", 1), ("micro_batch", 1), ("search", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        for f in fields(self):
-            if self.report and f.name != "report" and getattr(self, f.name) != f.default:
-                raise ValueError(f"--report is of the report's own layout: leave {f.name} out")
-        for name in SEARCHED if self.search else ():
-            if getattr(self.mesh, name) != getattr(REPORT_MESH, name):
-                raise ValueError(f"--search tries each {name} itself: leave --mesh.{name} out")
+        ranges = dict.fromkeys(("gpus", "batch", "micro_batch"), (1, 1e8))
+        check_ranges(self, ranges | {"search": (0, 1e8)})
+        if self.report and replace(self, report=False) != PlanConfig():
+            raise ValueError("--report is of the report's own layout: leave other options out")
+        if self.search and self.mesh != REPORT_MESH:
+            raise ValueError("--search tries the meshes itself: leave --mesh out")
 
     @property
     def model(self) -> ModelConfig:
@@ -109,88 +104,103 @@ class PlanConfig:
         return self.batch // self.mesh.dp(self.gpus) // self.micro_batch
 
     @property
+    def round(self) -> int:
+        """Return the number of micro-batches that validation takes through a pipeline at once."""
+        return max(1, 8 * self.mesh.pp // self.mesh.vp) if self.mesh.pp > 1 else self.n_micro
+
+    @property
     def shards(self) -> int:
         """Return the number of GPUs that FSDP divides a parameter among."""
         return self.mesh.shape(self.gpus)["dp_shard"]
 
-    def check(self) -> None:
-        """Raise a ValueError for a layout that cannot run."""
-        self.mesh.check(self.model, self.gpus, self.batch, self.micro_batch)
+    @property
+    def passes(self) -> "Passes":
+        return PASSES[self.mesh.recompute if self.train else "validation"]
 
 
-# ---- what a rank holds ---------------------------------------------------------------------------
-
-
-@contextmanager
-def imagined_mesh(mesh: MeshConfig, world: int, rank: int) -> Iterator[DeviceMesh]:
-    """Build the mesh as one rank of a job of any size would see it."""
-    # a private module of torch, kept to the dry run
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield init_device_mesh("cpu", tuple(mesh.shape(world).values()), mesh_dim_names=AXES)
-    finally:
-        dist.destroy_process_group()
-
-
-def kinds_of(plan: PlanConfig) -> list[tuple[int, bool, bool]]:
-    last = plan.mesh.n_stages - 1  # a stage: its layers, with the embedding or not, the head or not
-    layers = split_layers(plan.model, plan.mesh.n_stages)
-    return [(len(part), s == 0, s == last) for s, part in enumerate(layers)]
+# ---- what a pipeline rank holds, and when --------------------------------------------------------
 
 
 @cache
-def stage_params(plan: PlanConfig, kind: tuple[int, bool, bool]) -> tuple[int, int]:
-    """Count the parameters of a stage of this kind as the training code lays them out: (on the
-    first GPU that has it, before they are divided by tensor and data parallelism)."""
-    mesh = plan.mesh
-    s = kinds_of(plan).index(kind)
-    with imagined_mesh(mesh, plan.gpus, mesh.rank_of(s) * (plan.gpus // mesh.pp)) as devices:
-        params = list(build_stage(plan.model, s, devices, mesh, []).model.parameters())
-        here = sum(p.to_local().numel() for p in params)
-    return here, sum(p.numel() for p in params)
-
-
-def built_params(plan: PlanConfig, rank: int) -> tuple[int, int]:
-    """Sum stage_params over a pipeline rank's stages: those of a kind are equal."""
-    kinds = kinds_of(plan)
-    counts = [stage_params(plan, kinds[s]) for s in plan.mesh.stages_of(rank)]
-    here, whole = zip(*counts, strict=True)
-    return sum(here), sum(whole)
-
-
-class RankShare(NamedTuple):
-    """Describe a pipeline rank's part of the model."""
-
-    layers: list[int]  # of each of its stages
-    params: int  # after tensor parallelism's cut, before FSDP's
-    unit: int  # those of the largest unit that FSDP gathers at once
-
-
-def shares_of(plan: PlanConfig) -> list[RankShare]:
-    """Return each pipeline rank's part of the model, in closed form."""
+def shares_of(plan: PlanConfig) -> tuple[list[int], list[int], int]:
+    """Return each stage's layers; its parameters, after tensor parallelism's cut and before FSDP's;
+    and those of the largest unit that FSDP gathers at once."""
     cfg = plan.model
-    mesh = plan.mesh
-    counts = [len(layers) for layers in split_layers(cfg, mesh.n_stages)]
     block = cfg.dim * 2 * (cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + cfg.ffn_dim)
-    block = block // mesh.tp + 4 * cfg.dim  # weight and bias of two norms
-    vocabulary = cfg.vocab_size * cfg.dim // mesh.tp
-    head = 2 * cfg.dim + (cfg.n_attributes * (cfg.dim + 1) or vocabulary)
-    shares = []
-    for rank in range(mesh.pp):
-        stages = mesh.stages_of(rank)
-        layers = [counts[s] for s in stages]
-        ends = [vocabulary * (0 in stages), head * (mesh.n_stages - 1 in stages)]
-        shares.append(RankShare(layers, sum(layers) * block + sum(ends), max(block, *ends)))
-    return shares
+    block = block // plan.mesh.tp + 4 * cfg.dim  # weight and bias of two norms
+    vocabulary = cfg.vocab_size * cfg.dim // plan.mesh.tp
+    layers = [len(part) for part in split_layers(cfg, plan.mesh.n_stages)]
+    params = [n * block for n in layers]
+    params[0] += vocabulary
+    params[-1] += vocabulary + 2 * cfg.dim  # the last norm
+    return layers, params, max(block, vocabulary)
 
 
-def busiest(plan: PlanConfig) -> tuple[int, int]:
-    """Return the most layers and the most parameters that a pipeline rank has."""
-    shares = shares_of(plan)
-    layers = max(sum(share.layers) for share in shares)
-    return layers, max(share.params for share in shares)
+@cache
+def orders_of(mesh: MeshConfig, n: int, train: bool) -> list[list[tuple]]:
+    """List each pipeline rank's actions in the training code's schedule of n micro-batches."""
+    if mesh.pp == 1:
+        kinds = (torchs.FORWARD, torchs.FULL_BACKWARD, torchs.RESHARD)[: 3 if train else 1]
+        return [[(0, kind) for kind in kinds] * n]
+    last = mesh.n_stages - 1
+    # what a schedule asks of a stage
+    stage = partial(SimpleNamespace, submod=nn.Identity(), num_stages=last + 1)
+    stage = partial(stage, group_size=mesh.pp, group_rank=0)
+    stages = [stage(stage_index=s, is_first=s == 0, is_last=s == last) for s in mesh.stages_of(0)]
+    schedule = make_schedule(mesh, stages, n, train, loss_fn=print)
+    # plain 1F1B does not gather by itself: FSDP does
+    order = getattr(schedule, "pipeline_order_with_comms", None) or schedule._get_pipeline_order()
+    return list(order.values())
+
+
+# actions that need weights, and how they change the number of those that wait for their backward
+WAITING = {torchs.UNSHARD: 0, torchs.FORWARD: 1, torchs.FULL_BACKWARD: -1}
+WAITING |= {torchs.BACKWARD_INPUT: 0, torchs.BACKWARD_WEIGHT: -1}
+
+
+class Load(NamedTuple):
+    """Count a pipeline rank's part of the model, and what it gathers and holds in a step."""
+
+    layers: int
+    params: int
+    gathered: int  # parameters, each as often as it is gathered
+    whole: int  # most parameters gathered at a time
+    waiting: int  # most layers times micro-batches whose activations wait for their backward
+
+
+@cache
+def loads_of(plan: PlanConfig) -> list[Load]:
+    """Follow every pipeline rank through its actions."""
+    mesh = plan.mesh
+    layers, params, _ = shares_of(plan)
+    frees = mesh.reshards and plan.shards > 1
+    n = plan.n_micro
+    if mesh.pp > 1 and not frees:  # two rounds show what warms up and stays
+        n = min(n, 2 * (n // max(1, n // mesh.pp)))
+    orders = orders_of(replace(mesh, tp=1, recompute="none"), n, plan.train)
+    loads = []
+    for rank, actions in enumerate(orders):
+        whole = {}  # stage → its parameters, while they are gathered
+        gathered = waiting = most_whole = most_waiting = 0
+        for stage, kind, *_ in filter(None, actions):
+            if kind in WAITING and stage not in whole:
+                whole[stage] = params[stage]
+                gathered += params[stage]
+            # FSDP frees each unit after its forward; after its backward a pipeline keeps it
+            if kind == torchs.RESHARD or (frees and (kind == torchs.FORWARD or mesh.pp == 1)):
+                whole.pop(stage, None)
+            waiting += layers[stage] * WAITING.get(kind, 0)
+            most_whole = max(most_whole, sum(whole.values()))
+            most_waiting = max(most_waiting, waiting)
+        own_layers = sum(layers[stage] for stage in mesh.stages_of(rank))
+        own_params = sum(params[stage] for stage in mesh.stages_of(rank))
+        loads.append(Load(own_layers, own_params, gathered, most_whole, most_waiting))
+    return loads
+
+
+def busiest(plan: PlanConfig) -> Load:
+    """Return the largest of each count over the pipeline ranks."""
+    return Load(*map(max, zip(*loads_of(plan), strict=True)))
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -198,142 +208,136 @@ def busiest(plan: PlanConfig) -> tuple[int, int]:
 
 def flash_on_meta(q: Tensor, k: Tensor, v: Tensor, visible: None) -> Tensor:
     """Allocate what a flash kernel does; on meta tensors SDPA would take the path with (T, T)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(q, k, v, 0.0, True)[0].transpose(1, 2)
+    return flash(*heads_first, 0.0, True)[0].transpose(1, 2)
 
 
 @cache
 def activation_bytes(cfg: ModelConfig, tp: int, micro_batch: int, recompute: str) -> int:
-    """Count the bytes that a block keeps of a micro-batch until its backward, by running it on meta
-    tensors."""
-    from torch.distributed._tools.mem_tracker import MemTracker  # private: the dry run alone
+    """Count the bytes that a block keeps until its backward, by running it on meta tensors."""
+    # private modules of torch, kept to the dry run
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with imagined_mesh(MeshConfig(tp=tp), tp, 0) as devices, patch("model.attend", flash_on_meta):
-        model = on_meta(replace(cfg, n_layers=1)).to(torch.bfloat16)
-        positions = torch.zeros(micro_batch, cfg.seq_len, dtype=torch.long, device="meta")
-        hidden = (micro_batch, cfg.seq_len // tp, cfg.dim)
-        x = torch.empty(hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        if tp > 1:
-            parallelize_module(model, devices["tp"], tp_plan())
-        if recompute != "none":
-            recompute_blocks(model, recompute)
-        tracker = MemTracker()
-        tracker.track_external(model, x)
-        with tracker:
-            out = model.blocks["0"](x, rope_angles(cfg, positions), None, positions, None)
-            kept = tracker.get_tracker_snapshot("current")[torch.device("meta")]
-        del out
+    model = on_meta(replace(cfg, n_layers=1)).to(torch.bfloat16)
+    positions = torch.zeros(micro_batch, cfg.seq_len, dtype=torch.long, device="meta")
+    hidden = (micro_batch, cfg.seq_len // tp, cfg.dim)
+    x = torch.empty(hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    parallelize_module(model, dist.init_device_mesh("cpu", (tp,)), tp_plan())
+    if recompute != "none":
+        recompute_blocks(model, recompute)
+    tracker = MemTracker()
+    tracker.track_external(model, x)
+    with tracker, patch("model.attend", flash_on_meta):
+        out = model.blocks["0"](x, rope_angles(cfg, positions), None, positions, None)
+        kept = tracker.get_tracker_snapshot("current")[torch.device("meta")]
+    del out
+    dist.destroy_process_group()
     return sum(size for kind, size in kept.items() if "ACT" in str(kind))
-
-
-def in_flight(mesh: MeshConfig, rank: int, n_micro: int) -> int:
-    """Return the largest number of (micro-batch, stage) pairs whose activations a rank holds."""
-    if mesh.pp == 1:
-        return 1
-    if mesh.schedule == "zbv":
-        return min(2 * n_micro, 2 * mesh.pp)
-    if mesh.vp == 1 and mesh.schedule == "1f1b":
-        return min(n_micro, mesh.pp - rank)
-    a_round = n_micro // max(1, n_micro // mesh.pp)  # torch's interleaved schedules go in rounds
-    warm_up = (mesh.vp - 1) * a_round + 2 * (mesh.pp - rank - 1)
-    return min(n_micro * mesh.vp, warm_up + 1)
 
 
 FP32 = 4  # bytes of a number
 BF16 = 2
+# Beyond torch's own memory: a context and a first communicator, 1.06 GB on an H100 (github.com/
+# NVIDIA/nccl/issues/1685); 688 MiB for each group that computes together (issues/964): tp, pp, dp.
+RESERVE = 3.2e9
 
 
 def memory_of(plan: PlanConfig, rank: int) -> dict[str, float]:
     """Return the bytes on a GPU of a pipeline rank, by what they hold."""
     cfg = plan.model
     mesh = plan.mesh
-    width = DTYPES["fp32" if mesh.dtype == "fp32" else "bf16"].itemsize  # auto is for GPUs here
-    layers, params, unit = shares_of(plan)[rank]
-    mine = -(-params // plan.shards)
-    two_units = 2 * unit  # the one that computes, and the next one, prefetched
-    summed = params if plan.n_micro > 1 else two_units  # over micro-batches, before it is reduced
-    stages = max(layers) * in_flight(mesh, rank, plan.n_micro)
+    width = FP32 if mesh.dtype == "fp32" else BF16  # auto is for GPUs here
+    load = loads_of(plan)[rank]
+    two_units = min(load.params, 2 * shares_of(plan)[2])  # one computes, the next is prefetched
+    # gradients add up over micro-batches before they are reduced
+    summed = load.params if plan.n_micro > 1 else two_units
     kept = activation_bytes(cfg, mesh.tp, plan.micro_batch, mesh.recompute)
     again = activation_bytes(cfg, mesh.tp, plan.micro_batch, "none")
+    tokens = plan.micro_batch * cfg.seq_len
+    hidden = width * tokens * cfg.dim
+    # Torch keeps room for all that a rank receives: each stage's micro-batches of a step, forward
+    # and backward, and of a round of validation.
+    stages = mesh.stages_of(rank)
+    is_last = mesh.n_stages - 1 in stages
+    states = (plan.n_micro + plan.round) * (len(stages) - (0 in stages))
+    gradients = plan.n_micro * (len(stages) - is_last)
+    # the head: logits of a chunk, exponentials, weight gradient; its input and that one's gradient
+    V = cfg.vocab_size // mesh.tp
+    chunks, kept_from = TokenLogProbs.chunks(tokens, V)
+    chunk = max(part.stop - part.start for part in chunks)
+    head = V * (FP32 * (chunk + cfg.dim) + width * (tokens - kept_from)) + 2 * hidden
     parts = {
-        "master weights (fp32)": FP32 * mine,
-        "optimizer (fp32)": 2 * FP32 * mine,  # AdamW's two moments
-        "gradients, sharded (fp32)": FP32 * mine,
-        "gathered weights": width * (two_units if mesh.reshards else params),
-        f"gradients, adding up ({mesh.reduce_dtype})": DTYPES[mesh.reduce_dtype].itemsize * summed,
-        "activations in flight": kept * stages,
-        "recomputed block": again if mesh.recompute != "none" else 0,
-        "logits and head gradient": 0,
+        "weights, gradients, two moments": 4 * FP32 * -(-load.params // plan.shards),
+        "gathered weights": width * max(load.whole, two_units),
+        "gradients, adding up": DTYPES[mesh.reduce_dtype].itemsize * summed,
+        "activations in flight": kept * load.waiting,
+        "recomputed block": again * (mesh.recompute != "none"),
+        "logits and head gradient": head * is_last,
+        "pipeline's receive buffers": hidden // mesh.tp * (states + gradients),
+        "CUDA context and NCCL": RESERVE,
     }
-    if mesh.n_stages - 1 in mesh.stages_of(rank):
-        tokens = plan.micro_batch * cfg.seq_len
-        V = cfg.vocab_size // mesh.tp
-        chunks, kept_from = TokenLogProbs.chunks(tokens, V)
-        logits = FP32 * max(chunk.stop - chunk.start for chunk in chunks)
-        exponentials = width * (tokens - kept_from)
-        states = 2 * width * tokens * cfg.dim  # the head's input and its gradient
-        parts["logits and head gradient"] = V * (logits + exponentials + FP32 * cfg.dim) + states
-    return parts
+    return {**parts, "sum": sum(parts.values())}
+
+
+def fullest(plan: PlanConfig) -> dict[str, float]:
+    """Return the bytes on the fullest GPU, by what they hold."""
+    ranks = [memory_of(plan, rank) for rank in range(plan.mesh.pp)]
+    return max(ranks, key=lambda parts: parts["sum"])
 
 
 # ---- traffic and time ----------------------------------------------------------------------------
 
-# Transfers of the residual stream by tensor parallelism in a layer: forward gathers the inputs of
-# attention and MLP and scatters their outputs (4), backward mirrors that (4); selective recompute
-# repeats the two gathers, full recompute all four.
-TP_TRANSFERS = {"none": 8, "selective": 10, "full": 12}
-# passes over a block's element-wise operations: forward 1, backward 2, recompute 1
-ELEMENT_PASSES = {"none": 3, "selective": 4, "full": 4}
+
+class Passes(NamedTuple):
+    """Count how often a micro-batch does each kind of work, forward once."""
+
+    products: int  # a block's matrix products
+    elements: int  # its element-wise operations
+    transfers: int  # the residual stream, by tensor parallelism
+    head: int  # the head's products
+
+
+# Backward takes twice a forward's products, and computes the head's logits again. Forward gathers
+# the inputs of attention and MLP and scatters their outputs; backward mirrors that.
+# Selective recompute repeats element-wise operations and the two gathers, full recompute all.
+PASSES = {
+    "none": Passes(3, 3, 8, 4),
+    "selective": Passes(3, 4, 10, 4),
+    "full": Passes(4, 4, 12, 4),
+    "validation": Passes(1, 1, 4, 1),
+}
 # Bytes that such a pass moves for each of a token's dim values: two norms read bf16 and write fp32
-# (2 x 6), normalise (2 x 8) and go back to bf16 (2 x 6); two residual sums read two and write one
-# in bf16 (2 x 6)
+# (2 x 6), normalise (2 x 8), go back to bf16 (2 x 6); two sums read two and write one (2 x 6)
 BYTES_PER_DIM = 52
 # ... and for each of its ffn_dim values: ReLU reads and writes bf16 (4), and so does the square
 BYTES_PER_FFN = 8
-# full recompute repeats the forward, which is a third of a block's matrix products
-FULL_RECOMPUTE = 4 / 3
-# FLOPs of a head weight and token: forward 2, backward 4, and its logits are computed twice: 2
-HEAD_FLOPS = 8
-# Bytes that AdamW moves for a parameter: reads parameter, gradient and both moments (4 x 4
-# bytes), writes all but the gradient (3 x 4 bytes)
+# AdamW reads a parameter, its gradient and two moments, and writes all but the gradient (7 x 4)
 ADAMW_BYTES = 28
 # share of 1F1B's bubble that zero-bubble schedules leave: weight gradients fill two thirds at best
 ZERO_BUBBLE = 1 / 3
 GPUS_PER_NODE = 8
-
-# Shares of the data sheets' rates that real work reaches. Assumed, not measured: no GPU has run
-# this code yet, and they are not fitted to the report's iteration times.
+# Shares of the data sheets' rates that real work reaches: assumed, neither measured nor fitted to
+# the report's iteration times.
 REACHED = {"flops": 0.70, "hbm": 0.80, "nvlink": 0.75, "network": 0.70}
 
 
 def wire_of(plan: PlanConfig) -> dict[str, float]:
     """Return the bytes that a GPU of the busiest pipeline rank sends in a step, by axis."""
     mesh = plan.mesh
-    layers, params = busiest(plan)
+    load = busiest(plan)
     hidden = plan.micro_batch * plan.model.seq_len * plan.model.dim * BF16
-    layer = TP_TRANSFERS[mesh.recompute] * hidden * (mesh.tp - 1) / mesh.tp
+    tp = plan.n_micro * load.layers * plan.passes.transfers * hidden * (mesh.tp - 1) / mesh.tp
     # a stage sends a micro-batch's states forward, and their gradient back
-    pp = 2 * plan.n_micro * mesh.vp * hidden / mesh.tp if mesh.pp > 1 else 0.0
-    # weights are gathered in bf16 once, or where they are freed for each forward and backward
-    gathers = 2 * plan.n_micro if mesh.reshards else 1
-    sent = BF16 * gathers + DTYPES[mesh.reduce_dtype].itemsize
-    dp = (plan.shards - 1) / plan.shards * params * sent
-    if mesh.dp_replicate > 1:
-        dp += 2 * FP32 * params / plan.shards  # a ring sends the gradients twice
-    return {"tp": plan.n_micro * layers * layer, "pp": pp, "dp": dp}
-
-
-def matrix_flops(plan: PlanConfig) -> float:
-    """Return the FLOPs of a token's matrix products in the busiest pipeline rank."""
-    cfg = plan.model
-    mesh = plan.mesh
-    head = cfg.vocab_size * cfg.dim
-    block = (flops_per_token(cfg) - 6 * head) / cfg.n_layers
-    block *= FULL_RECOMPUTE if mesh.recompute == "full" else 1
-    work = [sum(share.layers) * block for share in shares_of(plan)]
-    work[mesh.rank_of(mesh.n_stages - 1)] += HEAD_FLOPS * head
-    return max(work)
+    pp = (1 + plan.train) * plan.n_micro * mesh.vp * hidden / mesh.tp * (mesh.pp > 1)
+    reduced = plan.train * load.params
+    dp = BF16 * load.gathered + DTYPES[mesh.reduce_dtype].itemsize * reduced
+    dp *= (plan.shards - 1) / plan.shards
+    # where there are copies, a ring sends the gradients twice
+    dp += 2 * FP32 * reduced / plan.shards * (mesh.dp_replicate > 1)
+    return {"tp": tp, "pp": pp, "dp": dp}
 
 
 def step_of(plan: PlanConfig) -> dict[str, float]:
@@ -341,127 +345,102 @@ def step_of(plan: PlanConfig) -> dict[str, float]:
     roofline without overlap; the slowest pipeline rank sets the pace."""
     cfg = plan.model
     mesh = plan.mesh
-    gpu = GPUS[plan.gpu]
-    peaks = {"flops": PEAK_FLOPS[plan.gpu], **vars(gpu)}
+    peaks = {"flops": PEAK_FLOPS[plan.gpu], **vars(GPUS[plan.gpu])}
     rate = {name: peaks[name] * share for name, share in REACHED.items()}
     wire = wire_of(plan)
-    layers, params = busiest(plan)
-    tokens = plan.micro_batch * cfg.seq_len
-    touched = (BYTES_PER_DIM * cfg.dim + BYTES_PER_FFN * cfg.ffn_dim) * tokens / mesh.tp
-    touched *= ELEMENT_PASSES[mesh.recompute]
+    load = busiest(plan)
+    head = 2 * cfg.vocab_size * cfg.dim
+    block = plan.passes.products * (flops_per_token(cfg) / 3 - head) / cfg.n_layers
+    work = [rank.layers * block for rank in loads_of(plan)]
+    work[mesh.rank_of(mesh.n_stages - 1)] += plan.passes.head * head
+    tokens = plan.n_micro * plan.micro_batch * cfg.seq_len
+    touched = plan.passes.elements * (BYTES_PER_DIM * cfg.dim + BYTES_PER_FFN * cfg.ffn_dim)
     seconds = {
-        "matrix products": plan.n_micro * tokens * matrix_flops(plan) / mesh.tp / rate["flops"],
-        "element-wise": plan.n_micro * layers * touched / rate["hbm"],
+        "matrix products": tokens * max(work) / mesh.tp / rate["flops"],
+        "element-wise": tokens * touched * load.layers / mesh.tp / rate["hbm"],
         "tp traffic": wire["tp"] / rate["nvlink" if mesh.tp <= GPUS_PER_NODE else "network"],
     }
-    unfilled = 1 if mesh.schedule == "1f1b" else ZERO_BUBBLE
+    unfilled = ZERO_BUBBLE if plan.train and mesh.schedule != "1f1b" else 1
     seconds["bubble"] = sum(seconds.values()) * (mesh.pp - 1) / (mesh.vp * plan.n_micro) * unfilled
     seconds["pp traffic"] = wire["pp"] / rate["network"]
     # a ring enters a node once: its GPUs of one dp group share their network cards
     cards = max(1, GPUS_PER_NODE // mesh.tp)
     seconds["dp traffic"] = wire["dp"] / min(rate["nvlink"], rate["network"] * cards)
-    seconds["optimizer"] = ADAMW_BYTES * params / plan.shards / rate["hbm"]
+    seconds["optimizer"] = ADAMW_BYTES * plan.train * load.params / plan.shards / rate["hbm"]
     total = sum(seconds.values())
     useful = plan.batch * cfg.seq_len * flops_per_token(cfg)
     return {"seconds": total, "mfu": 100 * useful / (total * plan.gpus * peaks["flops"]), **seconds}
 
 
+def validation_of(plan: PlanConfig) -> float:
+    """Return the seconds of a validation, of one source, with the batches of the large presets."""
+    rounds = PRESETS["nemotron4_340b"]().eval_batches * plan.n_micro / plan.round
+    a_round = replace(plan, batch=plan.batch // plan.n_micro * plan.round, train=False)
+    return rounds * step_of(a_round)["seconds"]
+
+
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def print_memory(plan: PlanConfig) -> None:
-    """Log the memory of the first, middle and last pipeline rank, and whether the fullest fits."""
-    pp = plan.mesh.pp
-    columns = []
-    total = 0
-    for rank in range(pp):
-        here, whole = built_params(plan, rank)
-        total += whole
-        column = {name: size / 1e9 for name, size in memory_of(plan, rank).items()}
-        peak = sum(column.values())
-        columns.append({"parameters on it (millions)": here / 1e6, **column, "peak": peak})
-    log.info(f"parameters, built of a stage of each kind: {total:,}")
-    ranks = sorted({0, pp // 2, pp - 1})
-    log.info(f"{'GB on a GPU of pipeline rank':34}" + "".join(f"{rank:>10}" for rank in ranks))
-    for name in columns[0]:
-        log.info(f"{name:34}" + "".join(f"{columns[rank][name]:>10.2f}" for rank in ranks))
-    peak = max(column["peak"] for column in columns)
-    memory = GPUS[plan.gpu].memory / 1e9
-    verdict = "fits" if peak <= memory else "DOES NOT FIT"
-    log.info(f"{verdict}: the fullest GPU needs {peak:.1f} GB of {memory:.0f} GB")
-
-
 def print_plan(plan: PlanConfig) -> None:
-    """Log a layout's memory, traffic, bubble, and predicted seconds and MFU."""
-    mesh = plan.mesh
-    plan.check()
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape(plan.gpus).items())
-    log.info(f"{plan.shape} on {plan.gpus:,} x {plan.gpu}: {axes}")
-    print_memory(plan)
-    for axis, sent in wire_of(plan).items():
-        log.info(f"on the wire, {axis}: {sent / 1e9:.1f} GB per GPU and step")
-    log.info(f"bubble (p - 1) / (v m): {100 * (mesh.pp - 1) / (mesh.vp * plan.n_micro):.1f} %")
-    step = step_of(plan)
-    seconds = step.pop("seconds")
-    mfu = step.pop("mfu")
-    log.info("seconds: " + ", ".join(f"{part} {value:.2f}" for part, value in step.items()))
-    log.info(f"predicted: {seconds:.2f} s an iteration, MFU {mfu:.1f} %")
+    """Log a layout's memory, and the seconds and MFU that are predicted for it."""
+    plan.mesh.check(plan.model, plan.gpus, plan.batch, plan.micro_batch)
+    log.info(f"{plan.shape} on {plan.gpus:,} x {plan.gpu}: {plan.mesh.shape(plan.gpus)}")
+    parts = fullest(plan)
+    for name, size in parts.items():
+        log.info(f"{name:34}{size / 1e9:8.2f} GB")
+    memory = GPUS[plan.gpu].memory
+    verdict = "fits" if parts["sum"] <= memory else "DOES NOT FIT"
+    log.info(f"{verdict}: the fullest GPU needs {parts['sum'] / 1e9:.1f} of {memory / 1e9:.0f} GB")
+    predicted = [f"{name} {value:.2f}" for name, value in step_of(plan).items()]
+    log.info(f"predicted: {', '.join(predicted)}")
+    log.info(f"validation: {validation_of(plan):.2f} s for each source")
 
 
 def print_report(plan: PlanConfig) -> None:
     """Log predictions beside the rows of the report's Table 2."""
     log.info("  GPUs  batch   predicted s   reported s   predicted MFU   reported MFU")
     for gpus, batch, seconds, mfu in REPORT_ROWS:
-        row = replace(plan, gpus=gpus, batch=batch, report=False)
-        row.check()
-        step = step_of(row)
+        step = step_of(replace(plan, gpus=gpus, batch=batch, report=False))
         ours = f"{gpus:6,} {batch:6,} {step['seconds']:13.2f} {seconds:12.1f}"
         log.info(f"{ours} {step['mfu']:15.1f} {mfu:14.1f}")
 
 
-def search(plan: PlanConfig) -> list[tuple[float, float, PlanConfig]]:
-    """Return (seconds, peak bytes, plan) of the meshes that fit, fastest first: tp and micro-batch
-    in powers of two, stages that divide the layers, every recompute, schedule 1F1B."""
+def search(plan: PlanConfig) -> list[PlanConfig]:
+    """Return the plans that fit, fastest first: tp and micro-batch in powers of two, stages that
+    divide the layers, every recompute, schedule 1F1B."""
     n_layers = plan.model.n_layers
     divisors = [n for n in range(1, n_layers + 1) if n_layers % n == 0]
-    options = product((1, 2, 4, 8), divisors, divisors, (1, 2, 4), TP_TRANSFERS)
     found = []
-    for tp, pp, vp, micro_batch, recompute in options:
-        if n_layers % (pp * vp):
-            continue
-        mesh = replace(plan.mesh, tp=tp, pp=pp, vp=vp, recompute=recompute, schedule="1f1b")
+    for tp, pp, vp, micro_batch, how in product(
+        (1, 2, 4, 8), divisors, divisors, (1, 2, 4), ("none", "selective", "full")
+    ):
+        mesh = replace(plan.mesh, tp=tp, pp=pp, vp=vp, recompute=how, schedule="1f1b")
         option = replace(plan, mesh=mesh, micro_batch=micro_batch, search=0)
-        try:
-            option.check()
-        except ValueError:
-            continue
-        peak = max(sum(memory_of(option, rank).values()) for rank in (0, pp - 1))
-        if peak <= GPUS[plan.gpu].memory:
-            found.append((step_of(option)["seconds"], peak, option))
-    return sorted(found, key=lambda entry: entry[0])
+        with suppress(ValueError):
+            mesh.check(plan.model, plan.gpus, plan.batch, micro_batch)
+            if fullest(option)["sum"] <= GPUS[plan.gpu].memory:
+                found.append(option)
+    return sorted(found, key=lambda option: step_of(option)["seconds"])
 
 
 def print_search(plan: PlanConfig) -> None:
     """Log the fastest meshes that fit."""
     found = search(plan)
     log.info(f"{len(found)} meshes fit {plan.gpus:,} x {plan.gpu} with batch {plan.batch:,}")
-    for seconds, peak, option in found[: plan.search]:
+    for option in found[: plan.search]:
         mesh = option.mesh
-        rate = f"{seconds:8.2f} s  MFU {step_of(option)['mfu']:4.1f} %  {peak / 1e9:6.1f} GB"
+        needs = f"{step_of(option)['seconds']:8.2f} s {fullest(option)['sum'] / 1e9:7.1f} GB"
         axes = f"tp {mesh.tp} pp {mesh.pp} vp {mesh.vp} dp {option.shards}"
-        log.info(f"{rate}  {axes} micro_batch {option.micro_batch} recompute {mesh.recompute}")
+        log.info(f"{needs}  {axes} micro_batch {option.micro_batch} recompute {mesh.recompute}")
 
 
 def main() -> None:
     set_up_logging()
     try:
         plan = tyro.cli(PlanConfig, prog="python -m recipes.plan")
-        if plan.report:
-            print_report(plan)
-        elif plan.search:
-            print_search(plan)
-        else:
-            print_plan(plan)
+        show = print_report if plan.report else print_search if plan.search else print_plan
+        show(plan)
     except ValueError as error:
         sys.exit(f"recipes.plan: error: {error} (--search 10 lists what fits)")
 
