@@ -837,6 +837,8 @@ def align(preset: str, cfg: AlignConfig) -> Path:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in ("demo", "iterate"):
+        sys.exit(f"align.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     set_up_logging()
     about = "Align a model: a preset, changed by options."
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))

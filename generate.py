@@ -1237,6 +1237,8 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in ("serve", "evaluate", "synthesize"):
+        sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     functions = dict(COMMANDS.values())
     parse = tyro.extras.subcommand_cli_from_dict
     parse = partial(parse, dict(zip(COMMANDS, functions, strict=True)), description=__doc__)

@@ -77,8 +77,7 @@ class MeshConfig:
     """Layout of a run over its processes, and how they compute. The processes that the axes leave
     over divide parameters, gradients and optimizer among them (dp_shard)."""
 
-    tp: int = 1
-    """Tensor (and sequence) parallel: heads, MLP, vocabulary and the residual's tokens divided."""
+    tp: int = 1  # Tensor (and sequence) parallel: heads, MLP, vocabulary and tokens divided.
     pp: int = 1  # Pipeline parallel: layers divided.
     vp: int = 1  # Virtual stages of each pipeline rank (interleaving).
     dp_replicate: int = 1  # Copies of the sharded model (hybrid sharding).
@@ -469,11 +468,10 @@ def tp_plan() -> dict[str, styles.ParallelStyle]:
     row = styles.RowwiseParallel(output_layouts=tokens)
     return {
         "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
-        "blocks.*.attn_norm": styles.SequenceParallel(),
         "blocks.*.attn": gather_first,
         "blocks.*.attn.w[qkv]": column,
         "blocks.*.attn.wo": row,
-        "blocks.*.mlp_norm": styles.SequenceParallel(),
+        "blocks.*.*_norm": styles.SequenceParallel(),
         "blocks.*.mlp": gather,
         "blocks.*.mlp.up": column,
         "blocks.*.mlp.down": row,
@@ -858,8 +856,7 @@ class Checkpoints:
     4. When all of these are there, rank 0 gathers them in state.json.
     5. Rank 0 renames the folder to step_N, and removes the oldest checkpoints.
 
-    `save` does 1 and 2, `poll` what is due of 3 to 5 without waiting, `finish` all of it. `load`
-    compares the checksums. torchtitan's CheckpointManager writes in place."""
+    `save` does 1 and 2, `poll` what is due of 3 to 5 without waiting, `finish` all of it."""
 
     def __init__(self, root: Path, keep: int, background: bool) -> None:
         self.root = root
@@ -1189,6 +1186,8 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
     default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     c = tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__)
