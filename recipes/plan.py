@@ -419,7 +419,7 @@ def search(plan: PlanConfig) -> list[PlanConfig]:
         option = replace(plan, mesh=mesh, micro_batch=micro_batch, search=0)
         with suppress(ValueError):
             mesh.check(plan.model, plan.gpus, plan.batch, micro_batch)
-            if fullest(option)["sum"] <= GPUS[plan.gpu].memory:
+            if n_layers % mesh.n_stages == 0 and fullest(option)["sum"] <= GPUS[plan.gpu].memory:
                 found.append(option)
     return sorted(found, key=lambda option: step_of(option)["seconds"])
 
