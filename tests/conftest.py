@@ -28,6 +28,13 @@ SERVER.set_forkserver_preload(
 )
 
 
+def pytest_configure(config):
+    """Hide the GPU from all tests but those marked gpu, when they are asked for: a machine may have
+    fewer GPUs than a test has processes."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Run a plain `pytest` on two cores; what is asked for by name, or debugged, stays in one
