@@ -311,9 +311,9 @@ def fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
 class TokenLogProbs(torch.autograd.Function):
     """Compute log softmax(h Wᵀ)[target] in fp32, without ever holding the (N, V) logits.
 
-    They are made a chunk of tokens at a time. For the last tokens forward keeps their exponentials
-    for backward, in h's precision, as that is what its products take; the others' are computed
-    again. Under tensor parallelism W is this rank's rows of the vocabulary.
+    They are made a chunk of tokens at a time. Unless they are too many, forward keeps their
+    exponentials for backward, in h's precision, as that is what its products take; else they are
+    computed again. Under tensor parallelism W is this rank's rows of the vocabulary.
     """
 
     # For one token, with logits z = W h:  log p(target) = z[target] - logsumexp(z).
@@ -322,16 +322,14 @@ class TokenLogProbs(torch.autograd.Function):
     # scale varies by token alone, and is multiplied in after the products with W and h.
 
     CHUNK = 1 << 23  # fp32 logits alive at once, of FEWEST tokens at least
-    KEPT = 1 << 27  # exponentials left to backward
+    KEPT = 1 << 27  # most exponentials left to backward
     FEWEST = 256  # fewer make a slow product
 
     @staticmethod
-    def chunks(n: int, V: int) -> tuple[list[slice], int]:
-        """Divide n tokens into chunks; also return from which token on exponentials are kept."""
+    def chunks(n: int, V: int) -> list[slice]:
+        """Divide n tokens into chunks."""
         size = max(TokenLogProbs.FEWEST, TokenLogProbs.CHUNK // V)
-        kept_from = max(0, n - max(size, TokenLogProbs.KEPT // V))
-        starts = [*range(0, kept_from, size), *range(kept_from, n, size)]
-        return list(map(slice, starts, [*starts[1:], n])), kept_from
+        return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
     @staticmethod
     def forward(
@@ -345,17 +343,17 @@ class TokenLogProbs(torch.autograd.Function):
         here = (offset >= 0) & (offset < V)  # the others' logits are on other ranks
         column = offset.clamp(0, V - 1)
         wide_weight = weight if weight.is_cuda else at_least_fp32(weight)
-        chunks, kept_from = TokenLogProbs.chunks(len(states), V)
-        ctx.exponentials = states.new_empty(len(states) - kept_from, V)
+        keep = len(states) * V <= TokenLogProbs.KEPT
+        ctx.exponentials = states.new_empty(len(states), V) if keep else None
         row_max, row_sum, target_logit = at_least_fp32(states.new_empty(3, len(states)))
-        for part in chunks:
+        for part in TokenLogProbs.chunks(len(states), V):
             logits = fp32_logits(states[part], wide_weight)
             target_logit[part] = logits.gather(-1, column[part, None])[:, 0]
             row_max[part] = logits.amax(-1)
             exponentials = logits.sub_(row_max[part, None]).exp_()
             row_sum[part] = exponentials.sum(-1)
-            if part.start >= kept_from:
-                ctx.exponentials[part.start - kept_from : part.stop - kept_from] = exponentials
+            if keep:
+                ctx.exponentials[part] = exponentials
         logsumexp = row_max + row_sum.log()
         target_logit = target_logit * here
         if tp is not None:
@@ -383,19 +381,15 @@ class TokenLogProbs(torch.autograd.Function):
             d_states[part] = row_factor[part] * (e @ weight)
             return e.t() @ (row_factor[part] * states[part]).to(states.dtype)
 
-        def exponentials(part: slice) -> Tensor:
-            logits = fp32_logits(states[part], weight)
-            return logits.sub_(row_max[part, None]).exp_().to(states.dtype)
-
-        chunks, kept_from = TokenLogProbs.chunks(len(states), len(weight))
-        kept = slice(kept_from, len(states))
-        if ctx.exponentials is None:  # zero-bubble schedules run backward twice
-            ctx.exponentials = exponentials(kept)
-        d_weight = products(kept, ctx.exponentials)
-        ctx.exponentials = None  # products has changed them
-        for part in chunks:
-            if part.start < kept_from:
-                d_weight = d_weight.to(logsumexp.dtype).add_(products(part, exponentials(part)))
+        if ctx.exponentials is not None:
+            d_weight = products(slice(None), ctx.exponentials)
+            ctx.exponentials = None  # products has changed them; a zero-bubble schedule comes again
+        else:
+            d_weight = torch.zeros_like(weight, dtype=logsumexp.dtype)
+            for part in TokenLogProbs.chunks(len(states), len(weight)):
+                logits = fp32_logits(states[part], weight)
+                exponentials = logits.sub_(row_max[part, None]).exp_().to(states.dtype)
+                d_weight += products(part, exponentials)
         return d_states.view(*grad.shape, -1), d_weight.to(weight.dtype), None, None
 
 
@@ -710,6 +704,8 @@ class Runner:
         for stage in self.stages.values():
             for unit in fsdp_units(stage):
                 unit.reshard()
+        for stage in self.pipelines.get(False, ()):
+            stage.clear_runtime_states()  # of all that it handed on
         return total
 
     def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
@@ -1174,6 +1170,8 @@ class ExportConfig:
 
 def export(c: ExportConfig) -> None:
     """Write the Hugging Face folder, the tokenizer beside it."""
+    if world_size() > 1:
+        raise ValueError(f"export is for one process, not {world_size()}: start it by python")
     with new_folder(c.out) as partial:
         init_mesh(MeshConfig())
         cfg = replace(read_config(c.run), lora_rank=0)

@@ -266,9 +266,9 @@ def memory_of(plan: PlanConfig, rank: int) -> dict[str, float]:
     gradients = plan.n_micro * (len(stages) - is_last)
     # the head: logits of a chunk, exponentials, weight gradient; its input and that one's gradient
     V = cfg.vocab_size // mesh.tp
-    chunks, kept_from = TokenLogProbs.chunks(tokens, V)
-    chunk = max(part.stop - part.start for part in chunks)
-    head = V * (FP32 * (chunk + cfg.dim) + width * (tokens - kept_from)) + 2 * hidden
+    chunk = TokenLogProbs.chunks(tokens, V)[0].stop
+    exponentials = tokens if tokens * V <= TokenLogProbs.KEPT else 0
+    head = V * (FP32 * (chunk + cfg.dim) + width * exponentials) + 2 * hidden
     parts = {
         "weights, gradients, two moments": 4 * FP32 * -(-load.params // plan.shards),
         "gathered weights": width * max(load.whole, two_units),

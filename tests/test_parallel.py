@@ -1024,3 +1024,23 @@ def test_adapters_of_fewer_rows_than_ranks_train_alike(on_ranks, n, axes):
     cut = dataclasses.replace(one, mesh=MeshConfig(dtype="fp32", **axes))
     for got in on_ranks(n, lora_losses, cut):
         assert got == pytest.approx(alone, rel=1e-5)
+
+
+def test_an_export_by_several_processes_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, not 2: start it by python"):
+        export(ExportConfig(tmp_path / "run", tmp_path / "hf"))
+    assert not list(tmp_path.iterdir())
+
+
+def states_left(cfg):
+    """States that the stages of a pipeline still hold after a validation, and its micro-batches."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=0)
+    runner.eval(my_batches(cfg, runner, 0), lm_loss)
+    return sum(len(stage.fwd_cache) for stage in runner.pipelines[False])
+
+
+def test_a_validation_leaves_no_states_in_the_pipeline(on_ranks):
+    assert on_ranks(2, states_left, config(pp=2, vp=2)) == [0, 0]
