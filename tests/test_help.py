@@ -26,6 +26,7 @@ JOBS = {
     "parallel.py": ["export"],
     "generate.py": [*generate.COMMANDS],
     "recipes.iterate": [*iterate.LOOPS],
+    "recipes.nemo": ["import", "export"],
 }
 RECIPES = ("demo", "evaluate", "plan", "report", "rewardbench", "serve", "synthesize")
 COMMANDS = [(program, job) for program, jobs in JOBS.items() for job in ["", *jobs]]

@@ -49,7 +49,7 @@ CAPS = {
 RECIPE_CAP = 450
 TOKENS_PER_LINE = 7.5
 CORE_TOKENS = 45_000
-RECIPE_LINES = 4_500
+RECIPE_LINES = 5_250
 
 
 def files() -> dict[str, str]:
