@@ -7,6 +7,7 @@ python tests/bench.py train 40M                    a training step against trans
 python tests/bench.py where 40M                    what the time of our training step goes to
 python tests/bench.py dpo 40M                      a DPO step against TRL's trainer
 python tests/bench.py growth --out growth.png      cost of a token against length, batch, ...
+python tests/bench.py scale                        start, step, save, load on 4 to 6,144 ranks
 python tests/bench.py slice 340b --device cuda     true blocks: MFU; head and loss by themselves
 python tests/bench.py attention --device cuda      kernels against each other and float64
 
@@ -15,28 +16,39 @@ their own) that take steps in turns; ratios are of steps next to each other.
 """
 
 import argparse
+import gc
 import json
 import logging
+import math
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import re
+import resource
+import socket
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import cache
 from itertools import count, cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import default_planner, filesystem, planner_helpers
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align
@@ -804,6 +816,337 @@ def tokenize(shape: str, o: argparse.Namespace, vocab_size: int = 16_384) -> lis
     return out
 
 
+# ---- growth with the number of ranks -------------------------------------------------------------
+
+# The 340B's layout, as far as so many ranks allow
+FEW = parallel.MeshConfig(tp=2, pp=2, vp=2, recompute="selective")
+SOME = replace(FEW, tp=8, pp=8, vp=6)
+LAYOUTS = {n: FEW for n in (4, 8, 16, 32)}
+LAYOUTS |= {64: SOME, 512: SOME, 6144: replace(SOME, pp=12, vp=8)}
+REAL = 32  # ranks, as processes; more are one rank of a process group that only pretends
+N_MICRO = {"schedule": 36, "step": 12}  # the report's at 6,144 GPUs; a step's, to be done sooner
+# What is measured, and how much of it a run bears. Seconds are of CPU time; the step's are those
+# that the report's 8 s leave for so many micro-batches.
+BEARABLE = {
+    "start: groups, s": 60,
+    "start: own stages, s": 60,
+    "start: schedules, s": 60,
+    "schedule: own actions": None,
+    "schedule: all actions": None,
+    "step: collectives": None,
+    "step: Python, s": 8 * N_MICRO["step"] / N_MICRO["schedule"],
+    "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+    "save: items on rank 0": None,
+    "save: a rank's plan, s": 10,
+    "save: plans to rank 0, MB": 4000,
+    "save: rank 0's plan, s": 10,
+    "save: rank 0's end, s": 10,
+    "load: .metadata, MB": None,
+    "load: reading it, s": 5,
+    "load: its memory, MB": 1000,
+    "load: a rank's plan, s": 5,
+    "load: rank 0's plan, s": 5,
+}
+SCALED = {  # measured on one pipeline rank and multiplied by their number
+    "save: items on rank 0", "save: plans to rank 0, MB", "save: rank 0's plan, s",
+    "save: rank 0's end, s", "load: .metadata, MB", "load: reading it, s", "load: its memory, MB",
+    "load: rank 0's plan, s",
+}  # fmt: skip
+
+
+@contextmanager
+def timed(found: Result, name: str) -> Iterator[None]:
+    """Add the CPU time of this process to found[name]: others run beside it."""
+    begun = time.process_time()
+    yield
+    found[name] = found.get(name, 0.0) + time.process_time() - begun
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_mb() -> float:
+    """Return this process's resident memory in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+class Collectives(TorchDispatchMode):
+    """Count the collectives, sends and receives that are asked for."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kinds = "gather|scatter|reduce|send|recv|broadcast|all_to_all"
+        self.seen += "c10d" in func.namespace and bool(re.search(kinds, func.name()))
+        return func(*args, **(kwargs or {}))
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Let init_mesh start a real job as torchrun would, or join one that only pretends."""
+    if world > REAL:
+        from torch.testing._internal.distributed import fake_pg
+
+        dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
+        return
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def drill(pipe: Any, rank: int, world: int, port: int, folder: Path) -> None:
+    """Be a rank from its start to a load, in a process of its own; tell what it took."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    mesh, found, before = LAYOUTS[world], {}, open_files()
+    with timed(found, "start: groups, s"):
+        join(rank, world, port)
+        devices = parallel.init_mesh(mesh)
+    narrow = model.ModelConfig(64, mesh.n_stages, 8, 8, 8, 128, vocab_size=256, seq_len=16)
+    runner = parallel.Runner(narrow, mesh, devices, 1, 0)
+    one_step(found, runner)
+    if world <= REAL:
+        save_and_load(found, runner, folder)
+        found["open files"] = open_files() - before
+        parallel.shut_down()
+    else:
+        with timed(found, "start: own stages, s"):
+            cfg = SHAPES["340b"]
+            stages = [parallel.build_stage(cfg, s, devices, mesh, []) for s in runner.stages]
+        plan_a_save(found, stages, world, folder)
+    if rank == 0 or world > REAL:
+        pipe.send(found)
+
+
+def one_step(found: Result, runner: parallel.Runner) -> None:
+    """Make the schedules, and take a step of tensors so small that the time is Python's."""
+    mesh = runner.cfg
+    with timed(found, "start: schedules, s"):
+        built = parallel.make_schedule(mesh, runner.pipeline_stages(), N_MICRO["schedule"])
+        round_ = max(1, 8 * mesh.pp // mesh.vp)  # as Runner.run divides a validation
+        parallel.make_schedule(mesh, runner.pipeline_stages(), round_, train=False)
+    actions = built.pipeline_order_with_comms
+    found["schedule: own actions"] = len(actions[runner.mesh.get_local_rank("pp")])
+    found["schedule: all actions"] = sum(map(len, actions.values()))
+    ids = torch.zeros(1, runner.model.seq_len, dtype=torch.long)
+    rows = [{"tokens": ids, "targets": ids, "count": ids.numel()}] * N_MICRO["step"]
+    pretends = dist.get_world_size() > REAL
+    # a rank asks the others whether they know their shapes: here they say yes
+    yes = patch("torch.distributed.recv", lambda tensor, **how: tensor.fill_(1))
+    with yes if pretends else nullcontext(), timed(found, "step: Python, s"), Collectives() as all_:
+        runner.step(rows, train.lm_loss)
+        runner.clip_grad_norm(1.0)
+    found["step: collectives"] = all_.seen
+
+
+def save_and_load(found: Result, runner: parallel.Runner, folder: Path) -> None:
+    """Save and load a checkpoint with all ranks, and time what DCP does of it on this one."""
+    optimizer = train.make_optimizer(train.PretrainConfig(model=runner.model), runner)
+    state = train.training_state(runner, optimizer)
+    steps = {
+        "save: a rank's plan, s": (dcp.DefaultSavePlanner, "create_local_plan"),
+        "save: rank 0's plan, s": (dcp.DefaultSavePlanner, "create_global_plan"),
+        "save: rank 0's end, s": (parallel.Writer, "finish"),
+        "load: reading it, s": (dcp.FileSystemReader, "read_metadata"),
+        "load: a rank's plan, s": (dcp.DefaultLoadPlanner, "create_local_plan"),
+        "load: rank 0's plan, s": (dcp.DefaultLoadPlanner, "create_global_plan"),
+    }
+    with ExitStack() as stack:
+        for name, (owner, method) in steps.items():
+            stack.enter_context(patch.object(owner, method, clocked(found, name, owner, method)))
+        checkpoints = parallel.Checkpoints(folder, 1, False)
+        checkpoints.save(1, state, {})
+        checkpoints.load(state)
+    file = folder / "step_000001/.metadata"
+    items = dcp.FileSystemReader(file.parent).read_metadata().storage_data
+    found |= {"load: .metadata, MB": file.stat().st_size / 1e6, "save: items on rank 0": len(items)}
+
+
+def clocked(found: Result, name: str, owner: type, method: str) -> Callable[..., Any]:
+    """Return the method of that name, its time added to found[name]."""
+    work = getattr(owner, method)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with timed(found, name):
+            return work(*args, **kwargs)
+
+    return run
+
+
+def abstract_state(stages: list[parallel.Stage]) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of these stages, on the meta device."""
+    params = {}
+    for stage in stages:
+        params |= dict(stage.model.named_parameters())
+    moments = {}
+    for p in params.values():
+        moments[p] = {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
+    runner: Any = SimpleNamespace(params=lambda: params)
+    optimizer: Any = SimpleNamespace(state=moments)
+    return train.training_state(runner, optimizer)
+
+
+def plan_of(state: dict[str, torch.Tensor], first: bool = False) -> Any:
+    """Make this rank's save plan with DCP's planner."""
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(state, None, first)
+    return planner.create_local_plan()
+
+
+def plans_of(found: Result, state: dict[str, torch.Tensor]) -> list[Any]:
+    """Make the save plans of all ranks of this pipeline rank: the planner is told one place in the
+    mesh after the other. Only this rank's own is timed, as equal shapes are computed once."""
+    with timed(found, "save: a rank's plan, s"):
+        plan_of(state)
+    sizes = tuple(next(iter(state.values())).device_mesh.shape)
+    plans = []
+    for place in product(*map(range, sizes)):
+
+        @cache
+        def there(shape: Any, placements: Any, place: Any = place) -> Any:
+            return _compute_local_shape_and_global_offset(shape, sizes, place, placements)
+
+        with patch.object(
+            planner_helpers,
+            "compute_local_shape_and_global_offset",
+            lambda shape, mesh, placements, there=there: there(shape, placements),
+        ):
+            plans.append(plan_of(state, not plans))
+    return plans
+
+
+def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder: Path) -> None:
+    """Time what rank 0 does of a save, and each rank of a load, with the plans of all ranks of one
+    pipeline rank. Other ranks' objects arrive pickled, as they would from a process."""
+    state = abstract_state(stages)
+    sent = [pickle.dumps(plan) for plan in plans_of(found, state)]
+    found["save: plans to rank 0, MB"] = sum(map(len, sent)) / 1e6
+    planner, writer = dcp.DefaultSavePlanner(), parallel.Writer(folder)
+    with timed(found, "save: rank 0's plan, s"):
+        plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in sent])
+        found["save: items on rank 0"] = sum(len(plan.items) for plan in plans)
+        for plan in plans:
+            pickle.dumps(plan)
+    results = []
+    for rank, plan in enumerate(plans):
+        where = filesystem._StorageInfo(f"__{rank}_0.distcp", 1 << 30, 1 << 20)
+        written = [filesystem.WriteResult(item.index, 1 << 20, where) for item in plan.items]
+        results.append(pickle.dumps(written))
+    del sent, plans
+    with timed(found, "save: rank 0's end, s"):
+        writer.finish(metadata, [pickle.loads(result) for result in results])
+    del metadata, results
+    plan_a_load(found, state, world, folder)
+
+
+def plan_a_load(found: Result, state: Any, world: int, folder: Path) -> None:
+    """Time the reading of .metadata and the plan made with it, then rank 0's part: it gathers and
+    sends the plans of all ranks, of whatever pipeline rank, so one stands for its pipeline rank."""
+    found["load: .metadata, MB"] = (folder / ".metadata").stat().st_size / 1e6
+    gc.collect()
+    before = resident_mb()
+    with timed(found, "load: reading it, s"):
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    found["load: its memory, MB"] = resident_mb() - before
+    with timed(found, "load: a rank's plan, s"):
+        plan = default_planner.create_default_local_load_plan(state, metadata)
+    sent = pickle.dumps(plan)
+    with timed(found, "load: rank 0's plan, s"):
+        for _ in range(world // LAYOUTS[world].pp):
+            pickle.dumps(pickle.loads(sent))
+    for name in SCALED:
+        found[name] *= LAYOUTS[world].pp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_drill(world: int, folder: str) -> Any:
+    """Start the processes of a drill; returns the pipe to one of them. Of a job that pretends it is
+    the first rank of the second pipeline rank, which is like all but the first and the last."""
+    server = multiprocessing.get_context("forkserver")  # torch is imported once
+    server.set_forkserver_preload(["parallel", "train", "align", "generate"])
+    ranks = range(world) if world <= REAL else [world // LAYOUTS[world].pp]
+    port, pipes = free_port(), []
+    for rank in ranks:
+        ours, theirs = server.Pipe()
+        args = (theirs, rank, world, port, Path(folder) / str(world))
+        server.Process(target=drill, args=args, daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+    return pipes[0]
+
+
+def scale(shape: str, o: argparse.Namespace) -> list[Result]:
+    """Print how start-up, a step's Python, a save and a load grow with the ranks."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in LAYOUTS:
+            (Path(folder) / str(world)).mkdir()
+        pipes = {n: start_drill(n, folder) for n in LAYOUTS if n > REAL}  # one process each
+        for world in LAYOUTS:
+            pipe = pipes.get(world) or start_drill(world, folder)
+            found[world] = pipe.recv()
+            print(f"  {world:,} ranks: done", flush=True)
+    print_scale(found)
+    rows = []
+    for world, figures in found.items():
+        mesh, how = LAYOUTS[world], "processes" if world <= REAL else "imagined"
+        axes = {"tp": mesh.tp, "pp": mesh.pp, "vp": mesh.vp, "dp": mesh.dp(world)}
+        rows.append({"what": "scale", "ranks": world, "run": how, **axes, **figures})
+    return rows
+
+
+def exponent(found: dict[int, Result], name: str, few: int, many: int) -> float:
+    """Return x of ranks ** x, by which a figure grows between two numbers of ranks."""
+    a, b = (found[n].get(name, 0) for n in (few, many))
+    return math.log(b / a) / math.log(many / few) if a and b else math.nan
+
+
+def print_scale(found: dict[int, Result]) -> None:
+    """Print a line for each figure: its values, its growth, what is bearable, and from how many
+    ranks on it is more, if it goes on growing by the larger exponent."""
+
+    def line(name: str, cells: Iterable[Any], *rest: Any) -> None:
+        print(f"{name:26}" + "".join(f"{cell:>8}" for cell in cells) + "".join(map(str, rest)))
+
+    line("ranks", [f"{n:,}" for n in found], "    growth   bearable  up to ranks")
+    line("run", ["real" if n <= REAL else "fake" for n in found])
+    for axis in ("tp", "pp", "vp"):
+        line(axis, [getattr(LAYOUTS[n], axis) for n in found])
+    line("dp", [LAYOUTS[n].dp(n) for n in found])
+    for name, most in BEARABLE.items():
+        some = {n: figures[name] for n, figures in found.items() if name in figures}
+        cells = []
+        for n in found:
+            mark = "*" if n > REAL and name in SCALED else ""
+            cells.append(f"{some[n]:.3g}{mark}" if n in some else "-")
+        pairs = [(64, 512), (512, 6144)] if max(some) > REAL else [(4, 32)]
+        grows = [exponent(found, name, *pair) for pair in pairs]
+        growth = " ".join(f"{x:.1f}" for x in grows)
+        fastest = max([x for x in grows if x > 0.05], default=0)
+        if most is None:
+            line(name, cells, f"{growth:>10}")
+            continue
+        last = max(some)
+        ranks = last * (most / some[last]) ** (1 / fastest) if fastest else math.inf
+        until = f"{ranks:,.0f}" if ranks < 1e6 else "> 1,000,000"
+        line(name, cells, f"{growth:>10}{most:>11.5g}{until:>13}")
+    for note in (
+        "real: processes with gloo and narrow layers; fake: one rank of the 340B, whose others",
+        "only pretend, and whose step is of narrow layers. Seconds are of CPU time.",
+        "A step has {step} micro-batches, a schedule {schedule}.".format(**N_MICRO),
+        "*: measured on one pipeline rank, and multiplied by their number.",
+        "Growth: exponents of the ranks, from 64 to 512 (dp alone) and from 512 to 6,144; or from",
+        "4 to 32.",
+    ):
+        print(note)
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 CONTENDERS: dict[str, Callable[..., None]] = {
@@ -815,10 +1158,11 @@ CONTENDERS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
     "tokenize": tokenize, "generate": decode, "train": training, "where": where, "dpo": preference,
-    "growth": growth, "slice": slices, "attention": attention,
+    "growth": growth, "scale": scale, "slice": slices, "attention": attention,
 }  # fmt: skip
 ALL = {
-    "cpu": "tokenize generate:40M generate:125M train:40M train:125M where:40M dpo:40M growth",
+    "cpu": "tokenize generate:40M generate:125M train:40M train:125M where:40M dpo:40M growth "
+    "scale",
     "cuda": "slice:340b slice:15b attention:340b attention:15b train:125M train:1B where:1B "
     "generate:125M generate:1B dpo:125M",
 }
