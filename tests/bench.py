@@ -835,7 +835,7 @@ BEARABLE = {
     "schedule: all actions": None,
     "step: collectives": None,
     "step: Python, s": 8 * N_MICRO["step"] / N_MICRO["schedule"],
-    "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+    "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     "save: items on rank 0": None,
     "save: a rank's plan, s": 10,
     "save: plans to rank 0, MB": 4000,
@@ -1101,18 +1101,41 @@ def scale(shape: str, o: argparse.Namespace) -> list[Result]:
     return rows
 
 
-def exponent(found: dict[int, Result], name: str, few: int, many: int) -> float:
+def exponent(some: dict[int, float], few: int, many: int) -> float:
     """Return x of ranks ** x, by which a figure grows between two numbers of ranks."""
-    a, b = (found[n].get(name, 0) for n in (few, many))
-    return math.log(b / a) / math.log(many / few) if a and b else math.nan
+    if not some[few] or not some[many]:
+        return 0.0
+    return math.log(some[many] / some[few]) / math.log(many / few)
+
+
+def borne_until(some: dict[int, float], grows: list[float], most: float) -> str:
+    """Say up to how many ranks a figure stays under `most`: of processes by their last two numbers,
+    in a straight line; else by the faster of two growths. One that follows the layout alone, and
+    hardly the ranks, is borne by any number or by none."""
+    last = max(some)
+    if last <= REAL:
+        slope = (some[last] - some[last // 2]) / (last - last // 2)
+        ranks = last + (most - some[last]) / slope if slope > 0 else math.inf
+    elif max(grows) < 0.3:
+        return "any" if some[last] <= most else "none"
+    else:
+        ranks = last * (most / some[last]) ** (1 / max(grows))
+    return f"{ranks:,.0f}" if ranks < 1e6 else "> 1,000,000"
+
+
+def brief(x: float) -> str:
+    """Write a figure in six characters at most."""
+    if x >= 1e5:
+        return f"{x / 1e3:,.0f}K"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.001 else "0"
 
 
 def print_scale(found: dict[int, Result]) -> None:
-    """Print a line for each figure: its values, its growth, what is bearable, and from how many
-    ranks on it is more, if it goes on growing by the larger exponent."""
+    """Print a line for each figure: its values, its growth, what is bearable, and up to how many
+    ranks it stays so."""
 
-    def line(name: str, cells: Iterable[Any], *rest: Any) -> None:
-        print(f"{name:26}" + "".join(f"{cell:>8}" for cell in cells) + "".join(map(str, rest)))
+    def line(name: str, cells: Iterable[Any], rest: str = "") -> None:
+        print(f"{name:26}" + "".join(f"{cell:>8}" for cell in cells) + rest)
 
     line("ranks", [f"{n:,}" for n in found], "    growth   bearable  up to ranks")
     line("run", ["real" if n <= REAL else "fake" for n in found])
@@ -1124,25 +1147,20 @@ def print_scale(found: dict[int, Result]) -> None:
         cells = []
         for n in found:
             mark = "*" if n > REAL and name in SCALED else ""
-            cells.append(f"{some[n]:.3g}{mark}" if n in some else "-")
-        pairs = [(64, 512), (512, 6144)] if max(some) > REAL else [(4, 32)]
-        grows = [exponent(found, name, *pair) for pair in pairs]
-        growth = " ".join(f"{x:.1f}" for x in grows)
-        fastest = max([x for x in grows if x > 0.05], default=0)
-        if most is None:
-            line(name, cells, f"{growth:>10}")
-            continue
-        last = max(some)
-        ranks = last * (most / some[last]) ** (1 / fastest) if fastest else math.inf
-        until = f"{ranks:,.0f}" if ranks < 1e6 else "> 1,000,000"
-        line(name, cells, f"{growth:>10}{most:>11.5g}{until:>13}")
+            cells.append(brief(some[n]) + mark if n in some else "-")
+        pairs = [(64, 512), (512, 6144)] if max(some) > REAL else [(16, 32)]
+        grows = [exponent(some, *pair) for pair in pairs]
+        rest = f"{' '.join(f'{x:.1f}' for x in grows):>10}"
+        if most is not None:
+            rest += f"{brief(most):>11}{borne_until(some, grows, most):>13}"
+        line(name, cells, rest)
     for note in (
         "real: processes with gloo and narrow layers; fake: one rank of the 340B, whose others",
         "only pretend, and whose step is of narrow layers. Seconds are of CPU time.",
         "A step has {step} micro-batches, a schedule {schedule}.".format(**N_MICRO),
         "*: measured on one pipeline rank, and multiplied by their number.",
         "Growth: exponents of the ranks, from 64 to 512 (dp alone) and from 512 to 6,144; or from",
-        "4 to 32.",
+        "16 to 32. Every rank reads .metadata: what they all read of it grows with the square.",
     ):
         print(note)
 
