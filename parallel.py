@@ -11,6 +11,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -242,6 +243,9 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
     if not dist.is_initialized():
         # gloo would connect everyone to everyone: past 500 ranks that is too many open files
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with suppress(ValueError, OSError):  # rank 0 still has two for each rank
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
         started = {} if "WORLD_SIZE" in os.environ else alone
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -742,8 +746,7 @@ class Runner:
         numbers = torch.tensor(micro)
         first = (numbers,) if 0 in self.stages else ()
         last = {"target": numbers} if self.last in self.stages else {}
-        schedule = self.schedules[key]
-        go = schedule.step if train else schedule.eval
+        go = self.schedules[key].step if train else self.schedules[key].eval
         go(*first, i=numbers, return_outputs=False, **last)
 
     def pipeline_stages(self) -> list[pipe.PipelineStage]:

@@ -972,9 +972,12 @@ def open_files(n_ranks, port):
     """Files that this process opens to join a job and to sum over all of it."""
     dist.destroy_process_group()
     os.environ |= {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     before = len(os.listdir("/proc/self/fd"))
     init_mesh(MeshConfig())
     dist.all_reduce(torch.ones(()))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     return len(os.listdir("/proc/self/fd")) - before
 
 
