@@ -612,11 +612,8 @@ def what_is_wrong(cfg: RunConfig, loss: float, norm: float, recent: list[float])
     return ""
 
 
-def handle_bad_step(
-    cfg: RunConfig, checkpoints: Checkpoints, step: int, wrong: str, skipped: int, batch: str
-) -> None:
+def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: str) -> None:
     """Raise FloatingPointError, or warn that the update is left out."""
-    checkpoints.finish()  # what is being written is whole, should the run end here
     advice = f"lower the rate, or look at the batch: {batch}"
     if cfg.on_bad_step == "stop":
         kept = "stopped before the update; the last checkpoint is untouched"
@@ -701,11 +698,11 @@ def fit(
             micro = batches(step + 1) if step + 1 < last else []  # while a GPU still computes
             # the one wait of a step: nothing is updated before its loss is known to be good
             values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **observe()}
-            stop = bool(runner.n_asked)
             wrong = what_is_wrong(cfg, values["loss"], values["grad_norm"], recent)
             if wrong:
+                checkpoints.finish()  # what is being written is whole, should the run end here
                 skipped += 1
-                handle_bad_step(cfg, checkpoints, step + 1, wrong, skipped, describe(step))
+                handle_bad_step(cfg, step + 1, wrong, skipped, describe(step))
                 values["skipped"] = skipped
             else:
                 for group in optimizer.param_groups:
@@ -720,13 +717,13 @@ def fit(
                 values |= evaluate(step)
                 values["eval_seconds"] = time.monotonic() - begun - seconds
             metrics.step(step, seconds, values)
-            if stop or step == last or step % cfg.save_every == 0 or schedule.ends_a_segment(step):
-                pin = schedule.ends_a_segment(step) and step < schedule.steps
+            pin = schedule.ends_a_segment(step) and step < schedule.steps
+            if runner.n_asked or step == last or step % cfg.save_every == 0 or pin:
                 saved = {"step": step, "recent": recent, "skipped": skipped, "pin": pin}
                 checkpoints.save(step, training_state(runner, optimizer), saved)
             checkpoints.poll()
             tick()
-            if stop:
+            if runner.n_asked:
                 log.info(f"asked to stop: saved step {step}; --out {cfg.out} goes on from there")
                 break
     checkpoints.finish()
