@@ -518,7 +518,7 @@ def test_tensorstore_reads_what_this_test_and_export_write(tmp_path):
 
 
 @pytest.mark.parametrize("shape, tp", [("1 group", 1), ("2 groups", 2), ("8 groups", 8)])
-@pytest.mark.parametrize("n_attributes", [0, 9])
+@pytest.mark.parametrize("n_attributes", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_export_and_import_are_inverse_bit_for_bit(shape, tp, n_attributes, tmp_path):
     cfg = dataclasses.replace(SHAPED[shape], n_attributes=n_attributes)
     first = convert(write_nemo(tmp_path / "nemo", weights_of(cfg), cfg, tp), tmp_path / "hf")

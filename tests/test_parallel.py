@@ -180,7 +180,12 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+SLOW = {"tp4", "recompute_full_tp2_pp2", "recompute_selective_tp2_pp2", "zbv_dp2_tp2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MESHES]
+)
 def test_loss_and_gradient_norm_do_not_depend_on_the_mesh(on_ranks, name):
     n, changes = MESHES[name]
     cfg = config(**changes)
@@ -981,6 +986,7 @@ def open_files(n_ranks, port):
     return len(os.listdir("/proc/self/fd")) - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts Linux's open files")
 def test_a_rank_does_not_connect_to_every_other(on_ranks):
     with socket.socket() as s:
@@ -1016,10 +1022,8 @@ def lora_losses(cfg):
     return found
 
 
-FEW_ROWS = [(2, {"tp": 2}), *(pytest.param(4, {"tp": tp}, marks=pytest.mark.slow) for tp in (2, 4))]
-
-
-@pytest.mark.parametrize("n, axes", FEW_ROWS)
+@pytest.mark.slow
+@pytest.mark.parametrize("n, axes", [(2, {"tp": 2}), (4, {"tp": 4}), (4, {"tp": 2})])
 def test_adapters_of_fewer_rows_than_ranks_train_alike(on_ranks, n, axes):
     model = dataclasses.replace(TINY, lora_rank=1)
     one = RunConfig(model, MeshConfig(dtype="fp32"), batch=12, micro_batch=1, lr=3e-3, eps=1e-6)

@@ -227,12 +227,12 @@ def what_a_run_does(mesh, n, n_validation):
     "mesh",
     [
         dict(),
-        dict(reshard="never"),
-        dict(pp=2),
-        dict(pp=2, reshard="always"),
+        pytest.param(dict(reshard="never"), marks=pytest.mark.slow),
+        pytest.param(dict(pp=2), marks=pytest.mark.slow),
+        pytest.param(dict(pp=2, reshard="always"), marks=pytest.mark.slow),
         dict(pp=2, vp=4),
-        dict(pp=2, vp=4, reshard="always"),
-        dict(pp=2, vp=2, schedule="zbv"),
+        pytest.param(dict(pp=2, vp=4, reshard="always"), marks=pytest.mark.slow),
+        pytest.param(dict(pp=2, vp=2, schedule="zbv"), marks=pytest.mark.slow),
     ],
     ids=str,
 )

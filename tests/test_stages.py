@@ -287,7 +287,8 @@ def test_the_self_test_says_what_the_first_loss_must_be(base, tmp_path, caplog):
     assert float(re.search(r"loss ([\d.]+)", rpo)[1]) == pytest.approx(want, abs=2e-6)
 
 
-@pytest.mark.parametrize("weights_differ", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights_differ", [True, False])
 def test_the_weights_fingerprint_is_that_of_the_weights_on_any_mesh(base, on_ranks, weights_differ):
     want = on_ranks(1, fingerprint, str(base), {}, False)
     for n, axes in ((2, {"tp": 2}), (2, {}), (4, {"tp": 2, "pp": 2})):

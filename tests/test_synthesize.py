@@ -284,7 +284,7 @@ def test_a_rerun_asks_nothing_and_changes_nothing(made, teacher):
     assert contents(made) == before and sum(teacher.calls.values()) == calls
 
 
-@pytest.mark.parametrize("concurrency", [1, 32])
+@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), 32])
 def test_the_output_does_not_depend_on_concurrency(made, teacher, tmp_path, concurrency):
     out = synthesize(config(teacher, tmp_path / "other", concurrency=concurrency))
     assert contents(out) == contents(made)

@@ -380,6 +380,7 @@ def test_a_start_that_failed_does_not_lock_its_folder(on_ranks, corpus, tmp_path
     on_ranks(1, pretrain, dataclasses.replace(cfg, init=""))
 
 
+@pytest.mark.slow
 def test_a_transformers_folder_is_trained_saved_and_opened_again_in_transformers(
     on_ranks, corpus, tmp_path
 ):
@@ -645,13 +646,14 @@ def pretrain_and_signal_one_rank(cfg, rank, step):
     return len(done)
 
 
-@pytest.mark.parametrize("n, axes", [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"dp_replicate": 2})])
-def test_all_ranks_stop_after_the_same_step_whichever_is_asked_to(
-    on_ranks, corpus, tmp_path, n, axes
-):
-    for rank in range(n):
-        cfg = config(corpus, tmp_path / str(rank), mesh=MeshConfig(dtype="fp32", **axes))
-        assert on_ranks(n, pretrain_and_signal_one_rank, cfg, rank, 2) == [2] * n
+AXES = ["tp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("pp", "dp_replicate"))]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_all_ranks_stop_after_the_same_step_whichever_is_asked_to(on_ranks, corpus, tmp_path, axis):
+    for rank in range(2):
+        cfg = config(corpus, tmp_path / str(rank), mesh=MeshConfig(dtype="fp32", **{axis: 2}))
+        assert on_ranks(2, pretrain_and_signal_one_rank, cfg, rank, 2) == [2, 2]
         assert (cfg.out / "checkpoints" / "step_000002" / "state.json").exists()
 
 
@@ -691,6 +693,7 @@ def test_what_the_machines_do_not_share_is_noticed_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "train.py"]
     command += ["nano", "--batch", "7", "--out", str(tmp_path / "run")]
@@ -698,6 +701,7 @@ def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     assert done.stderr.count("batch=7") == 1 and done.returncode
 
 
+@pytest.mark.slow
 def test_the_first_rank_of_each_pipeline_stage_is_profiled(on_ranks, corpus, tmp_path):
     mesh = MeshConfig(dtype="fp32", pp=2)
     cfg = config(corpus, tmp_path / "a", profile=1, steps=4, mesh=mesh)
