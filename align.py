@@ -396,7 +396,8 @@ class Objective(NamedTuple):
     """A batch → the number that its loss is divided by: tokens, labels or pairs."""
     names: Sequence[str]
     """Names of the sums, as a process that lacks the model's last stage measures none."""
-    values: Callable[[Sums], dict[str, float]]  # Sums over all processes → what is logged.
+    values: Callable[[Sums], dict[str, float]]
+    """Sums over all processes → what is logged."""
 
 
 def n_rows(batch: Batch) -> int:

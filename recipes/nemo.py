@@ -270,12 +270,12 @@ def share(name: str, weight: Any, shape: torch.Size, dim: int, rank: int, ranks:
     return F.pad(part, [0, 0, 0, begin + size - end]) if end < begin + size else part
 
 
-def write_chunk(folder: Path, place: list[int], counts: list[int], chunk: Tensor) -> None:
-    """Write a chunk of an array in zarr form, and what the array is. `place` and `counts`: which
+def write_chunk(folder: Path, which: list[int], counts: list[int], chunk: Tensor) -> None:
+    """Write a chunk of an array in zarr form, and what the array is. `which` and `counts`: which
     chunk along each dimension, and of how many."""
     folder.mkdir(parents=True, exist_ok=True)
     data = chunk.contiguous().view(torch.uint8).numpy()
-    (folder / ".".join(map(str, place))).write_bytes(data)
+    (folder / ".".join(map(str, which))).write_bytes(data)
     shape = [n * length for n, length in zip(counts, chunk.shape, strict=True)]
     words = [word for word, dtype in ZARR_DTYPES.items() if dtype == chunk.dtype]
     about = {"chunks": chunk.shape, "shape": shape, "dtype": words[0], "order": "C"}

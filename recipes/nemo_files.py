@@ -150,8 +150,8 @@ def zarr_array(files: Files, name: str) -> Array:
     dtype = ZARR_DTYPES[found["dtype"]]
     wanted = prod(chunk) * dtype.itemsize  # those at the edge too are stored whole
     data = []
-    for place in places:
-        file = f"{name}/{given.get('dimension_separator', '.').join(map(str, place))}"
+    for which in places:
+        file = f"{name}/{given.get('dimension_separator', '.').join(map(str, which))}"
         size = files[file].size if file in files else "no"
         if size != wanted:
             raise ValueError(f"{file} has {size} bytes, a whole chunk {wanted}: fetch it again")

@@ -1024,6 +1024,7 @@ def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder:
     found["save: plans to rank 0, MB"] = sum(map(len, sent)) / 1e6
     planner, writer = dcp.DefaultSavePlanner(), parallel.Writer(folder)
     with timed(found, "save: rank 0's plan, s"):
+        # our own bytes of a few lines above: unpickling them is a part of rank 0's work
         plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in sent])
         found["save: items on rank 0"] = sum(len(plan.items) for plan in plans)
         for plan in plans:
@@ -1035,6 +1036,7 @@ def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder:
         results.append(pickle.dumps(written))
     del sent, plans
     with timed(found, "save: rank 0's end, s"):
+        # our own bytes, again
         writer.finish(metadata, [pickle.loads(result) for result in results])
     del metadata, results
     plan_a_load(found, state, world, folder)
@@ -1054,7 +1056,7 @@ def plan_a_load(found: Result, state: Any, world: int, folder: Path) -> None:
     sent = pickle.dumps(plan)
     with timed(found, "load: rank 0's plan, s"):
         for _ in range(world // LAYOUTS[world].pp):
-            pickle.dumps(pickle.loads(sent))
+            pickle.dumps(pickle.loads(sent))  # our own bytes, made above
     for name in SCALED:
         found[name] *= LAYOUTS[world].pp
 
