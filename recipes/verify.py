@@ -15,13 +15,16 @@ import sys
 import tempfile
 import textwrap
 import unicodedata
-from collections import Counter, defaultdict
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from data import read_jsonl
 from recipes import guard
@@ -131,17 +134,22 @@ def clean_items(items: list[str]) -> list[str]:
 OPERATORS = {"-": "−", "*": "×", "/": "÷"}
 
 
-@cache
-def plain_char(char: str) -> str:
-    """Return a letter, digit or accent as it is, a sign as a word, punctuation as a space."""
-    kind = unicodedata.category(char)
-    if kind in ("Sm", "Sc", "So") or char in "%^":
-        return f" {char} "
-    if kind[0] in "LMN":
-        return char
-    return "" if char in "'’" else " "
+class Plain(dict):
+    """Maps a letter, digit or accent to itself, a sign to a word, punctuation to a space."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kind = unicodedata.category(char)
+        if kind in ("Sm", "Sc", "So") or char in "%^":
+            self[code] = f" {char} "
+        elif kind[0] in "LMN":
+            self[code] = char
+        else:
+            self[code] = "" if char in "'’" else " "
+        return self[code]
 
 
+PLAIN = Plain()
 # letters of scripts without blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese),
 # and words that are too long for one: each character counts as a word
 UNSPACED = re.compile(
@@ -156,8 +164,12 @@ def normalise(text: str) -> str:
     Signs that count in a sum (+ % $ -3) stay, as words of their own, and so do the characters of
     scripts without blanks: what looks for shared words, here, looks for shared characters there."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
-    text = re.sub(r"(?<=\d)\s*[-*/]|[-*/](?=\s*\d)", lambda m: OPERATORS[m[0].strip()], text)
-    plain = " ".join("".join(map(plain_char, text)).split())
+    text = re.sub(r"[-*/](?=\s*\d)", lambda m: OPERATORS[m[0]], text)
+    text = re.sub(r"\d\s*[-*/]", lambda m: m[0][:-1] + OPERATORS[m[0][-1]], text)
+    words = text.translate(PLAIN).split()
+    plain = " ".join(words)
+    if text.isascii() and max(map(len, words), default=0) <= 40:
+        return plain
     return " ".join(UNSPACED.sub(lambda m: f" {' '.join(m[0])} ", plain).split())
 
 
@@ -167,34 +179,89 @@ def shingles(text: str, n: int = 5) -> set[str]:
     return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
-def jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b)
+def mix(x: np.ndarray) -> np.ndarray:
+    """Hash 64-bit numbers, with the last steps of splitmix64 (prng.di.unimi.it/splitmix64.c)."""
+    x = (x ^ x >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> 27) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> 31
+
+
+def gram_hashes(text: str, n: int = 5) -> np.ndarray:
+    """Return the sorted 64-bit hashes of a text's n-grams, as `shingles` has them, of its normal
+    form; a text of punctuation alone is compared as it stands."""
+    words = (normalise(text) or text.strip()).split()
+    words += [""] * (n - len(words))
+    hashes = np.array([zlib.crc32(word.encode(errors="replace")) for word in words], np.uint64)
+    grams = np.zeros(len(words) - n + 1, np.uint64)
+    for i in range(n):
+        grams = mix(grams + hashes[i : i + len(grams)] + np.uint64(0x9E3779B97F4A7C15))
+    return np.unique(grams)
+
+
+SIGNATURE = 128  # numbers in a text's signature
+FACTORS = mix(np.arange(1, SIGNATURE + 1, dtype=np.uint64)) | np.uint64(1)
+
+
+def minhash(grams: np.ndarray) -> np.ndarray:
+    """Return a text's signature, uint32 (SIGNATURE,): the least of its n-grams' hashes under each
+    of as many hash functions. Two texts agree in a number with the probability of their Jaccard
+    index (Broder, 1997)."""
+    least = np.full(SIGNATURE, 2**32 - 1, np.uint32)
+    for start in range(0, len(grams), 1024):  # so that memory stays bounded
+        hashed = grams[start : start + 1024, None] * FACTORS >> np.uint64(32)
+        least = np.minimum(least, hashed.min(axis=0).astype(np.uint32))
+    return least
+
+
+def bucket_shape(threshold: float, recall: float) -> tuple[int, int]:
+    """Return (buckets, rows): cut a signature into buckets of `rows` numbers, and two texts share
+    one with probability 1 - (1 - jaccard ** rows) ** buckets. The largest number of rows is taken
+    that gives a pair at the threshold at least `recall`."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
+    rows = SIGNATURE
+    while rows > 1 and (1 - threshold**rows) ** (SIGNATURE // rows) > 1 - recall:
+        rows -= 1
+    return SIGNATURE // rows, rows
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the Jaccard index of two sorted arrays without repetitions."""
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared)
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
     """Find for each text the kept one before it that it repeats most; None if it is kept itself.
 
-    A hit is (its index, the Jaccard index of their word 5-grams), of equals the first. The search
-    is exact: two sets that share `threshold` of each one's grams share one of its rarest
-    1 - threshold and the next, so only those are looked up."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: a Jaccard index, 0 < threshold <= 1")
-    grams = [shingles(normalise(text) or text.strip()) for text in texts]
-    count = Counter(itertools.chain.from_iterable(grams))
-    kept_with = defaultdict(list)  # gram → kept texts that have it among their rarest
+    A hit is (its index, the Jaccard index of their word 5-grams), of equals the first. Signatures
+    find what may be near, 999 of 1,000 pairs at the threshold and more above it; the index is then
+    counted from the texts. Memory: a kilobyte a text, however long."""
+    n_buckets, rows = bucket_shape(threshold, 0.999)
+    grams = lru_cache(64)(lambda i: gram_hashes(texts[i]))
+    signatures = np.zeros((len(texts), SIGNATURE), np.uint32)
+    for i in range(len(texts)):
+        signatures[i] = minhash(grams(i))
+    keys = np.zeros((len(texts), n_buckets), np.uint64)
+    for i in range(n_buckets * rows):
+        keys[:, i // rows] = mix(keys[:, i // rows] + signatures[:, i] + np.uint64(i + 1))
+    found, counts = np.unique(keys, return_counts=True)
+    shared = np.isin(keys, found[counts > 1])
+    kept_with = defaultdict(list)  # key that several texts have → the kept ones of them
     hits = []
-    for i, own in enumerate(grams):
-        by_rarity = sorted(own, key=lambda gram: (count[gram], gram))
-        rarest = by_rarity[: len(own) - int(threshold * len(own)) + 1]
-        near = set().union(*(kept_with[gram] for gram in rarest))
-        scores = {j: jaccard(own, grams[j]) for j in sorted(near)}
+    for i, own in enumerate(keys):
+        own = own[shared[i]].tolist()
+        near = np.array(sorted(set().union(*(kept_with[key] for key in own))), int)
+        # an estimate, off by 0.2 once in a million times, saves counting most of them
+        near = near[(signatures[near] == signatures[i]).mean(axis=1) >= threshold - 0.2]
+        scores = {j: jaccard(grams(i), grams(j)) for j in near.tolist()}
         best = max(scores, key=scores.get, default=i)
         if scores.get(best, 0) >= threshold:
             hits.append((best, scores[best]))
             continue
         hits.append(None)
-        for gram in rarest:
-            kept_with[gram].append(i)
+        for key in own:
+            kept_with[key].append(i)
     return hits
 
 

@@ -6,6 +6,7 @@ answers, duplicates, decontamination, verifiable instructions, numbers, and runn
 import contextlib
 import html
 import importlib
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from dataclasses import asdict
 from fractions import Fraction
@@ -35,13 +37,16 @@ from recipes.ifeval import (
     language_of,
 )
 from recipes.verify import (
+    SIGNATURE,
     Decontaminator,
     Instruction,
+    bucket_shape,
     draw_instruction,
     draw_instructions,
     extract_code,
     final_answer,
-    jaccard,
+    gram_hashes,
+    minhash,
     near_duplicates,
     normalise,
     parse_list,
@@ -297,6 +302,11 @@ def test_normalising_twice_changes_nothing_and_keeps_what_a_sum_is_made_of():
     assert len({normalise(f"What is 2 {sign} 2?") for sign in ("+", "-", "*", "/", "%")}) == 5
 
 
+def index_of(a, b):
+    """The Jaccard index of two sets, by its definition."""
+    return len(a & b) / len(a | b)
+
+
 def test_near_duplicates_are_those_that_brute_force_finds():
     rng = random.Random(0)
     texts = []
@@ -308,12 +318,87 @@ def test_near_duplicates_are_those_that_brute_force_finds():
     for threshold in (0.5, 0.9):
         kept, likely = [], 0
         for i, hit in enumerate(near_duplicates(texts, threshold)):
-            best, j = max(((jaccard(sets[i], sets[j]), -j) for j in kept), default=(0, 0))
+            best, j = max(((index_of(sets[i], sets[j]), -j) for j in kept), default=(0, 0))
             assert hit == ((-j, best) if best >= threshold else None)
             likely += hit is not None
             kept += [] if hit else [i]
         assert likely > 20
     assert near_duplicates(texts) == near_duplicates(texts)
+
+
+# letters to make words of, and whether the script has blanks between them
+SCRIPTS = {
+    "English": (range(ord("a"), ord("z") + 1), " "),
+    "Russian": (range(ord("а"), ord("я") + 1), " "),
+    "Hindi": (range(ord("क"), ord("ह") + 1), " "),
+    "Chinese": (range(0x4E00, 0x5500), ""),
+    "Thai": (range(ord("ก"), ord("ฮ") + 1), ""),
+}
+
+
+def planted_pair(rng, script, index, n=240):
+    """Two texts of n words, the second a copy up to a word, from which on it is another text: the
+    Jaccard index of their 5-grams is `index`, as near as a gram allows."""
+    letters, blank = SCRIPTS[script]
+    size = 5 if blank else 1
+    words = ["".join(map(chr, rng.choices(letters, k=size))) for _ in range(2 * n)]
+    same = 4 + round(2 * (n - 4) * index / (1 + index))
+    return blank.join(words[:n]), blank.join(words[:same] + words[n : 2 * n - same])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_planted_pairs_are_found_from_the_threshold_on_in_any_script(script):
+    rng = random.Random(3)
+    found = {}
+    for index in (0.5, 0.6, 0.68, 0.72, 0.8, 0.9, 0.95):
+        pairs = [planted_pair(rng, script, index) for _ in range(8)]
+        hits = near_duplicates([*itertools.chain(*pairs)], threshold=0.7)
+        assert hits[::2] == [None] * 8  # no text of one pair is near one of another
+        for i, hit in enumerate(hits[1::2]):
+            true = index_of(*(shingles(normalise(text)) for text in pairs[i]))
+            # scripts of few letters repeat a gram here and there
+            assert true == pytest.approx(index, abs=0.012)
+            assert hit is None or hit == (2 * i, true)
+        found[index] = sum(hit is not None for hit in hits)
+    assert [found[index] for index in (0.5, 0.6, 0.68)] == [0, 0, 0]
+    assert [found[index] for index in (0.72, 0.8, 0.9, 0.95)] == [8, 8, 8, 8]
+
+
+def test_signatures_agree_as_often_as_the_jaccard_index_says_and_buckets_by_their_formula():
+    rng = random.Random(4)
+    for index in (0.5, 0.7, 0.9):
+        pairs = [planted_pair(rng, "English", index, 120) for _ in range(250)]
+        signatures = np.array([[minhash(gram_hashes(t)) for t in pair] for pair in pairs])
+        agree = signatures[:, 0] == signatures[:, 1]
+        assert abs(agree.mean() - index) < 4 * (index * (1 - index) / agree.size) ** 0.5 + 0.002
+        for rows in (4, 8):
+            n_buckets = SIGNATURE // rows
+            share = agree[:, : n_buckets * rows].reshape(250, n_buckets, rows).all(2).any(1).mean()
+            said = 1 - (1 - index**rows) ** n_buckets
+            assert abs(share - said) < 4 * (said * (1 - said) / 250) ** 0.5 + 0.015
+
+
+def test_the_shape_of_buckets_gives_the_recall_asked_for_and_one_row_more_does_not():
+    assert bucket_shape(0.7, 0.5) == (16, 8)
+    for threshold in (0.05, 0.3, 0.7, 0.95):
+        for recall in (0.5, 0.999):
+            n_buckets, rows = bucket_shape(threshold, recall)
+            assert n_buckets * rows <= SIGNATURE
+            assert rows == 1 or 1 - (1 - threshold**rows) ** n_buckets >= recall
+            more = rows + 1
+            assert 1 - (1 - threshold**more) ** (SIGNATURE // more) < recall
+
+
+def test_looking_for_near_duplicates_takes_a_kilobyte_or_two_a_text_however_long_it_is():
+    rng = random.Random(5)
+    texts = [sentence(rng, 1000) for _ in range(140)]
+    peaks = []
+    for part in (texts[:70], texts):  # of the n-grams themselves, those of 64 texts are at hand
+        tracemalloc.start()
+        near_duplicates(part)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 70 < 2500  # the n-grams of one take 100 kB as texts
 
 
 def test_duplicates_differ_in_case_and_punctuation_alone_or_by_a_little():
