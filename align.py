@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin longer starve a busy machine
 
@@ -35,12 +35,19 @@ from torch import Tensor
 from data import (
     NINE_ATTRIBUTES,
     Example,
+    Messages,
     Tokenizer,
     aggregate,
     load_tokenizer,
+    messages_of,
+    numbers,
     pack,
     permute,
     preference_rows,
+    read_preference,
+    read_rows,
+    render_answer,
+    required,
     reward_rows,
     sft_rows,
     write_whole,
@@ -60,7 +67,6 @@ from parallel import (
 from train import EvalSet, RunConfig, choose_config, evaluator, fit, run, set_up_logging, start
 
 log = logging.getLogger("nemotron4")
-HeldOut = dict[str, list[Example]]  # rows to validate on, by the name of the set
 Sums = dict[str, Tensor]  # scalars by name, to be added up over micro-batches and processes
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -106,9 +112,10 @@ def rpo_loss(a: Tensor, b: Tensor, form: str = "bwd") -> Tensor:
 
 def rpo_k_loss(a: Tensor, b: Tensor) -> Tensor:
     """Return KL(softmax(b) ‖ softmax(a)) of K responses, (..., K) → (...): D[a ‖ b] beyond pairs
-    (arXiv 2502.00203). Here a = β log π/π_ref and b = η r* of each response."""
-    per_response = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True)
-    return per_response.sum(-1)
+    (arXiv 2502.00203). Here a = β log π/π_ref and b = η r* of each, −∞ for one that is absent."""
+    there = b > -torch.inf
+    per_response = (b.log_softmax(-1) - a.where(there, b).log_softmax(-1)).where(there, 0)
+    return (b.softmax(-1) * per_response).sum(-1)
 
 
 def ipo_loss(delta: Tensor, beta: float) -> Tensor:
@@ -120,8 +127,7 @@ def reward_loss(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ (pred − label)² over the labelled attributes, and their number (report section 3.1).
     Both are (..., 5 or 9); where one has five, the last five of nine count."""
     n = min(pred.shape[-1], label.shape[-1])
-    sizes = {pred.shape[-1], label.shape[-1]}
-    if not sizes <= {5, 9} or pred.shape[:-1] != label.shape[:-1]:
+    if {pred.shape[-1], label.shape[-1]} - {5, 9} or pred.shape[:-1] != label.shape[:-1]:
         shapes = f"pred {tuple(pred.shape)}, label {tuple(label.shape)}"
         raise ValueError(f"{shapes}: the same but for the last, which is 5 or 9")
     labelled = label[..., -n:] != IGNORE
@@ -130,16 +136,11 @@ def reward_loss(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bradley_terry_loss(
-    margin: Tensor, strength: Tensor | None = None, kind: str = "regular"
+    margin: Tensor, shift: Tensor | float = 0.0, factor: Tensor | float = 1.0
 ) -> Tensor:
-    """Return −log σ(m) per pair, m = r(chosen) − r(rejected). With the strength s ≥ 0 of the
-    preference, margin: −log σ(m − s), scaled: −s log σ(m) (arXiv 2410.01257)."""
-    if kind not in ("regular", "margin", "scaled") or (kind == "regular") != (strength is None):
-        given = "none" if strength is None else "one"
-        raise ValueError(f"kind={kind!r}, strength: {given}: regular without, margin, scaled with")
-    if kind == "margin":
-        return softplus(strength - margin)
-    return softplus(-margin) if strength is None else softplus(-margin) * strength
+    """Return −f log σ(m − s) per pair, m = r(chosen) − r(rejected). The strength of the preference
+    may be its shift s or its factor f (arXiv 2410.01257)."""
+    return softplus(shift - margin) * factor
 
 
 # ---- from tokens to responses --------------------------------------------------------------------
@@ -163,24 +164,13 @@ def last_scores(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return scores[window[:, None], batch["ends"][there]]
 
 
-def preference_margin(log_probs: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Return a = β [log π/π_ref (y_c) − log π/π_ref (y_l)] of summed log-probabilities (N, 2)."""
-    log_ratio = log_probs - reference
-    return beta * (log_ratio[:, 0] - log_ratio[:, 1])
-
-
-def reward_gap(batch: dict[str, Tensor]) -> Tensor:
-    """Return r*(y_c) − r*(y_l) of each pair, (N)."""
-    rewards = batch["rewards"][batch["rows"] >= 0]
-    return rewards[:, 0] - rewards[:, 1]
+def values_of(batch: dict[str, Tensor]) -> Tensor:
+    """Return each row's values, (N, ...): the rewards of its answers, or its label."""
+    name = "rewards" if "rewards" in batch else "labels"  # of two answers, or of any other number
+    return batch[name][batch["rows"] >= 0]
 
 
 # ---- metrics -------------------------------------------------------------------------------------
-
-
-def pairwise_accuracy(margin: Tensor, ties: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Count the positive margins, a tie as `ties` (RewardBench: one half), and all margins."""
-    return ((margin > 0) + ties * (margin == 0)).sum(), torch.ones_like(margin).sum()
 
 
 def pair_sums(
@@ -190,8 +180,8 @@ def pair_sums(
     reference and the trained tokens; b (N). beta_...: times β. drift_...: log π/π_ref, in nats."""
     log_ratio = (log_probs - reference).detach().double()
     a = beta * (log_ratio[:, 0] - log_ratio[:, 1])
-    won = a > 1e-6  # less is rounding, of a policy that still is the reference
-    per_pair = {"pairs": torch.ones_like(a), "accuracy": won, "beta_margin": a}
+    # a margin of less is rounding, of a policy that still is the reference
+    per_pair = {"pairs": torch.ones_like(a), "accuracy": a > 1e-6, "beta_margin": a}
     for i, side in enumerate(("chosen", "rejected")):
         per_pair[f"beta_reward_{side}"] = beta * log_ratio[:, i]
         per_pair[f"drift_{side}"] = log_ratio[:, i]
@@ -215,25 +205,21 @@ def attribute_sums(pred: Tensor, label: Tensor) -> Sums:
 
 
 def means(sums: Sums, count: str) -> dict[str, float]:
-    """Divide the sums by the one that is named `count`, which stays; empty where it is zero."""
-    n = float(sums[count])
-    if not n:
-        return {}
-    return {name: float(value) / n for name, value in sums.items()} | {count: n}
-
-
-def attribute_values(sums: Sums) -> dict[str, float]:
-    """Return mse and mae of each attribute that was labelled at all, from `attribute_sums`."""
+    """Divide the sums by the one that is named `count`, which stays, and those of an attribute, as
+    mse/verbosity, by count/ATTRIBUTE; nothing is said of what was counted nowhere."""
     values = {}
-    for key, total in sums.items():
-        kind, name = key.split("/")
-        n = float(sums[f"labels/{name}"])
-        if n and kind != "labels":
-            values[key] = float(total) / n
+    for name, total in sums.items():
+        kind, slash, attribute = name.partition("/")
+        n = float(sums[count + slash + attribute])
+        if n:
+            values[name] = n if kind == count else float(total) / n
     return values
 
 
 # ---- configs -------------------------------------------------------------------------------------
+
+# losses for which each answer must have its reward
+NEED_REWARDS = {"margin", "scaled", "rpo_bwd", "rpo_fwd", "rpo_sq"}
 
 
 @dataclass(frozen=True)
@@ -264,14 +250,9 @@ class AlignConfig(RunConfig):
     min_lr: float | None = None  # Learning rate at the end of a cosine; None: the rate is constant.
 
     def __post_init__(self) -> None:
-        ranges = {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8)}
-        check_ranges(self, ranges | {"lora_rank": (0, 1e8), "lora_alpha": (0, 1e8)})
+        ranges = dict.fromkeys(("lora_rank", "lora_alpha"), (0, 1e8))
+        check_ranges(self, ranges | {"epochs": (1e-6, 1e6), "seq_len": (1, 1e8)})
         super().__post_init__()
-
-    @property
-    def needs_rewards(self) -> bool:
-        """Tell whether the loss needs the two rewards of each pair."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -291,17 +272,13 @@ class RewardConfig(AlignConfig):
     pairs: Path | None = None
     """Preference rows, on which to measure how often the chosen one has the higher reward."""
 
-    @property
-    def needs_rewards(self) -> bool:
-        return self.loss in ("margin", "scaled")
-
 
 @dataclass(frozen=True)
 class PreferenceConfig(AlignConfig):
-    """DPO and RPO (report section 3.3.2), from pairs of answers to one prompt."""
+    """DPO and RPO (report section 3.3.2), from two answers to one prompt, or more (RPO)."""
 
     loss: Literal["dpo", "ipo", "rpo_bwd", "rpo_fwd", "rpo_sq"] = "dpo"
-    """Loss per pair; rpo_bwd is the report's, and the RPO losses need rows with rewards."""
+    """Loss per row; the RPO losses need rewards; rpo_bwd, the report's, takes more than pairs."""
     beta: float = 1e-3  # KL coefficient: factor of the log-ratio between policy and reference.
     eta: float = 1.0  # Factor of the gap between the two rewards (RPO).
     sft_weight: float = 0.0
@@ -310,15 +287,11 @@ class PreferenceConfig(AlignConfig):
     reference: Path | None = None
     """File of reference log-probabilities; default: beside the rows, by the weights' hash."""
 
-    @property
-    def needs_rewards(self) -> bool:
-        return self.loss in ("rpo_bwd", "rpo_fwd", "rpo_sq")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing and self.loss != "dpo":
             raise ValueError(f"label_smoothing={self.label_smoothing} belongs to dpo: {self.loss}")
-        if self.eta != 1.0 and not self.needs_rewards:
+        if self.eta != 1.0 and self.loss not in NEED_REWARDS:
             raise ValueError(f"eta={self.eta} belongs to the RPO losses: {self.loss}")
         ranges = {"beta": (1e-12, 1e12), "eta": (0, 1e12), "sft_weight": (0, 1e12)}
         check_ranges(self, ranges | {"label_smoothing": (0, 0.499)})
@@ -396,20 +369,16 @@ class Objective(NamedTuple):
     """A batch → the number that its loss is divided by: tokens, labels or pairs."""
     names: Sequence[str]
     """Names of the sums, as a process that lacks the model's last stage measures none."""
-    values: Callable[[Sums], dict[str, float]]
-    """Sums over all processes → what is logged."""
+    counted: str
+    """Name of the sum that the others are divided by, to be logged."""
 
 
 def n_rows(batch: Batch) -> int:
     return int((batch["rows"] >= 0).sum())
 
 
-def n_targets(batch: Batch) -> int:
-    return int((batch["targets"] != IGNORE).sum())
-
-
-def n_labels(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORE).sum())
+def n_known(batch: Batch, name: str) -> int:
+    return int((batch[name] != IGNORE).sum())
 
 
 def sft_objective() -> Objective:
@@ -421,8 +390,8 @@ def sft_objective() -> Objective:
         certain = (log_probs.detach() > math.log(0.5)) & (batch["targets"] != IGNORE)
         return loss, {"trained_tokens": tokens, "certain": certain.sum()}
 
-    values = partial(means, count="trained_tokens")
-    return Objective(measure, n_targets, ("trained_tokens", "certain"), values)
+    names = ("trained_tokens", "certain")
+    return Objective(measure, partial(n_known, name="targets"), names, "trained_tokens")
 
 
 def regression_objective(n_attributes: int) -> Objective:
@@ -430,12 +399,13 @@ def regression_objective(n_attributes: int) -> Objective:
 
     def measure(scores: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
         pred = last_scores(scores, batch)[:, 0]
-        label = batch["labels"][batch["rows"] >= 0]
+        label = values_of(batch)
         loss, _ = reward_loss(pred, label)
         return loss, attribute_sums(pred, label)
 
     none = torch.zeros(0, n_attributes)
-    return Objective(measure, n_labels, [*attribute_sums(none, none)], attribute_values)
+    names = [*attribute_sums(none, none)]
+    return Objective(measure, partial(n_known, name="labels"), names, "labels")
 
 
 def ranking_objective(reward_of: Callable[[Tensor], Tensor], kind: str = "regular") -> Objective:
@@ -444,54 +414,65 @@ def ranking_objective(reward_of: Callable[[Tensor], Tensor], kind: str = "regula
     def measure(scores: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
         rewards = reward_of(last_scores(scores, batch))  # (N, 2)
         margin = rewards[:, 0] - rewards[:, 1]
-        strength = None if kind == "regular" else reward_gap(batch)
-        won, ranked = pairwise_accuracy(margin.detach())
-        loss = bradley_terry_loss(margin, strength, kind).sum()
-        return loss, {"accuracy": won, "ranked": ranked}
+        how = {}
+        if kind != "regular":
+            how["shift" if kind == "margin" else "factor"] = -values_of(batch).diff(dim=1)[:, 0]
+        loss = bradley_terry_loss(margin, **how).sum()
+        return loss, {"accuracy": (margin > 0).sum(), "ranked": torch.ones_like(margin).sum()}
 
-    return Objective(measure, n_rows, ("accuracy", "ranked"), partial(means, count="ranked"))
+    return Objective(measure, n_rows, ("accuracy", "ranked"), "ranked")
 
 
 def preference_objective(cfg: PreferenceConfig, rewards: bool) -> Objective:
-    """Return the objective of DPO, IPO or RPO. rewards: rows have them, so that b is known."""
+    """Return the objective of DPO, IPO or RPO; of each row's answers the first is chosen and the
+    second rejected. rewards: rows have them, so that b is known."""
 
-    def pair_loss(a: Tensor, b: Tensor | None) -> Tensor:
+    def row_loss(policy: Tensor, reference: Tensor, b: Tensor | None) -> Tensor:
+        a = cfg.beta * (policy - reference)
+        if cfg.loss == "rpo_bwd":
+            return rpo_k_loss(a, b)
+        margin = a[:, 0] - a[:, 1]
         if cfg.loss == "dpo":
-            return dpo_loss(a, cfg.label_smoothing)
+            return dpo_loss(margin, cfg.label_smoothing)
         if cfg.loss == "ipo":
-            return ipo_loss(a / cfg.beta, cfg.beta)
-        return rpo_loss(a, b, cfg.loss.removeprefix("rpo_"))
+            return ipo_loss(margin / cfg.beta, cfg.beta)
+        return rpo_loss(margin, b[:, 0] - b[:, 1], cfg.loss.removeprefix("rpo_"))
 
     def measure(log_probs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
-        policy = response_sums(log_probs, batch)  # (N, 2)
+        policy = response_sums(log_probs, batch)  # (N, K)
         reference = batch["reference"][batch["rows"] >= 0]
         tokens = response_sums((batch["targets"] != IGNORE).to(log_probs.dtype), batch)
-        a = preference_margin(policy, reference, cfg.beta)
-        b = cfg.eta * reward_gap(batch).double() if rewards else None
-        sums = pair_sums(policy, reference, tokens, cfg.beta, b)
-        sums["preference_loss"] = pair_loss(a, b).sum()
+        b = gap = None
+        if rewards:
+            b = (cfg.eta * values_of(batch).double()).masked_fill(tokens == 0, -torch.inf)
+            gap = b[:, 0] - b[:, 1]
+        sums = pair_sums(policy[:, :2], reference[:, :2], tokens[:, :2], cfg.beta, gap)
+        sums["preference_loss"] = row_loss(policy, reference, b).sum()
         sums["sft_loss"] = -policy[:, 0].sum()
         # for `check_start`
-        sums["at_reference"] = pair_loss(torch.zeros_like(a), b).sum()
-        sums["abs_drift"] = (policy - reference).abs().sum()
+        sums["at_reference"] = row_loss(reference, reference, b).sum()
+        sums["abs_drift"] = (policy - reference).abs().amax(1).sum()
         return sums["preference_loss"] + cfg.sft_weight * sums["sft_loss"], sums
 
     none = torch.zeros(0, 2)
     names = [*pair_sums(none, none, none, cfg.beta, none[:, 0] if rewards else None)]
     names += ["preference_loss", "sft_loss", "at_reference", "abs_drift"]
-    return Objective(measure, n_rows, names, partial(means, count="pairs"))
+    return Objective(measure, n_rows, names, "pairs")
 
 
-def objective_of(cfg: AlignConfig, rows: list[Example]) -> Objective:
-    """Return the objective of a stage over these rows."""
+def objective_of(cfg: AlignConfig, rows: list[Example], name: str) -> Objective:
+    """Return the objective of a stage over the rows of a set. A reward model ranks its held-out
+    pairs by the aggregate of its attributes."""
     if isinstance(cfg, PreferenceConfig):
         return preference_objective(cfg, rewards=rows[0].values is not None)
     if not isinstance(cfg, RewardConfig):
         return sft_objective()
+    if name == "pairs":
+        return ranking_objective(aggregate)
     if cfg.loss == "regression":
         return regression_objective(cfg.n_attributes)
-    helpfulness = NINE_ATTRIBUTES[-cfg.n_attributes :].index("helpfulness")
-    return ranking_objective(lambda attributes: attributes[..., helpfulness], cfg.loss)
+    # helpfulness is the first of the last five
+    return ranking_objective(lambda attributes: attributes[..., -5], cfg.loss)
 
 
 class MetricSums:
@@ -518,7 +499,7 @@ class MetricSums:
         self.sums = {}
         found = dict(zip(names, totals, strict=True))
         tokens = int(found.pop("tokens"))
-        return self.objective.values(found) | {"tokens": tokens}
+        return means(found, self.objective.counted) | {"tokens": tokens}
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -531,9 +512,40 @@ def show_row(row: Example, tokenizer: Tokenizer) -> str:
         cuts = np.flatnonzero(np.diff(trained)) + 1
         for part, green in zip(np.split(ids, cuts), np.split(trained, cuts), strict=True):
             text = tokenizer.decode(part).replace("\x1b", "␛")  # a text must not steer the terminal
-            shown += f"\x1b[32m{text}\x1b[0m" if green[0] else text
+            shown += f"\x1b[32m{text}\x1b[0m" if green.all() else text
         shown += "\n"
     return shown
+
+
+def read_answers(row: dict[str, Any], loss: str) -> tuple[list[Messages], np.ndarray | None]:
+    """Parse a pair, or {"prompt" or "messages", "responses", "rewards"}: answers to one prompt, the
+    best one first and then the worst, which for all losses but rpo_bwd are the pair."""
+    if "responses" not in row:
+        return read_preference(row, loss in NEED_REWARDS)
+    prompt = messages_of(row.get("prompt", row.get("messages")), "user")
+    answers = required(row, "responses", list)
+    found = required(row, "rewards", list)
+    if not 2 <= len(answers) == len(found):
+        raise ValueError(
+            f"{len(answers)} responses, {len(found)} rewards: two or more, and as many"
+        )
+    rewards = numbers(found, [f"rewards[{i}]" for i in range(len(found))])
+    order = np.roll(np.argsort(rewards, kind="stable"), 1)[: None if loss == "rpo_bwd" else 2]
+    chats = [[*prompt, *messages_of(answers[i], "assistant")] for i in order]
+    return chats, rewards[order]
+
+
+def with_absent_answers(rows: list[Example]) -> list[Example]:
+    """Give each row as many segments as the longest has: answers of no token, without a reward."""
+    most = max(len(row.ids) for row in rows)
+    none = np.zeros(0, np.int32)
+    out = []
+    for row in rows:
+        n = most - len(row.ids)
+        values = None if row.values is None else np.pad(row.values, (0, n))
+        ids = row.ids + (none,) * n
+        out.append(Example(ids, row.trained + (none > 0,) * n, values, row.where))
+    return out
 
 
 def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Example]:
@@ -541,11 +553,15 @@ def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Exa
     how = dict(seq_len=cfg.model.seq_len, skip_bad=cfg.skip_bad, shorten=cfg.shorten)
     if isinstance(cfg, SftConfig):
         rows, _ = sft_rows(path, tokenizer, **how)
-    elif isinstance(cfg, RewardConfig) and cfg.loss == "regression":
+    elif isinstance(cfg, PreferenceConfig):
+        parse = partial(read_answers, loss=cfg.loss)
+        render = partial(render_answer, tokenizer=tokenizer)
+        rows = with_absent_answers(read_rows(path, parse, render, **how)[0])
+    elif cfg.loss == "regression":
         rows, _ = reward_rows(path, tokenizer, n_attributes=cfg.n_attributes, **how)
     else:
-        judged = isinstance(cfg, RewardConfig)
-        rows, _ = preference_rows(path, tokenizer, rewards=cfg.needs_rewards, judged=judged, **how)
+        rewards = cfg.loss in NEED_REWARDS
+        rows, _ = preference_rows(path, tokenizer, rewards=rewards, judged=True, **how)
     if any(row.values is None for row in rows):  # rewards that only some rows have are not used
         rows = [replace(row, values=None) for row in rows]
     check_rows(cfg, rows, path)
@@ -559,12 +575,11 @@ def check_rows(cfg: AlignConfig, rows: list[Example], path: Path) -> None:
     if last >= cfg.model.vocab_size:
         sizes = f"token {last}, the model {cfg.model.vocab_size} tokens"
         raise ValueError(f"{path} has {sizes}: set --tokenizer to the model's own")
-    tokens = sum(row.length for row in rows)
-    share = sum(np.concatenate(row.trained).sum() for row in rows) / tokens
+    lengths = [row.length for row in rows]
+    share = sum(np.concatenate(row.trained).sum() for row in rows) / sum(lengths)
     if not isinstance(cfg, RewardConfig) and not 0 < share < 1:
         raise ValueError(f"{path}: {share:.0%} of the tokens would be trained: look at its roles")
-    longest = max(row.length for row in rows)
-    log.info(f"{path}: longest row {longest:,} tokens, {share:.1%} of all are trained")
+    log.info(f"{path}: longest row {max(lengths):,} tokens, {share:.1%} of all are trained")
 
 
 def row_order(n: int, seed: int, first: int, batch: int) -> list[int]:
@@ -592,7 +607,7 @@ def batches_of(
     reference: np.ndarray | None = None,
 ) -> list[Batch]:
     """Pack rows into windows, and return this process's micro-batches. Which rows share a window
-    depends on these rows alone. reference: (rows, 2), of which a batch gets its own, (B, S, 2)."""
+    depends on these rows alone. reference: (rows, K), of which a batch gets its own, (B, S, K)."""
     windows = pack(rows, cfg.model.seq_len, cfg.packed, window_multiple(cfg, runner.dp))
     if reference is not None:
         there = windows["rows"][..., None] >= 0
@@ -611,10 +626,11 @@ def say_how_full(cfg: AlignConfig, runner: Runner, rows: Sequence[Example]) -> N
     multiple = window_multiple(cfg, runner.dp)
     held = len(pack(rows, cfg.model.seq_len, cfg.packed, 1)["tokens"])
     computed = multiple * math.ceil(held / multiple)
-    log.info(f"a step has {computed:,} windows, of which {held:,} hold rows")
+    found = f"a step has {computed:,} windows, of which {held:,} hold rows"
     if 2 * held < computed:
-        todo = "raise --batch, or start fewer processes or pipeline stages"
-        log.warning(f"{1 - held / computed:.0%} of the work is on empty windows: {todo}")
+        log.warning(f"{found}: raise --batch, or start fewer processes or pipeline stages")
+    else:
+        log.info(found)
 
 
 @dataclass(frozen=True)
@@ -623,7 +639,7 @@ class RowSet:
 
     rows: list[Example]
     objective: Objective
-    reference: np.ndarray | None = None  # log π_ref (rows, 2), of a preference stage
+    reference: np.ndarray | None = None  # log π_ref (rows, K), of a preference stage
 
     def batches(self, cfg: AlignConfig, runner: Runner, numbers: Sequence[int]) -> list[Batch]:
         """Return this process's micro-batches of the rows with these numbers."""
@@ -632,13 +648,13 @@ class RowSet:
         return batches_of(cfg, runner, rows, self.objective.count, reference)
 
 
-def row_set(cfg: AlignConfig, runner: Runner, rows: list[Example], path: Path) -> RowSet:
-    """Return the rows of a file with the stage's objective. Preference stages get the reference of
-    the weights that the runner holds now."""
+def row_set(cfg: AlignConfig, runner: Runner, rows: list[Example], name: str) -> RowSet:
+    """Return rows of the set `name` with the stage's objective. Preference stages get the reference
+    of the weights that the runner holds now."""
     reference = None
     if isinstance(cfg, PreferenceConfig):
-        reference = reference_log_probs(cfg, runner, rows, path)
-    return RowSet(rows, objective_of(cfg, rows), reference)
+        reference = reference_log_probs(cfg, runner, rows, cfg.val if name == "val" else cfg.data)
+    return RowSet(rows, objective_of(cfg, rows, name), reference)
 
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -662,30 +678,30 @@ def fingerprint(runner: Runner) -> str:
 def reference_log_probs(
     cfg: PreferenceConfig, runner: Runner, rows: list[Example], path: Path
 ) -> np.ndarray:
-    """Return log π_ref of each row's two answers, (rows, 2) in fp64, by the weights that the runner
+    """Return log π_ref of each row's answers, (rows, K) in fp64, by the weights that the runner
     holds now. A file beside the rows keeps them for a run with another rate or beta."""
     weights = fingerprint(runner)
     dtype = cfg.mesh.compute_dtype
     file = cfg.reference or path.with_name(f"{path.name}.reference-{weights}-{dtype}.json")
     known = from_rank_0(lambda: read_reference(file, weights, dtype))
     keys = [row.key for row in rows]
-    missing = [i for i, key in enumerate(keys) if key not in known]
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     log.info(f"{file}: {len(rows) - len(missing):,} known, {len(missing):,} to compute")
-    computed = compute_log_probs(cfg, runner, [rows[i] for i in missing])
-    known |= {keys[i]: pair for i, pair in zip(missing, computed, strict=True)}
+    computed = compute_log_probs(cfg, runner, list(missing.values()))
+    known |= zip(missing, computed, strict=True)
     log_probs = np.array([known[key] for key in keys])
     if not np.isfinite(log_probs).all():
         raise ValueError(f"{path}: the reference gives a log-probability that is not finite")
     if missing and dist.get_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"weights": weights, "dtype": dtype, "log_probs": known})
-        write_whole(file, text)
+        found = {"weights": weights, "dtype": dtype, "log_probs": known}
+        write_whole(file, json.dumps(found))
     dist.barrier()
     return log_probs
 
 
 def read_reference(file: Path, weights: str, dtype: str) -> dict[str, list[float]]:
-    """Read a file of reference log-probabilities, if it exists: a row's key → its two."""
+    """Read a file of reference log-probabilities, if it exists: a row's key → its own."""
     if not file.exists():
         return {}
     try:
@@ -703,8 +719,9 @@ def read_reference(file: Path, weights: str, dtype: str) -> dict[str, list[float
 def compute_log_probs(
     cfg: PreferenceConfig, runner: Runner, rows: list[Example]
 ) -> list[list[float]]:
-    """Run the runner's weights over all rows; return each row's two log-probabilities."""
-    out = torch.zeros(len(rows), 2, dtype=torch.float64, device=runner.device)
+    """Run the runner's weights over all rows; return the log-probability of each row's answers."""
+    shape = (len(rows), len(rows[0].ids) if rows else 0)
+    out = torch.zeros(shape, dtype=torch.float64, device=runner.device)
 
     def collect(part: Tensor, log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         part[batch["rows"][batch["rows"] >= 0]] = response_sums(log_probs, batch)
@@ -719,16 +736,14 @@ def compute_log_probs(
 def check_start(cfg: PreferenceConfig, values: dict[str, float]) -> None:
     """Check that policy and reference are one before the first step: a = 0, so that DPO's loss is
     ln 2 and RPO's ln 2 − H(σ(b)). Otherwise the reference is of other weights, tokens or code."""
-    # of a whole answer's log-probability
-    nats = {"fp32": 1e-3, "bf16": 0.5}[cfg.mesh.compute_dtype]
-    off = values["abs_drift"] / 2  # a pair's two answers
+    nats = {"fp32": 1e-3, "bf16": 0.5}[cfg.mesh.compute_dtype]  # of an answer's log-probability
+    off = values["abs_drift"]
     due = values["at_reference"]
     loss = values["preference_loss"]
     if off > nats or abs(loss - due) > 1e-6 + cfg.beta * 4 * nats * max(1.0, abs(due)):
-        raise ValueError(
-            f"before the first step policy and reference differ by {off:.4g} nats an answer, the "
-            f"loss is {loss:.6f} where {due:.6f} is due: wrong --reference, or a wrong rendering"
-        )
+        found = f"policy and reference differ by {off:.4g} nats an answer, the loss is {loss:.6f}"
+        wrong = f"where {due:.6f} is due: wrong --reference, or a wrong rendering"
+        raise ValueError(f"before the first step {found} {wrong}")
     log.info(f"self-test: policy = reference within {off:.2g} nats, loss {loss:.6f} as it must be")
 
 
@@ -740,9 +755,7 @@ def with_model(cfg: AlignConfig) -> AlignConfig:
     if not cfg.init and cfg.model == AlignConfig.model:
         raise ValueError("init: no weights to start from: set --init RUN or --init hf:FOLDER")
     model = read_config(cfg.init.removeprefix("hf:")) if cfg.init else cfg.model
-    heads = cfg.n_attributes if isinstance(cfg, RewardConfig) else 0
-    if isinstance(cfg, RewardConfig) and heads not in (5, 9):
-        raise ValueError(f"n_attributes={heads}: must be 5 or 9")
+    heads = getattr(cfg, "n_attributes", 0)  # of a reward model
     if model.n_attributes and not heads:
         raise ValueError(f"init={cfg.init} is a reward model: this stage trains a language model")
     names = ("seq_len", "lora_rank", "lora_alpha", "lora_targets")
@@ -769,33 +782,19 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
     numbers = range(min(len(held_out.rows), cfg.eval_batches * cfg.batch))
 
     def values(loss: float) -> dict[str, float]:
-        measured = {"loss": loss} | sums.take()
-        del measured["tokens"]
-        return {f"{name}_{key}": value for key, value in measured.items()}
+        found = {"loss": loss} | sums.take()
+        return {f"{name}_{key}": value for key, value in found.items() if key != "tokens"}
 
     return EvalSet(lambda: held_out.batches(cfg, runner, numbers), sums.loss_fn, values)
 
 
-def read_held_out(cfg: AlignConfig, tokenizer: Tokenizer) -> HeldOut:
-    """Read the rows of --val, and those of a reward model's --pairs."""
-    held_out = {}
+def read_sets(cfg: AlignConfig, tokenizer: Tokenizer) -> dict[str, list[Example]]:
+    """Read the rows of --data as `train`, those of --val, and those of a reward model's --pairs."""
+    sets = {"train": read_rows_of(cfg, cfg.data, tokenizer)}
     if cfg.val:
-        held_out["val"] = read_rows_of(cfg, cfg.val, tokenizer)
+        sets["val"] = read_rows_of(cfg, cfg.val, tokenizer)
     if isinstance(cfg, RewardConfig) and cfg.pairs:
-        rows, _ = preference_rows(cfg.pairs, tokenizer, cfg.model.seq_len, judged=True)
-        held_out["pairs"] = [replace(row, values=None) for row in rows]  # the order is enough
-    return held_out
-
-
-def eval_sets(cfg: AlignConfig, runner: Runner, held_out: HeldOut) -> list[EvalSet]:
-    """Return the held-out rows as sets to evaluate; a reward model ranks its pairs by the aggregate
-    of its attributes."""
-    sets = []
-    if "val" in held_out:
-        sets.append(eval_set("val", cfg, runner, row_set(cfg, runner, held_out["val"], cfg.val)))
-    if "pairs" in held_out:
-        pairs = RowSet(held_out["pairs"], ranking_objective(aggregate))
-        sets.append(eval_set("pairs", cfg, runner, pairs))
+        sets["pairs"] = read_rows_of(replace(cfg, loss="regular"), cfg.pairs, tokenizer)
     return sets
 
 
@@ -803,18 +802,19 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     """Run a stage from its rows to its last step; return its folder. preset: a name for it."""
     cfg = with_model(cfg)
     tokenizer = tokenizer_of(cfg)
-    rows = read_rows_of(cfg, cfg.data, tokenizer)
-    held_out = read_held_out(cfg, tokenizer)
+    sets = read_sets(cfg, tokenizer)
+    rows = sets["train"]
     n_rows = max(1, round(len(rows) * cfg.epochs))
     steps = math.ceil(n_rows / cfg.batch)  # the last one takes what is left
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
     windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
-    keys = "".join(row.key for row in rows)
-    data = hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
+    keys = "".join(row.key for row in rows).encode()
+    data = hashlib.blake2b(keys, digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
     log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
-    train_set = row_set(cfg, runner, rows, cfg.data)
+    row_sets = {name: row_set(cfg, runner, found, name) for name, found in sets.items()}
+    train_set = row_sets.pop("train")
     sums = MetricSums(train_set.objective, runner)
 
     def numbers(step: int) -> list[int]:
@@ -832,7 +832,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     if isinstance(cfg, PreferenceConfig) and not begun:
         runner.eval(batches(0), sums.loss_fn)
         check_start(cfg, sums.take())
-    evaluate = evaluator(runner, eval_sets(cfg, runner, held_out))
+    evaluate = evaluator(runner, [eval_set(k, cfg, runner, v) for k, v in row_sets.items()])
     fit(cfg, runner, batches, sums.loss_fn, evaluate, describe, sums.take)
     return cfg.out
 

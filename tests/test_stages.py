@@ -61,6 +61,14 @@ def base(tmp_path_factory, corpus):
         for _ in range(24)
     ]  # fmt: skip
     write(root / "pairs.jsonl", rows)
+    ranked = [
+        {
+            "prompt": said(rng, 6), "responses": [said(rng, 6) + f" {k}" for k in range(2 + i % 2)],
+            "rewards": [rng.uniform(0, 4) for _ in range(2 + i % 2)],
+        }
+        for i in range(18)
+    ]  # fmt: skip
+    write(root / "ranked.jsonl", [*ranked[:9], *rows[:6], *ranked[9:]])
     return root
 
 
@@ -76,7 +84,12 @@ STAGES = {
     ),
     "dpo": (align.PreferenceConfig, "pairs.jsonl", {"beta": 0.1, "sft_weight": 0.01}),
     "lora": (align.SftConfig, "sft.jsonl", {"lora_rank": 4, "lora_targets": "wq wo up down"}),
-    "rpo": (align.PreferenceConfig, "pairs.jsonl", {"loss": "rpo_bwd", "beta": 0.1, "eta": 2.0}),
+    # pairs, and rows of two or three answers
+    "rpo": (
+        align.PreferenceConfig,
+        "ranked.jsonl",
+        {"loss": "rpo_bwd", "beta": 0.1, "eta": 2.0, "sft_weight": 0.01, "seq_len": 384},
+    ),
 }
 
 
@@ -148,6 +161,48 @@ def test_a_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     same(got, alone[name])
 
 
+def test_a_row_of_ranked_answers_is_a_pair_of_the_best_and_the_worst_or_for_rpo_all_of_them(
+    base, tmp_path
+):
+    pairs = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()[:8]]
+    ranked = []
+    for i, row in enumerate(pairs):
+        answers = [(row["chosen"], 3.5), (row["rejected"], i / 4), ("in between", 2.0)]
+        row |= {"chosen_reward": 3.5, "rejected_reward": i / 4}
+        random.Random(i).shuffle(answers)
+        texts, rewards = zip(*answers, strict=True)
+        prompt = row["messages"][0]["content"]
+        ranked.append({"prompt": prompt, "responses": texts, "rewards": rewards})
+    files = [write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((pairs, ranked))]
+    for loss, n in (("dpo", 2), ("rpo_sq", 2), ("rpo_bwd", 3)):
+        cfg = align.with_model(stage(base, "rpo", "unused", loss=loss, seq_len=384, eta=1.0))
+        want, got = (align.read_rows_of(cfg, file, data.load_tokenizer(base)) for file in files)
+        assert {len(row.ids) for row in got} == {n}
+        for a, b in zip(want, got, strict=True):
+            assert all(map(np.array_equal, a.ids, b.ids)) and (a.values == b.values[:2]).all()
+        assert n == 2 or {row.values[2] for row in got} == {2.0}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rewards": [1.0]}, "2 responses, 1 rewards: two or more, and as many"),
+        ({"rewards": [1.0, None]}, r"rewards\[1\] is None, not a finite number"),
+        ({"rewards": None}, "no list in field 'rewards'"),
+        ({"responses": ["a"], "rewards": [1]}, "1 responses, 1 rewards: two or more"),
+        ({"responses": ["a", ""]}, "empty response"), ({"prompt": None}, "messages"),
+    ],
+)  # fmt: skip
+def test_ranked_answers_without_a_reward_each_are_refused_by_their_line(
+    base, tmp_path, change, words
+):
+    row = {"prompt": "one", "responses": ["two", "three"], "rewards": [1.0, 2]}
+    file = write(tmp_path / "rows.jsonl", [row, row | change])
+    cfg = align.with_model(stage(base, "rpo", "unused"))
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{words}"):
+        align.read_rows_of(cfg, file, data.load_tokenizer(base))
+
+
 def test_each_row_is_seen_once_an_epoch_and_its_tokens_are_what_is_counted(base, tmp_path):
     seen = []
     original = align.RowSet.batches
@@ -168,13 +223,12 @@ def test_each_row_is_seen_once_an_epoch_and_its_tokens_are_what_is_counted(base,
 def test_windows_without_a_row_are_counted_and_many_are_warned_of(base, tmp_path, caplog):
     with caplog.at_level("INFO", "nemotron4"):
         align.align("sft", stage(base, "sft", tmp_path / "a", val=None, steps=1, micro_batch=8))
-    said = [m for m in caplog.messages if "hold rows" in m or "empty windows" in m]
-    held = re.fullmatch(r"a step has 8 windows, of which (\d) hold rows", said[0])
-    assert 0 < int(held[1]) < 4
-    assert said[1].startswith(f"{1 - int(held[1]) / 8:.0%} of the work is on empty windows: raise")
+    (said,) = [r for r in caplog.records if "hold rows" in r.message]
+    held = re.match(r"a step has 8 windows, of which (\d) hold rows: raise --batch", said.message)
+    assert 0 < int(held[1]) < 4 and said.levelname == "WARNING"
     caplog.clear()
     align.align("sft", stage(base, "sft", tmp_path / "b", val=None, steps=1))
-    assert "empty windows" not in caplog.text
+    assert "hold rows" not in caplog.text  # without a need for advice it is no warning
 
 
 def test_a_stage_without_weights_to_start_from_is_refused_before_a_model_is_built(base):
@@ -274,7 +328,7 @@ def write_json(path, value):
 def test_the_self_test_says_what_the_first_loss_must_be(base, tmp_path, caplog):
     with caplog.at_level("INFO", "nemotron4"):
         align.align("dpo", stage(base, "dpo", tmp_path / "dpo", steps=1))
-        align.align("rpo", stage(base, "rpo", tmp_path / "rpo", steps=1))
+        align.align("rpo", stage(base, "rpo", tmp_path / "rpo", steps=1, data=base / "pairs.jsonl"))
     dpo, rpo = (m for m in caplog.messages if m.startswith("self-test"))
     assert f"loss {np.log(2):.6f}" in dpo
     rows = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
@@ -486,5 +540,6 @@ def test_trl_computes_the_same_dpo_loss_of_the_same_rows_and_models(base, tmp_pa
                 batch["tokens"], batch["positions"], batch["documents"], targets=batch["targets"]
             )
         sums.append(align.response_sums(log_probs, batch))
-    a = align.preference_margin(sums[0], sums[1], 0.1)
+    log_ratio = sums[0] - sums[1]
+    a = 0.1 * (log_ratio[:, 0] - log_ratio[:, 1])
     assert align.dpo_loss(a).mean().item() == pytest.approx(want, rel=1e-5)
