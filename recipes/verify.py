@@ -134,18 +134,21 @@ def clean_items(items: list[str]) -> list[str]:
 OPERATORS = {"-": "−", "*": "×", "/": "÷"}
 
 
+SIGNS = "+<=>|~$^%"  # what Unicode calls signs among ASCII, and two more
+
+
 class Plain(dict):
     """Maps a letter, digit or accent to itself, a sign to a word, punctuation to a space."""
 
-    def __missing__(self, code: int) -> str:
+    def __missing__(self, code: int) -> str | None:
         char = chr(code)
         kind = unicodedata.category(char)
-        if kind in ("Sm", "Sc", "So") or char in "%^":
-            self[code] = f" {char} "
-        elif kind[0] in "LMN":
+        if kind[0] in "LMN" or char in SIGNS:
             self[code] = char
+        elif char in "'’":
+            self[code] = None
         else:
-            self[code] = "" if char in "'’" else " "
+            self[code] = f" {char} " if kind in ("Sm", "Sc", "So") else " "
         return self[code]
 
 
@@ -166,6 +169,8 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"[-*/](?=\s*\d)", lambda m: OPERATORS[m[0]], text)
     text = re.sub(r"\d\s*[-*/]", lambda m: m[0][:-1] + OPERATORS[m[0][-1]], text)
+    for sign in SIGNS:  # translate is ten times as fast where it maps a letter to a letter
+        text = text.replace(sign, f" {sign} ")
     words = text.translate(PLAIN).split()
     plain = " ".join(words)
     if text.isascii() and max(map(len, words), default=0) <= 40:
