@@ -14,7 +14,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -99,6 +99,19 @@ def write_prompts(cfg: DemoConfig, name: str, n: int) -> tuple[Path]:
     tasks = draw_tasks(cfg, name, n, 0.25)
     rows = ({"prompt": task.prompt} for task in tasks)
     return (write_rows(cfg.out / f"{name}_prompts.jsonl", rows),)
+
+
+def write_tasks(cfg: DemoConfig, name: str, n: int, held_out: bool = False) -> Path:
+    """Write prompts with the tasks that they ask for, by which `mark` marks any answer."""
+    tasks = draw_tasks(cfg, name, n, 0.25, held_out)
+    rows = ({"prompt": task.prompt, "task": asdict(task)} for task in tasks)
+    return write_rows(cfg.out / f"{name}_tasks.jsonl", rows)
+
+
+def mark(row: dict[str, Any], text: str) -> float:
+    """Return the program's reward of an answer to a row of `write_tasks`: recipes.online's verifier
+    in the demo."""
+    return Task(**row["task"]).reward(text)
 
 
 def engine_of(run: Path) -> Engine:
@@ -289,16 +302,22 @@ def markdown(rows: dict[str, dict[str, float]], first: str) -> str:
     return "\n".join(table((first, *names), body)).strip()
 
 
-def weak_start(cfg: DemoConfig) -> Path:
-    """Train the base, the reward model, and, with a fifth of the SFT, the weak model from which
-    recipes.iterate begins; return the last."""
-    if not (cfg.out / "weak").exists():  # many loops may share the folder when all is there
+def tuned_start(cfg: DemoConfig, last: str = "general_sft") -> Path:
+    """Train the base, two SFTs and the reward model; return the SFT model, from which an online run
+    begins, or the stage `last`, which is trained too."""
+    if not (cfg.out / last).exists():  # many loops may share the folder when all is there
         cfg.out.mkdir(parents=True, exist_ok=True)
         hold(cfg.out)
-    stages = stages_of(cfg)
-    for name in ("base", "code_sft", "general_sft", "reward"):
+    stages = stages_of(cfg) | {"weak": partial(supervised, cfg, "weak", "code_sft", 0.15, 3_500)}
+    for name in ("base", "code_sft", "general_sft", "reward", last):
         finished_run(stages[name]())
-    return finished_run(supervised(cfg, "weak", "code_sft", calls=0.15, n=3_500))
+    return cfg.out / last
+
+
+def weak_start(cfg: DemoConfig) -> Path:
+    """Train what tuned_start does and, with a fifth of the SFT, the weak model from which
+    recipes.iterate begins."""
+    return tuned_start(cfg, "weak")
 
 
 def demo(cfg: DemoConfig) -> None:
