@@ -1,0 +1,215 @@
+"""Align by KTO: single answers, each of which was chosen or rejected, instead of pairs.
+
+The loss weighs an answer against the policy's divergence from its reference, which is estimated on
+strangers: each prompt with another row's answer. The estimate is of the whole batch, so that it is
+the same on every mesh, and costs a forward pass before each step.
+
+    python -m recipes.kto --init runs/sft --data answers.jsonl
+"""
+
+import hashlib
+import logging
+import math
+import sys
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align import (
+    AlignConfig,
+    MetricSums,
+    Objective,
+    PreferenceConfig,
+    RowSet,
+    Sums,
+    check_rows,
+    check_start,
+    eval_set,
+    n_rows,
+    reference_log_probs,
+    response_sums,
+    row_order,
+    show_row,
+    tokenizer_of,
+    values_of,
+    window_multiple,
+    with_model,
+)
+from data import Example, Messages, Tokenizer, messages_of, read_rows, render_answer, required
+from parallel import Batch, Runner, from_rank_0, init_mesh, run, step_folders, world_size
+from recipes.online import before_each_step
+from train import choose_config, evaluator, fit, set_up_logging, start
+
+log = logging.getLogger("nemotron4")
+
+
+@dataclass(frozen=True)
+class KtoConfig(AlignConfig):
+    """Align a model by answers that were chosen or rejected, one a row: `prompt`, `response` and
+    `preference`."""
+
+    beta: float = 0.2  # KL coefficient: factor of the log-ratio between policy and reference.
+    reference: Path | None = None
+    """File of reference log-probabilities; default: beside the rows, by the weights' hash."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.as_preference()  # raises what is wrong with beta
+
+    def as_preference(self) -> PreferenceConfig:
+        """Return these settings as those of the stage whose reference is kept in the same way."""
+        shared = {field.name: getattr(self, field.name) for field in fields(AlignConfig)}
+        return PreferenceConfig(**shared, beta=self.beta, reference=self.reference)
+
+
+def kto() -> KtoConfig:
+    """Train on single answers, in one epoch; rate and batch are as in DPO's stage."""
+    return KtoConfig(lr=1e-7, batch=256)  # beta: NeMo-Aligner's
+
+
+def kto_loss(log_ratio: Tensor, chosen: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """Return 1 − σ(β (L − z)) of each answer that was chosen, 1 − σ(β (z − L)) of any other (arXiv
+    2402.01306), where L is its log π/π_ref, and z = kl ≥ 0 the divergence of π from π_ref."""
+    margin = beta * (log_ratio - kl)
+    return torch.sigmoid(torch.where(chosen, -margin, margin))
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def read_judged(row: dict[str, Any]) -> tuple[list[Messages], np.ndarray]:
+    """Parse {"prompt" or "messages", "response", "preference"}; the last is chosen or rejected."""
+    prompt = messages_of(row.get("prompt", row.get("messages")), "user")
+    answer = messages_of(required(row, "response"), "assistant")
+    if required(row, "preference") not in ("chosen", "rejected"):
+        raise ValueError(f"preference is {row['preference']!r}: must be chosen or rejected")
+    return [[*prompt, *answer]], np.float32([1 if row["preference"] == "chosen" else -1])
+
+
+def with_strangers(rows: list[Example], seq_len: int) -> list[Example]:
+    """Give each row a second segment: its prompt with the answer of the next row, which is cut
+    where the window ends. A row that leaves no room for it goes."""
+    out = []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        start = int(row.trained[0].argmax())
+        answer = other.ids[0][other.trained[0]][: max(0, seq_len - row.length - start)]
+        ids = np.concatenate([row.ids[0][:start], answer])
+        trained = np.arange(len(ids)) >= start
+        if len(answer):
+            both = dict(ids=(row.ids[0], ids), trained=(row.trained[0], trained))
+            out.append(replace(row, **both))
+    if not out:
+        raise ValueError(f"no row leaves room for another's answer: raise --seq-len {seq_len}")
+    log.info(f"{len(rows) - len(out):,} rows leave no room for another's answer beside them")
+    return out
+
+
+def kto_rows(cfg: KtoConfig, path: Path, tokenizer: Tokenizer) -> list[Example]:
+    """Read a file of answers, each with its stranger."""
+    how = dict(seq_len=cfg.model.seq_len, skip_bad=cfg.skip_bad, shorten=cfg.shorten)
+    rows, _ = read_rows(path, read_judged, partial(render_answer, tokenizer=tokenizer), **how)
+    rows = with_strangers(rows, cfg.model.seq_len)
+    check_rows(cfg, rows, path)
+    return rows
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+
+def log_ratios(log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Return log π/π_ref of each row's answer and of its stranger, (N, 2)."""
+    return response_sums(log_probs, batch) - batch["reference"][batch["rows"] >= 0]
+
+
+def with_kl(runner: Runner, batches: list[Batch]) -> list[Batch]:
+    """Give each micro-batch z: the mean log-ratio of all strangers of the step, on all processes,
+    by the weights that the runner holds now; or zero, if that is negative."""
+    mean = runner.eval(batches, lambda out, batch: log_ratios(out, batch)[:, 1].sum())
+    return [batch | {"kl": mean.clamp(min=0)} for batch in batches]
+
+
+def kto_objective(beta: float) -> Objective:
+    """Return KTO's objective, a mean over rows. Logged are the share of answers on the right side
+    of the divergence, their margin, and the divergence."""
+
+    def measure(log_probs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
+        """Sum the loss of a micro-batch, and what `check_start` compares beside what is logged."""
+        log_ratio, stranger = log_ratios(log_probs, batch).T
+        chosen = values_of(batch)[:, 0] > 0
+        loss = kto_loss(log_ratio, chosen, batch["kl"], beta).sum()
+        margin = beta * (log_ratio.detach() - batch["kl"]) * torch.where(chosen, 1, -1)
+        n = torch.ones_like(margin).sum()
+        sums = {"rows": n, "chosen": chosen.sum(), "kl": n * batch["kl"]}
+        sums |= {"accuracy": (margin > 0).sum(), "beta_margin": margin.sum()}
+        sums |= {"preference_loss": loss, "at_reference": n / 2}
+        sums["abs_drift"] = torch.maximum(log_ratio.abs(), stranger.abs()).sum()
+        return loss, sums
+
+    names = ("rows", "chosen", "kl", "accuracy", "beta_margin")
+    names += ("preference_loss", "at_reference", "abs_drift")
+    return Objective(measure, n_rows, names, "rows")
+
+
+def row_set(cfg: KtoConfig, runner: Runner, rows: list[Example], path: Path) -> RowSet:
+    """Return rows with the reference's log-probabilities, by the weights that the runner holds."""
+    reference = reference_log_probs(cfg.as_preference(), runner, rows, path)
+    return RowSet(rows, kto_objective(cfg.beta), reference)
+
+
+def align_by_kto(preset: str, cfg: KtoConfig) -> Path:
+    """Run the stage from its rows to its last step; return its folder. preset: a name for it."""
+    cfg = with_model(cfg)
+    tokenizer = tokenizer_of(cfg)
+    rows = kto_rows(cfg, cfg.data, tokenizer)
+    held_out = kto_rows(cfg, cfg.val, tokenizer) if cfg.val else []
+    total = max(1, round(len(rows) * cfg.epochs))
+    steps = math.ceil(total / cfg.batch)
+    cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
+    windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
+    cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
+    keys = "".join(row.key for row in rows).encode()
+    data = hashlib.blake2b(keys, digest_size=8).hexdigest()
+    cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
+    log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
+    train_set = row_set(cfg, runner, rows, cfg.data)
+    sums = MetricSums(train_set.objective, runner)
+    sets = []
+    if held_out:
+        plain = eval_set("val", cfg, runner, row_set(cfg, runner, held_out, cfg.val))
+        sets.append(plain._replace(batches=lambda: with_kl(runner, plain.batches())))
+
+    def numbers(step: int) -> list[int]:
+        first = step * cfg.batch
+        return row_order(len(rows), cfg.seed, first, min(cfg.batch, total - first))
+
+    def batches(step: int) -> list[Batch]:
+        return train_set.batches(cfg, runner, numbers(step))
+
+    def describe(step: int) -> str:
+        return ", ".join(rows[i].where for i in numbers(step))
+
+    if not from_rank_0(lambda: bool(step_folders(cfg.out / "checkpoints"))):
+        runner.eval(with_kl(runner, batches(0)), sums.loss_fn)
+        check_start(cfg.as_preference(), sums.take())
+    before_each_step(runner, partial(with_kl, runner))
+    fit(cfg, runner, batches, sums.loss_fn, evaluator(runner, sets), describe, sums.take)
+    return cfg.out
+
+
+def main() -> None:
+    sys.argv[0] = "python -m recipes.kto"  # as the help names it
+    args = sys.argv[1:]
+    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        args = ["kto", *args]
+    set_up_logging()
+    about = " ".join(KtoConfig.__doc__.split())
+    run(lambda: align_by_kto(*choose_config(args, {"kto": kto}, about)))
+
+
+if __name__ == "__main__":
+    main()
