@@ -27,13 +27,13 @@ import sqlite3
 import sys
 import sysconfig
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 import tiktoken
@@ -89,8 +89,10 @@ class HuggingFace(Tokenizer):
     """Runs a tokenizer.json with `tokenizers`, or with tiktoken, which is faster, if it can."""
 
     # other tokenizers' spellings of our control tokens
-    ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
-    ALIASES = {"<pad>": ("[PAD]", "<|pad|>"), "<s>": ("<bos>",), "</s>": ENDS}
+    ALIASES = {
+        "<pad>": ("[PAD]", "<|pad|>"), "<s>": ("<bos>",),
+        "</s>": ("<|endoftext|>", "<|end_of_text|>", "<eos>"),
+    }  # fmt: skip
 
     def __init__(self, standard: tokenizers.Tokenizer) -> None:
         """Find the control tokens, and make an encoder whose texts cannot spell them."""
@@ -177,21 +179,21 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     """Train a byte-level BPE, whose ids are SPECIALS, then the 256 bytes, then the merges."""
-    least = len(SPECIALS) + 256
-    if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size}: control tokens and bytes need at least {least}")
     standard = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     standard.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
     standard.decoder = decoders.ByteLevel()
-    start = dict(special_tokens=list(SPECIALS), show_progress=False)
-    start["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **start)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     standard.train_from_iterator(texts, trainer)
     found = standard.get_vocab_size()
-    if found < vocab_size:
-        raise ValueError(f"too few distinct words for vocab_size={vocab_size}: ask for {found}")
+    if found != vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: these texts make it {found}: ask for that")
     return HuggingFace(standard)
 
 
@@ -243,16 +245,16 @@ class BadDocument(ValueError):
     """Says where a document or row cannot be read, which rule it breaks, and what to do."""
 
 
-OnBad = Callable[[BadDocument], None]  # readers give it what they cannot read, and go on
-Texts = Iterator[tuple[str, Any]]  # what readers yield: ("FILE:LINE", what should be a text)
+OnBad = Callable[[str], None]  # readers give it what they cannot read, and go on
+Records = Iterator[tuple[str, Record]]  # what readers yield: ("FILE:LINE", a row)
 
 
-def refuse(bad: BadDocument) -> None:
+def refuse(bad: str) -> None:
     """Stop at the first bad document."""
-    raise bad from None
+    raise BadDocument(bad) from None
 
 
-def count_bad(bad: BadDocument, skip_bad: bool, counts: Counts, level: int = logging.DEBUG) -> None:
+def count_bad(bad: str, skip_bad: bool, counts: Counts, level: int = logging.DEBUG) -> None:
     """Count and log a bad document if `skip_bad`, or else stop at it."""
     if not skip_bad:
         raise BadDocument(f"{bad}, or --skip-bad") from None
@@ -293,84 +295,79 @@ def hold(folder: Path) -> None:
     HELD[path] = file
 
 
+def unique(fields: list[tuple[str, Any]]) -> Record:
+    """Make an object of its fields, of which none may come twice."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise ValueError(f"a field comes twice: {fields!s:.200}")
+    return row
+
+
 def parse_line(line: bytes, text_field: str) -> Record:
     """Return the JSON object on a line, or {text_field: line} if that is set and there is none."""
     if text_field and not line.startswith(b"{"):
         return {text_field: line.decode().rstrip("\r\n")}
-    try:
-        row = json.loads(line.decode())
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # raises a ValueError for a lone surrogate
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON, an object a line ({e})") from None
+    row = json.loads(line.decode(), object_pairs_hook=unique)
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
+        raise ValueError(f"but a {type(row).__name__}")
+    if b"\\ud" in line.lower():
+        json.dumps(row, ensure_ascii=False).encode()  # raises a ValueError for a lone surrogate
     return row
 
 
 @contextlib.contextmanager
-def open_bytes(file: str | Path, on_bad: OnBad) -> Iterator[Iterable[bytes]]:
+def open_bytes(file: str | Path, on_bad: OnBad) -> Iterator[Any]:
     """Open a file, unpacked if its content is gzip, or for "-" standard input."""
     if str(file) == "-":
         yield sys.stdin.buffer
         return
     with open(file, "rb") as raw:
-        start = raw.peek(4)
-        if start.startswith(b"\x28\xb5\x2f\xfd"):
-            raise ValueError(f"{file}: packed by zstd: unpack it first, with zstd -d")
-        packed = start.startswith(b"\x1f\x8b")
+        packed = raw.peek(2).startswith(b"\x1f\x8b")
         with gzip.open(raw) if packed else contextlib.nullcontext(raw) as unpacked:
             try:
                 yield unpacked
             except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-                on_bad(BadDocument(f"{file}: broken gzip stream ({e}): fetch it again"))
+                on_bad(f"{file}: broken gzip stream ({e}): fetch it again")
 
 
-def read_jsonl(
-    file: str | Path, on_bad: OnBad = refuse, text_field: str = ""
-) -> Iterator[tuple[str, Record]]:
-    """Yield ("FILE:LINE", object) for each line of a JSON Lines file that is not blank. What cannot
-    be read goes to `on_bad`. With `text_field`, a line that does not begin with { is a text."""
+def read_json(file: str | Path, on_bad: OnBad, text_field: str = "") -> Records:
+    """Yield the object on each line that is not blank, or those of a .json file that is a list."""
+    place = f"{file}:"
     with open_bytes(file, on_bad) as lines:
+        listed = re.search(r"\.json(\.gz)?$", str(file), re.IGNORECASE)
+        if listed and b"[" in lines.peek(4)[:4]:  # perhaps after a byte order mark
+            place += " row "
+            try:
+                rows = json.loads(lines.read().decode("utf-8-sig"), object_pairs_hook=unique)
+                lines = [json.dumps(row).encode() for row in rows]
+            except (ValueError, RecursionError) as e:
+                on_bad(f"{file}: not JSON, a list of objects ({e}): mend it")
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
             try:
-                row = parse_line(line, text_field)
-            except ValueError as e:
-                on_bad(BadDocument(f"{file}:{number}: {e}: mend the line"))
-            else:
-                yield f"{file}:{number}", row
+                if line.strip():
+                    yield f"{place}{number}", parse_line(line, text_field)
+            except (ValueError, RecursionError) as e:
+                on_bad(f"{place}{number}: not JSON, an object a line ({e}): mend the line")
 
 
-def read_json_texts(path: Path, text_field: str, on_bad: OnBad) -> Texts:
-    """Yield one field of each object in a JSON Lines file, or the object if it has none."""
-    for where, row in read_jsonl(path, on_bad):
-        yield where, row.get(text_field, row)
-
-
-def read_parquet(path: Path, text_field: str, on_bad: OnBad) -> Texts:
-    """Yield one column of a parquet file, a batch of rows at a time."""
+def read_parquet(file: str | Path, on_bad: OnBad) -> Records:
+    """Yield the rows of a parquet file, a batch at a time."""
     try:
         import pyarrow.parquet
     except ImportError as e:
-        raise ValueError(f"{path}: parquet needs pyarrow: pip install -e '.[parquet]'") from e
+        raise ValueError(f"{file}: parquet needs pyarrow: pip install -e '.[parquet]'") from e
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                rule = f"no column {text_field!r} (it has {names}): set --text-field"
-                return on_bad(BadDocument(f"{path}: {rule}"))
-            batches = table.iter_batches(batch_size=1024, columns=[text_field])
-            columns = (batch.column(0).to_pylist() for batch in batches)
-            for number, value in enumerate(itertools.chain.from_iterable(columns), 1):
-                yield f"{path}: row {number}", value
-    except pyarrow.ArrowException as e:
-        on_bad(BadDocument(f"{path}: broken parquet file ({e}): fetch it again"))
+        with pyarrow.parquet.ParquetFile(file) as table:
+            batches = table.iter_batches(batch_size=1024)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, 1):
+                yield f"{file}: row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+        on_bad(f"{file}: broken parquet file ({e}): fetch it again")
 
 
-def read_text(path: Path, text_field: str, on_bad: OnBad) -> Texts:
+def read_text(path: Path, on_bad: OnBad) -> Iterator[tuple[str, Any]]:
     """Yield a text file as one document, or as several if it exceeds MAX_DOCUMENT_BYTES."""
     line = 1
     with open_bytes(path, on_bad) as file:
@@ -382,12 +379,13 @@ def read_text(path: Path, text_field: str, on_bad: OnBad) -> Texts:
             except UnicodeDecodeError as e:
                 bad_line = line + piece[: e.start].count(b"\n")
                 rule = f"not UTF-8 (byte 0x{piece[e.start]:02x}): convert it"
-                on_bad(BadDocument(f"{path}:{bad_line}: {rule}"))
+                on_bad(f"{path}:{bad_line}: {rule}")
             line += piece.count(b"\n")
 
 
-READERS = {  # by the end of a file's name, in any case, perhaps with .gz
-    r"\.(jsonl|ndjson|json)": read_json_texts,
+# by the end of a file's name, in any case, perhaps with .gz
+READERS: dict[str, Callable[..., Any]] = {
+    r"\.(jsonl|ndjson|json)": read_json,
     r"\.parquet": read_parquet,
     r"\.(txt|md|rst|tex|html|xml|css|js|ts|tsx|jsx|py|c|h|cc|cpp|hpp|cu|cuh|java|kt|scala|go|rs|rb"
     r"|php|swift|m|cs|lua|pl|r|jl|sh|sql|yaml|yml|toml|ini|cfg|cmake|asm|f90|hs|ml|ex|erl|clj|lisp"
@@ -395,12 +393,23 @@ READERS = {  # by the end of a file's name, in any case, perhaps with .gz
 }
 
 
-def reader_of(path: Path) -> Callable[[Path, str, OnBad], Texts] | None:
+def reader_of(path: str | Path) -> Callable[..., Any] | None:
     """Return the reader of a file, or None if the end of its name is not known."""
     for ending, reader in READERS.items():
-        if re.search(rf"{ending}(\.gz)?$", path.name, re.IGNORECASE):
+        if re.search(rf"{ending}(\.gz)?$", str(path), re.IGNORECASE):
             return reader
     return None
+
+
+def read_records(file: str | Path, on_bad: OnBad = refuse, text_field: str = "") -> Records:
+    """Yield (place, object) for each row of JSON Lines, a .json file's list or parquet. What cannot
+    be read goes to `on_bad`. With `text_field`, a line that does not begin with { is a text."""
+    if reader_of(file) is read_parquet:
+        return read_parquet(file, on_bad)
+    return read_json(file, on_bad, text_field)
+
+
+read_jsonl = read_records  # the name that other modules know
 
 
 def files_of(root: Path) -> list[Path]:
@@ -413,22 +422,19 @@ def files_of(root: Path) -> list[Path]:
     return sorted(p for p in files if "/." not in f"/{p.relative_to(root).as_posix()}")
 
 
-def by_suffix(paths: Iterable[Path]) -> str:
-    """Count files by the ends of their names."""
-    counts = Counter(path.suffix.lower() or "without suffix" for path in paths)
-    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common()) or "none"
-
-
 def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refuse) -> Iterator[str]:
     """Yield the documents of files; a given file with another ending is read as text."""
     for path in paths:
-        for where, text in (reader_of(path) or read_text)(path, text_field, on_bad):
+        read = reader_of(path) or read_text
+        for where, text in read(path, on_bad):
+            if read is not read_text:
+                text = text.get(text_field, text)
             if isinstance(text, str):
                 yield text.removeprefix("\ufeff")  # a byte order mark
             else:
                 found = sorted(text) if isinstance(text, dict) else type(text).__name__
                 rule = f"no string in field {text_field!r} (found: {found}): set --text-field"
-                on_bad(BadDocument(f"{where}: {rule}"))
+                on_bad(f"{where}: {rule}")
 
 
 def standard_library() -> list[Path]:
@@ -443,7 +449,7 @@ def embedded_code(on_bad: OnBad = refuse) -> Iterator[str]:
     return read_documents(standard_library(), "", on_bad)
 
 
-def embedded_english() -> Iterator[str]:
+def embedded_english(on_bad: OnBad = refuse) -> Iterator[str]:
     """Yield English by people: the topics that `help()` shows, and the docstrings of modules."""
     from pydoc_data.topics import topics
 
@@ -460,7 +466,7 @@ def embedded_english() -> Iterator[str]:
             yield text
 
 
-EMBEDDED = {"english": lambda on_bad: embedded_english(), "code": embedded_code}
+EMBEDDED = {"english": embedded_english, "code": embedded_code}
 
 # ---- prepare -------------------------------------------------------------------------------------
 
@@ -480,54 +486,40 @@ class PrepareConfig:
     skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first.
     workers: int = os.cpu_count() or 1  # Threads that encode (encoders release Python's lock).
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}: a share, 0 <= val_fraction < 1")
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: at least 1")
-
 
 Source = Callable[[OnBad], Iterator[str]]  # reads a source's documents from the start
 
 
-def open_sources(cfg: PrepareConfig) -> tuple[dict[str, Source], str]:
-    """Return the sources by name, or the embedded corpus if none is given, and what is read."""
+def open_sources(cfg: PrepareConfig) -> dict[str, Source]:
+    """Return the sources by name, or the embedded corpus if none is given."""
     if not cfg.sources:
-        return dict(EMBEDDED), "Python's own library and documentation"
+        return EMBEDDED
     files: dict[str, list[Path]] = defaultdict(list)
-    left_out: list[Path] = []
     for source in cfg.sources:
         name, _, path = source.partition("=")
         if not path or not name.replace("-", "_").isidentifier():
             raise ValueError(f"source {source!r}: write NAME=PATH, NAME of letters, digits, -, _")
-        files[name] += []
         root = Path(path).expanduser()
         for file in files_of(root):
             # a .json in a folder is settings more often than rows: it is to be given by name
             known = reader_of(file) and not re.search(r"\.json(\.gz)?$", file.name, re.I)
-            (files[name] if known or file == root else left_out).append(file)
-    left = f"files left out: {by_suffix(left_out)}"
-    sources: dict[str, Source] = {}
-    for name, paths in files.items():
-        if not paths:
-            raise ValueError(f"source {name!r}: no text, source code, .jsonl or .parquet; {left}")
-        sources[name] = partial(read_documents, paths, cfg.text_field)
-    return sources, f"{by_suffix(itertools.chain(*files.values()))}; {left}"
+            if known or file == root:
+                files[name].append(file)
+        if not files[name]:
+            raise ValueError(f"source {name!r}: no text, source code, .jsonl or .parquet in {root}")
+    return {name: partial(read_documents, files[name], cfg.text_field) for name in files}
 
 
 def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Iterator[str]:
     """Yield about 100 MB of text, an equal share from the beginning of each source."""
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dict(bad=0))
-    share = 100_000_000 // len(sources)
-    for name, read in sources.items():
-        left = share
+    for read in sources.values():
+        left = 100_000_000 // len(sources)
         for text in read(on_bad):
             yield text
             left -= len(text)
             if left < 0:
                 break
-        if left == share:
-            raise ValueError(f"source {name!r} is empty: no document in it")
 
 
 def clean(
@@ -535,63 +527,53 @@ def clean(
 ) -> Iterator[tuple[str, int, int]]:
     """Yield (text, number of bytes, first 64 bits of its digest) of each document worth keeping.
     Blank ones, and exact duplicates whose digest is among `seen`, are counted in `dropped`."""
-    insert = "INSERT OR IGNORE INTO digests VALUES (?)"
     for text in documents:
         raw = text.encode()
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         if not text.strip():
             dropped["empty"] += 1
-        elif not seen.execute(insert, (digest,)).rowcount:
+        elif not seen.execute("INSERT OR IGNORE INTO digests VALUES (?)", (digest,)).rowcount:
             dropped["duplicate"] += 1
         else:
             yield text, len(raw), int.from_bytes(digest[:8], "big")
 
 
 def encode_all(
-    documents: Iterable[Any], encode: Callable[[str], np.ndarray], workers: int
+    documents: Iterator[Any], encode: Callable[[str], np.ndarray], workers: int
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...). About
-    a million characters a worker are under way at a time, so that memory stays bounded."""
-    under_way = deque()
-    n_chars = 0
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for document in documents:
-            under_way.append((document, pool.submit(encode, document[0])))
-            n_chars += len(document[0])
-            while n_chars > workers << 20:
-                document, future = under_way.popleft()
-                n_chars -= len(document[0])
-                yield document, future.result()
-        for document, future in under_way:
-            yield document, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for them
+    """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...). While
+    some are yielded the next ones are read and encoded: a bounded number."""
+    done: Iterable[Any] = ()
+    with ThreadPoolExecutor(workers) as pool:
+        while some := list(itertools.islice(documents, 32 * workers)):
+            ids = pool.map(encode, [document[0] for document in some])
+            yield from done
+            done = zip(some, ids, strict=True)
+        yield from done
 
 
 class TokenWriter:
     """Appends to STEM.bin (tokens, </s> after each document) and STEM.idx (int64: its offsets)."""
 
     def __init__(self, stem: str, dtype: type, eos: int) -> None:
-        self.bin = open(f"{stem}.bin", "wb")
-        self.idx = open(f"{stem}.idx", "wb")
+        self.files = [open(f"{stem}.{end}", "wb") for end in ("bin", "idx")]
         self.dtype = dtype
         self.eos = eos
         self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
-        self.idx.write(np.int64(0).tobytes())
+        self.files[1].write(bytes(8))
 
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
         document = np.append(ids, self.eos).astype(self.dtype).tobytes()
-        self.bin.write(document)
         self.counts["documents"] += 1
         self.counts["tokens"] += len(ids) + 1
         self.counts["bytes"] += n_bytes
         self.counts["crc"] = zlib.crc32(document, self.counts["crc"])
-        self.idx.write(np.int64(self.counts["tokens"]).tobytes())
+        self.files[0].write(document)
+        self.files[1].write(np.int64(self.counts["tokens"]).tobytes())
 
     def close(self) -> Counts:
         """Flush both files to disk, and return the split's entry of the manifest."""
-        for file in (self.bin, self.idx):
+        for file in self.files:
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -599,7 +581,7 @@ class TokenWriter:
 
 
 def prepare_source(
-    cfg: PrepareConfig, stem: Path, tokenizer: Tokenizer, seen: sqlite3.Connection, read: Source
+    cfg: PrepareConfig, tokenizer: Tokenizer, seen: sqlite3.Connection, stem: Path, read: Source
 ) -> Record:
     """Write one source's train and validation files, and return its entry of the manifest."""
     name = stem.name
@@ -618,12 +600,10 @@ def prepare_source(
     val = writers["val"].close()
     if not train["documents"]:
         raise ValueError(f"source {name!r} is empty: no document left for training ({dropped})")
-    if not val["documents"] and cfg.val_fraction:
-        log.warning(f"{name}: too few documents for a validation split of {cfg.val_fraction}")
-    documents, tokens, n_bytes = (train[u] + val[u] for u in ("documents", "tokens", "bytes"))
-    found = f"{documents:,} documents ({val['documents']:,} for validation), {tokens:,} tokens"
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    log.info(f"{name}: {found}, {n_bytes / tokens:.2f} bytes per token; dropped: {reasons}")
+    tokens = train["tokens"] + val["tokens"]
+    ratio = (train["bytes"] + val["bytes"]) / tokens
+    found = f"{train['documents']:,} documents, {val['documents']:,} for validation"
+    log.info(f"{name}: {found}, {tokens:,} tokens, {ratio:.2f} bytes per token; dropped: {dropped}")
     return dict(train=train, val=val, dropped=dropped, dtype=np.dtype(dtype).name)
 
 
@@ -632,7 +612,7 @@ def prepare(cfg: PrepareConfig) -> None:
     until it is complete. The same input gives the same bytes."""
     if cfg.out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another --out")
-    sources, files = open_sources(cfg)
+    sources = open_sources(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     folder = cfg.out.with_name(cfg.out.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
@@ -646,20 +626,16 @@ def prepare(cfg: PrepareConfig) -> None:
         file = tokenizer.save(folder)
         seen = sqlite3.connect("")  # a temporary file, so that memory stays bounded
         seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        entries = {}
-        for name, read in sources.items():
-            entries[name] = prepare_source(cfg, folder / name, tokenizer, seen, read)
+        writing = partial(prepare_source, cfg, tokenizer, seen)
+        entries = {name: writing(folder / name, read) for name, read in sources.items()}
         eos = tokenizer.special("</s>")
         manifest = dict(vocab_size=tokenizer.vocab_size, eos=eos, tokenizer=file, sources=entries)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
         folder.rename(cfg.out)
         (cfg.out / ".lock").unlink()
-    except OSError as e:
-        e.filename = e.filename or str(folder)  # of a full disk Python says no name
-        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    log.info(f"{cfg.out}: complete, vocabulary {tokenizer.vocab_size:,}; read: {files}")
+    log.info(f"{cfg.out}: complete, vocabulary {tokenizer.vocab_size:,}")
 
 
 # ---- token files and the sampler -----------------------------------------------------------------
@@ -699,11 +675,9 @@ class TokenData:
     def tokens(self, source: str, split: str) -> np.ndarray:
         path = self.folder / f"{source}.{split}.bin"
         dtype = np.dtype(self.manifest["sources"][source]["dtype"])
-        n_tokens = self.n_tokens(source, split)
         n_bytes = path.stat().st_size
-        if n_bytes != n_tokens * dtype.itemsize:
-            rule = f"the manifest says {n_tokens} tokens of {dtype}: prepare it again"
-            raise ValueError(f"{path}: {n_bytes} bytes, {rule}")
+        if n_bytes != self.n_tokens(source, split) * dtype.itemsize:
+            raise ValueError(f"{path}: {n_bytes} bytes are not as the manifest says: prepare again")
         return np.memmap(path, dtype, "r") if n_bytes else np.zeros(0, dtype)  # no empty map exists
 
     def offsets(self, source: str, split: str) -> np.ndarray:
@@ -768,8 +742,6 @@ class Sampler:
 
     def __post_init__(self) -> None:
         """Open the sources, and split the run by blend into parts (first sample, end, shares)."""
-        if self.seq_len < 1:
-            raise ValueError(f"seq_len={self.seq_len}: at least 1")
         blends = {0: self.blend, **self.later}
         sources = dict.fromkeys(itertools.chain(*blends.values()))
         self.tokens = {source: self.data.tokens(source, self.split) for source in sources}
@@ -866,19 +838,21 @@ def check_messages(messages: Messages, answered: bool = False) -> None:
     if they are to be `answered`, end with an answer and have no empty one."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: a list of {role, content}, at least one")
+    turns = itertools.cycle(ROLES)
+    role = ""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"messages[{i}]: an object with a role and a text as content")
-        first = messages[0].get("role") == "system"
-        want = "system" if i == 0 and first else ("user", "assistant")[(i - first) % 2]
-        if message.get("role") != want:
+        role = message.get("role")
+        want = role if (i, role) == (0, "system") else next(turns)
+        if role != want:
             rule = f"not {want!r}: an optional system turn, then user and assistant in turns"
-            raise ValueError(f"messages[{i}] has role {message.get('role')!r}, {rule}")
-        if answered and want == "assistant" and not message["content"].strip():
+            raise ValueError(f"messages[{i}] has role {role!r}, {rule}")
+        if answered and role == "assistant" and not message["content"].strip():
             raise ValueError(f"messages[{i}] is an empty response")
-    if messages[-1]["role"] == "system":
+    if role == "system":
         raise ValueError("messages: a user turn is missing after the system turn")
-    if answered and messages[-1]["role"] != "assistant":
+    if answered and role != "assistant":
         raise ValueError("the last message is not the assistant's")
 
 
@@ -916,7 +890,7 @@ def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
     if messages[-1]["role"] != "assistant":
         raise ValueError("messages: the last one, which is scored, must be the assistant's")
     if messages[0]["role"] != "system" or not messages[0]["content"]:
-        turns = [message for message in messages if message["role"] != "system"]
+        turns = messages[messages[0]["role"] == "system" :]
         messages = [{"role": "system", "content": REWARD_SYSTEM}, *turns]
     ids, _ = render_chat(messages, tokenizer)
     return np.append(ids[:-1], np.int32(tokenizer.special("<extra_id_2>")))
@@ -949,7 +923,7 @@ class Example:
     ids: tuple[np.ndarray, ...]  # int32 (T) of each segment
     trained: tuple[np.ndarray, ...]  # bool (T): the tokens that a loss counts
     values: np.ndarray | None  # float32: a pair's two rewards, or a scored response's label
-    where: str  # FILE:LINE
+    where: str  # FILE:LINE, or FILE: row NUMBER
 
     @property
     def length(self) -> int:
@@ -964,35 +938,39 @@ class Example:
         return digest.hexdigest()
 
 
-# the conversation of a JSON object, or the two of a pair, still unchecked, and values
-Parsed = tuple[list[Messages], np.ndarray | None]
+Parsed = tuple[list[Messages], np.ndarray | None]  # the conversation or pair, values as in Example
 Render = Callable[[Messages], Rendered]
-Examples = tuple[list[Example], Counts]  # and how many rows were bad, too long or shortened
+Examples = tuple[list[Example], Counts]
+# columns of NeMo's, ShareGPT's and UltraFeedback's files, and our names for them
+OURS = {
+    "conversations": "messages", "input": "prompt", "output": "response",
+    "chosen_response": "chosen", "rejected_response": "rejected",
+    "score_chosen": "chosen_reward", "score_rejected": "rejected_reward",
+}  # fmt: skip
+# Fields of a row or message that change what it says, or what of it is trained: no reader honours
+# them. And those that readers know.
+UNREAD = """tool_calls function_call tools functions documents system refusal reasoning_content
+reasoning thinking audio image images weight train training mask"""
+READ = """messages role content from value prompt chosen rejected chosen_reward rejected_reward
+response responses rewards label"""
+KNOWN = {*UNREAD.split(), *READ.split(), *ATTRIBUTES}
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 def required(row: Record, name: str, kind: type = object) -> Any:
-    """Return a field of a row, or raise a ValueError if it is missing or of another kind."""
+    """Return a field, or raise a ValueError that says which field is missing."""
     if row.get(name) is None or not isinstance(row[name], kind):
         noun = {str: "text", list: "list"}.get(kind, "value")
         raise ValueError(f"no {noun} in field {name!r} (it has {sorted(row)})")
     return row[name]
 
 
-def numbers(values: list[Any], names: Sequence[str]) -> np.ndarray:
+def numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     """Return values as float32, each checked to be a finite number."""
     for value, name in zip(values, names, strict=True):
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not abs(value) < 3e38:
-            raise ValueError(f"{name} is {value!r}, not a finite number")
+        if type(value) not in (int, float) or not abs(value) < 3e38:
+            raise ValueError(f"{name} is {value!r:.60}, not a finite number")
     return np.array(values, np.float32)
-
-
-# Fields of a row or message that change what it says, or what of it is trained: no reader honours
-# them. And those that readers know.
-UNREAD = """tool_calls function_call tools functions documents system refusal reasoning_content
-reasoning thinking audio image images weight train training mask"""
-READ = "messages role content prompt chosen rejected chosen_reward rejected_reward response label"
-KNOWN = {*UNREAD.split(), *READ.split(), *ATTRIBUTES}
 
 
 def check_fields(fields: Record, place: str) -> None:
@@ -1002,72 +980,66 @@ def check_fields(fields: Record, place: str) -> None:
             raise ValueError(f"{place} has {name!r}, which changes it and is not read")
 
 
-def unknown_fields(row: Record) -> set[str]:
-    """Name the fields of a row and of its messages that no reader knows."""
-    names = set(row)
-    for messages in row.values():
-        if isinstance(messages, list):
-            names.update(*(message for message in messages if isinstance(message, dict)))
-    return names - KNOWN
+def in_our_names(row: Record) -> Record:
+    """Return a row without null columns, with our names for the others; NeMo's system turn, which
+    stands apart, joins the conversation."""
+    row = {name: value for name, value in row.items() if value is not None}
+    ours = {OURS.get(name, name): value for name, value in row.items()}
+    if len(ours) < len(row):
+        raise ValueError(f"a column twice, under two names: {sorted(row)!s:.200}")
+    if "conversations" in row:
+        system = ours.pop("system", "") and messages_of(row["system"], "system")
+        ours["messages"] = [*system, *messages_of(ours["messages"], "user")]
+        if ours.get("mask") == "User":
+            del ours["mask"]
+    check_fields(ours, "the row")
+    return ours
 
 
 def messages_of(value: Any, role: str) -> Any:
-    """Return a text as one message of `role`, and messages with their role and content alone."""
+    """Return a text as one message of `role`, and messages with their role and content alone, which
+    ShareGPT and NeMo call "from" and "value"."""
     if not isinstance(value, list):
         return [{"role": role, "content": value}]
     messages = []
-    for message in value:
-        if isinstance(message, dict):
-            check_fields(message, f"messages[{len(messages)}]")
-            message = {key: message.get(key) for key in ("role", "content")}
-        messages.append(message)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"messages[{i}]: an object with a role and a text as content")
+        check_fields(message, f"messages[{i}]")
+        speaker = str(message.get("from")).lower()
+        role = message.get("role", SPEAKERS.get(speaker, speaker))
+        messages.append({"role": role, "content": message.get("content", message.get("value"))})
+    return messages
+
+
+def split_turns(text: str) -> Messages:
+    r"""Split a HelpSteer2 prompt like "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n2+2?"."""
+    messages = []
+    for turn in f"User\n{text}".split("\n<extra_id_1>"):
+        name, _, content = turn.partition("\n")
+        if name not in ROLES.values() or MARKER.search(content):
+            rule = "User or Assistant, then lines without a marker"
+            raise ValueError(f"turn {len(messages)} of the prompt is {turn[:60]!r}, not {rule}")
+        messages.append({"role": name.lower(), "content": content})
     return messages
 
 
 def read_chat(row: Record) -> Parsed:
-    """Parse {"messages": [{"role", "content"}]}."""
-    return [messages_of(required(row, "messages", list), "user")], None
-
-
-def read_preference(row: Record, rewards: bool) -> Parsed:
-    """Parse {"chosen", "rejected"}, perhaps with "chosen_reward" and "rejected_reward": answers to
-    "prompt" or "messages", as texts or messages, or whole conversations, which need no prompt."""
-    prompt = messages_of(row.get("prompt", row.get("messages", [])), "user")
-    sides = [messages_of(required(row, side), "assistant") for side in ("chosen", "rejected")]
-    if not prompt and min(map(len, sides)) < 2:
-        required(row, "prompt")
-    chats = [side if len(side) > 1 else [*prompt, *side] for side in sides]
-    for chat in chats:
-        if chat[:-1] != chats[0][:-1] or chat[-1 - len(prompt) : -1] != prompt:
-            raise ValueError("chosen and rejected do not answer the same prompt")
-    names = ("chosen_reward", "rejected_reward")
-    if rewards or any(row.get(name) is not None for name in names):
-        return chats, numbers([required(row, name) for name in names], names)
-    return chats, None
-
-
-def parse_prompt(text: str) -> Messages:
-    r"""Split a HelpSteer2 prompt like "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n2+2?"."""
-    role_of = {name: role for role, name in ROLES.items()}
-    messages = []
-    for turn in f"User\n{text}".split("\n<extra_id_1>"):
-        name, _, content = turn.partition("\n")
-        if name not in role_of or MARKER.search(content):
-            rule = f"{' or '.join(role_of)}, then lines without a marker"
-            raise ValueError(f"turn {len(messages)} of the prompt is {turn[:60]!r}, not {rule}")
-        messages.append({"role": role_of[name], "content": content})
-    return messages
+    """Parse a conversation: messages, or a prompt and its response."""
+    if "messages" in row:
+        return [messages_of(row["messages"], "user")], None
+    prompt = required(row, "prompt")
+    if "helpfulness" in row and isinstance(prompt, str):
+        prompt = split_turns(prompt)
+    answer = messages_of(required(row, "response"), "assistant")
+    return [messages_of(prompt, "user") + answer], None
 
 
 def read_scored(row: Record, n_attributes: int) -> Parsed:
-    """Parse {"messages", "label"}, or HelpSteer2's columns."""
-    if "messages" in row:
-        chat = messages_of(row["messages"], "user")
-        label = required(row, "label", list)
-    else:
-        chat = parse_prompt(required(row, "prompt", str))
-        chat.append({"role": "assistant", "content": required(row, "response", str)})
-        label = [required(row, name) for name in ATTRIBUTES]
+    """Parse a conversation and the attributes of its last answer, or HelpSteer2's columns."""
+    chats, _ = read_chat(row)
+    own = "label" in row
+    label = required(row, "label", list) if own else [required(row, name) for name in ATTRIBUTES]
     if len(label) not in (5, 9):
         raise ValueError(f"label has {len(label)} values, not 5 or 9")
     values = numbers(label, NINE_ATTRIBUTES[-len(label) :])
@@ -1075,20 +1047,46 @@ def read_scored(row: Record, n_attributes: int) -> Parsed:
     values = np.append(np.full(4, IGNORE, np.float32), values)[-n_attributes:]
     if (values == IGNORE).all():
         raise ValueError(f"none of the {n_attributes} attributes is labelled")
-    return [chat], values
+    return chats, values
 
 
-def render_answer(messages: Messages, tokenizer: Tokenizer) -> Rendered:
-    """Render messages as render_chat does, with only the last answer trained."""
+def read_preference(row: Record, rewards: bool) -> Parsed:
+    """Parse two answers, chosen and rejected, perhaps with rewards: texts or messages, or whole
+    conversations, which need no prompt."""
+    prompt = messages_of(row.get("prompt", row.get("messages", [])), "user")
+    sides = [messages_of(required(row, side), "assistant") for side in ("chosen", "rejected")]
+    if not prompt and min(map(len, sides)) < 2:
+        required(row, "prompt")
+    chats = [side if len(side) > 1 else [*prompt, *side] for side in sides]
+    before = chats[0][:-1]
+    if chats[1][:-1] != before or any(message not in before for message in prompt):
+        raise ValueError("chosen and rejected do not answer the same prompt")
+    names = ["chosen_reward", "rejected_reward"]
+    if rewards or row.keys() & names:
+        return chats, numbers([required(row, name) for name in names], names)
+    return chats, None
+
+
+def trim(chat: Messages, last: bool) -> Messages:
+    """Leave out an answer before the first question, and a `last` question without an answer."""
+    system = [message for message in chat[:1] if message["role"] == "system"]
+    turns = chat[len(system) :]
+    if turns and turns[0]["role"] == "assistant":
+        del turns[0]
+    if last and turns[1:] and turns[-1]["role"] == "user":
+        del turns[-1]
+    return system + turns
+
+
+def render_answer(messages: Messages, tokenizer: Tokenizer, judged: bool = False) -> Rendered:
+    """Render messages as render_chat does, with only the last answer trained, or to be `judged` by
+    a reward model, with nothing trained."""
+    if judged:
+        ids = render_reward(messages, tokenizer)
+        return ids, np.zeros(len(ids), bool)
     ids, trained = render_chat(messages, tokenizer)
-    trained[: len(render_chat(messages[:-1], tokenizer)[0])] = False
+    trained[: np.flatnonzero(~trained)[-1]] = False
     return ids, trained
-
-
-def render_judged(messages: Messages, tokenizer: Tokenizer) -> Rendered:
-    """Render messages as render_reward does, with nothing trained."""
-    ids = render_reward(messages, tokenizer)
-    return ids, np.zeros(len(ids), bool)
 
 
 def fit(
@@ -1118,14 +1116,14 @@ def read_rows(
     stops the run unless `skip_bad`. A long one is left out, or with `shorten` loses its earliest
     exchanges until it fits; no answer is ever cut. A null column is none."""
     examples: list[Example] = []
-    unknown = Counter()
-    counts = dict(bad=0, long=0, shortened=0)
+    columns: set[str] = set()
+    counts = dict(bad=0, trimmed=0, long=0, shortened=0)
     on_bad = partial(count_bad, skip_bad=skip_bad, counts=counts, level=logging.WARNING)
-    for where, row in read_jsonl(path, on_bad):
-        row = {name: value for name, value in row.items() if value is not None}
+    for where, row in read_records(path, on_bad):
         try:
-            check_fields(row, "the row")
-            chats, values = parse(row)
+            row = in_our_names(row)
+            given, values = parse(row)
+            chats = [trim(chat, last=parse is read_chat) for chat in given]
             for chat in chats:
                 check_messages(chat, answered=True)
             rendered, n_removed = fit(chats, render, seq_len, shorten)
@@ -1133,19 +1131,21 @@ def read_rows(
             if len(chats) == 2 and np.array_equal(*example.ids):
                 raise ValueError("chosen and rejected are equal as tokens")
         except (ValueError, RecursionError) as e:
-            on_bad(BadDocument(f"{where}: {e}: mend the line"))
+            on_bad(f"{where}: {e}: mend the line")
             continue
-        unknown.update(unknown_fields(row))
-        if example.length > seq_len:
-            counts["long"] += 1
-        else:
+        columns |= row.keys()
+        long = example.length > seq_len
+        counts["long"] += long
+        if not long:
+            counts["trimmed"] += chats != given
             counts["shortened"] += n_removed > 0
             examples.append(example)
     found = ", ".join(f"{count:,} {what}" for what, count in counts.items())
     if not examples:
         todo = "raise --seq-len" if counts["long"] else "look at the file"
         raise ValueError(f"{path}: no row left ({found}): {todo}")
-    log.info(f"{path}: {len(examples):,} rows; {found}; fields not read: {dict(unknown) or 'none'}")
+    said = f"read: {sorted(columns & KNOWN)}, fields not read: {sorted(columns - KNOWN)}"
+    log.info(f"{path}: {len(examples):,} rows; {found}; {said}")
     return examples, counts
 
 
@@ -1164,7 +1164,7 @@ def preference_rows(
 ) -> Examples:
     """Read pairs, which must have `rewards`, or are `judged` by a reward model; see read_rows."""
     parse = partial(read_preference, rewards=rewards)
-    render = partial(render_judged if judged else render_answer, tokenizer=tokenizer)
+    render = partial(render_answer, tokenizer=tokenizer, judged=judged)
     return read_rows(path, parse, render, seq_len, **options)
 
 
@@ -1172,10 +1172,9 @@ def reward_rows(
     path: str | Path, tokenizer: Tokenizer, seq_len: int, n_attributes: int = 5, **options: Any
 ) -> Examples:
     """Read scored responses, for a head of 5 or 9 attributes; see read_rows."""
-    if n_attributes not in (5, 9):
-        raise ValueError(f"n_attributes={n_attributes}: 5 or 9")
     parse = partial(read_scored, n_attributes=n_attributes)
-    return read_rows(path, parse, partial(render_judged, tokenizer=tokenizer), seq_len, **options)
+    render = partial(render_answer, tokenizer=tokenizer, judged=True)
+    return read_rows(path, parse, render, seq_len, **options)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -1183,20 +1182,19 @@ def reward_rows(
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Return which rows share each window of `room` tokens, by their numbers. Rows come longest
-    first, and each goes where it leaves least room; of several such windows, into the last."""
+    first, and each goes where it leaves least room."""
     windows: list[list[int]] = []
-    spaces: list[tuple[int, int, int]] = []  # sorted: (room left, -turn of the last row, window)
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for turn, i in enumerate(order):
+    spaces: list[tuple[int, int]] = []  # sorted: (room left, window)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         tightest = bisect.bisect_left(spaces, (lengths[i],))
         if tightest < len(spaces):
-            left, _, window = spaces.pop(tightest)
+            left, window = spaces.pop(tightest)
         else:
             left = room
             window = len(windows)
             windows.append([])
         windows[window].append(i)
-        bisect.insort(spaces, (left - lengths[i], -turn, window))
+        bisect.insort(spaces, (left - lengths[i], window))
     return windows
 
 
@@ -1223,9 +1221,6 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
     if all rows have values, rewards (W, S, 2) or labels (W, S, 5 or 9), float32, IGNORE for none
     """
-    for row in rows:
-        if row.length > window:
-            raise ValueError(f"{row.where}: {row.length} tokens in a window of {window}: drop it")
     groups = [[i] for i in range(len(rows))]
     if packed:
         groups = best_fit([row.length for row in rows], window)
@@ -1254,29 +1249,30 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """Show what a prepared folder holds, and how its batches read."""
+    """Show what a prepared folder holds, or what the rows of a file become in a stage."""
 
-    folder: tyro.conf.Positional[Path]  # Folder that `prepare` made.
-    samples: int = 3  # Number of samples of the default blend to print.
-    seq_len: int = 64  # Tokens of a sample.
+    path: tyro.conf.Positional[Path]  # Folder that `prepare` made, or file of rows.
+    stage: Literal["sft", "reward", "dpo", "rpo"] = "sft"  # Stage that is to read the rows.
+    tokenizer: str = ""  # .model or tokenizer.json file for them. Empty: each byte is a token.
+    seq_len: int = 4096  # Largest number of tokens of a row.
+    samples: int = 3  # Number of rows to print.
 
 
 def show(cfg: ShowConfig) -> None:
-    """Log the size and weight of each source, and the text of some samples."""
-    if cfg.samples < 0:
-        raise ValueError(f"samples={cfg.samples}: at least 0")
-    data = TokenData(cfg.folder)
-    blend = data.blend({})
-    tokenizer = data.tokenizer()
-    for source in data.sources:
-        train = data.manifest["sources"][source]["train"]
-        held = f"{train['documents']:,} documents, {train['tokens']:,} tokens"
-        log.info(f"{source}: weight {blend.get(source, 0):.3f}, {held}")
-    sampler = Sampler(data, blend, cfg.seq_len, seed=0)
-    for i in range(cfg.samples):
-        source, epoch, window = sampler.locate(i)
-        text = tokenizer.decode(sampler.batch([i])["tokens"][0])
-        log.info(f"--- sample {i}: {source}, epoch {epoch}, window {window}\n{text}")
+    """Log the weights and sizes of a folder's sources, or the first rows of a file: each segment's
+    text, what of it is trained, and the row's values."""
+    if cfg.path.is_dir():
+        data = TokenData(cfg.path)
+        sizes = json.dumps(data.manifest["sources"], indent=2)
+        return log.info(f"{cfg.path}: weights {data.blend({})}, sizes {sizes}")
+    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_bpe([], 263)
+    readers = dict(sft=sft_rows, reward=reward_rows, dpo=preference_rows)
+    readers["rpo"] = partial(preference_rows, rewards=True)
+    rows, _ = readers[cfg.stage](cfg.path, tokenizer, cfg.seq_len, skip_bad=True)
+    for row in rows[: cfg.samples]:
+        for ids, trained in zip(row.ids, row.trained, strict=True):
+            found = f"trained: {tokenizer.decode(ids[trained])!r}, values: {row.values}"
+            log.info(f"--- {row.where}\n{tokenizer.decode(ids)}\n{found}")
 
 
 def main() -> None:
