@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
 from tqdm import tqdm
 
 from data import (
@@ -57,12 +58,14 @@ from parallel import (
     fp32_logits,
     from_rank_0,
     init_mesh,
-    load_parts,
     on_meta,
+    open_weights,
+    own_region,
+    parsed,
     read_config,
     set_up_logging,
     shut_down,
-    tp_cuts,
+    tp_plan,
     world_size,
 )
 
@@ -79,7 +82,7 @@ class InferenceLinear(nn.Module):
     def __init__(self, weight: Tensor, reduce_group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.scale: Tensor | None = None
+        self.scale = None
         self.reduce_group = reduce_group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,13 +124,12 @@ class ShardedEmbedding(nn.Module):
 def inference_model(model: Nemotron, parts: dict[str, Tensor], tp: DeviceMesh | None) -> Nemotron:
     """Put a stage's parameters, or a tensor-parallel rank's share of them, cut by parallel.py's
     plan, into a model on meta. Without gradients, plain tensors and an all-reduce do."""
-    cuts = {} if tp is None else tp_cuts(model.cfg, tp)
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if isinstance(module, nn.Linear) and not isinstance(module, RewardHead):
-            group = tp.get_group() if cuts.get(name) == 1 else None
+            group = tp.get_group() if parts[name].shape[1] < module.in_features else None
             model.set_submodule(path, InferenceLinear(parts[name], group))
-        elif name in cuts:
+        elif isinstance(module, nn.Embedding) and len(parts[name]) < len(module.weight):
             model.embed = ShardedEmbedding(parts[name], tp)
     model.load_state_dict(parts, assign=True)
     return model.requires_grad_(False).eval()
@@ -468,13 +470,13 @@ class Engine:
         self.leads = self.world == 1 or dist.get_rank() == 0
         self.weight = next(m.weight for m in model.modules() if isinstance(m, InferenceLinear))
         self.cache = Cache(model, self.weight, self.tp, slots, self.context)
-        self.slots: list[Sequence | None] = [None] * slots
+        self.slots = [None] * slots
         self.decoding = self.active = 0
         # the tokens of each slot's keys, how many of these are computed, and when it became free
         self.tokens = np.full((slots, self.context + 1), -1, np.int32)
         self.computed = np.zeros(slots, np.int64)
         self.freed = np.zeros(slots, np.int64)
-        self.waiting: list[Sequence] = []
+        self.waiting = []
         self.interrupted = False
         # prompt_tokens were computed, cached_tokens copied
         self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
@@ -522,10 +524,11 @@ class Engine:
         first token of the prompt whose log-probability is wanted (with echo: all)."""
         ids = self.encode(prompt, score_from is not None)
         self.check(params)
+        tokenizer = self.tokenizer
         limit = min(len(ids) + params.max_tokens, self.context)
         stop_ids = params.stop_ids
         if stop_ids is None:
-            stop_ids = (self.tokenizer.special("</s>"),) if self.tokenizer else ()
+            stop_ids = (tokenizer.special("</s>"),) if tokenizer else ()
         if params.echo and params.logprobs is not None:
             score_from = 1
         if score_from is None or self.cfg.n_attributes:
@@ -536,16 +539,13 @@ class Engine:
             out = Completion(index, len(ids))
             if params.echo:
                 out.ids = list(ids)
-                out.text = self.tokenizer.decode(ids) if self.tokenizer else ""
+                out.text = tokenizer.decode(ids) if tokenizer else ""
                 if params.logprobs is not None:
                     out.logprobs = [None]
                     out.tops = [[]]
-            stream = (
-                TextStream(self.tokenizer, params.stop, ids, stop_ids) if self.tokenizer else None
-            )
-            sequences.append(
-                Sequence(list(ids), params, out, stop_ids, stream, listener, first, limit)
-            )
+            stream = TextStream(tokenizer, params.stop, ids, stop_ids) if tokenizer else None
+            how = (params, out, stop_ids, stream, listener, first, limit)
+            sequences.append(Sequence(list(ids), *how))
         self.waiting.extend(sequences)
         return sequences
 
@@ -766,7 +766,7 @@ class Engine:
         exact = any(k is not None for k in asked)
         most = max(k or 0 for k in asked)
         at_once = max(1, (1 << 25) // self.cfg.vocab_size)
-        predictions: list[Prediction] = []
+        predictions = []
         for start in range(0, len(inputs), at_once):
             logits = self.logits(states[start : start + at_once], exact)
             tokens = self.choose(logits, inputs[start : start + at_once])
@@ -853,8 +853,7 @@ def load_engine(cfg: EngineConfig) -> Engine:
     mesh = init_mesh(mesh_cfg)
     model = on_meta(model_cfg, mesh["pp"].get_local_rank(), layout.pp)
     dtypes = dtypes_of(model, DTYPES[mesh_cfg.compute_dtype])
-    parts = load_parts(cfg.model, model_cfg, dtypes, mesh)
-    model = inference_model(model, parts, mesh["tp"] if layout.tp > 1 else None)
+    model = inference_model(model, load_parts(cfg.model, model_cfg, dtypes, mesh), mesh["tp"])
     engine = Engine(model, tokenizer, cfg.slots, cfg.context, cfg.chunk, mesh)
     if cfg.quantize == "float8":
         before = perplexity(engine)
@@ -887,6 +886,19 @@ def dtypes_of(model: Nemotron, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dtypes
 
 
+def load_parts(
+    folder: str | Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
+) -> dict[str, Tensor]:
+    """Return this tensor-parallel rank's parts of the named parameters, as plain tensors."""
+    cut = dict(parallelize_module(on_meta(cfg), mesh["tp"], tp_plan()).named_parameters())
+    source = open_weights(folder)
+    parts = {}
+    for name, dtype in dtypes.items():
+        part = source[name](own_region(cut[name]))
+        parts[name] = part.to(mesh.device_type, dtype, copy=True)  # not a mapped file
+    return parts
+
+
 def perplexity(engine: Engine) -> float:
     """Compute perplexity on 1,024 tokens of Python's documentation; NaN for a reward model."""
     text = "".join(itertools.islice(embedded_english(), 8))
@@ -908,12 +920,12 @@ class Driver:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.commands: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.listeners: dict[int, Listener] = {}  # of requests that are in the queue, by number
-        self.running: dict[int, list[Sequence]] = {}  # a request's sequences, by its number
+        self.commands = queue.SimpleQueue()
+        self.listeners = {}  # of requests that are in the queue, by number
+        self.running = {}  # a request's sequences, by its number
         self.numbers = itertools.count()
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.failed: BaseException | None = None
+        self.failed = None
 
     def submit(self, ids: list[int], params: SamplingParams, listener: Listener) -> int:
         """Queue a request from any thread; return its number. The engine's thread calls back."""
@@ -1111,7 +1123,7 @@ def fit_context(messages: list[dict[str, str]], engine: Engine) -> list[int]:
 
 def talk(driver: Driver, ids: list[int], params: SamplingParams) -> str:
     """Write an answer as it comes; return it."""
-    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    answers = queue.SimpleQueue()
 
     def show(out: Completion, text: str) -> None:
         sys.stdout.write(text)
@@ -1222,11 +1234,8 @@ COMMANDS = {
 def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], Any]) -> None:
     """Run a command as a program. The log goes to stderr, a user's error is a line of it."""
     set_up_logging(sys.stderr)
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     try:
-        cfg = parse()
-        signal.signal(signal.SIGPIPE, default)
-        command(cfg)
+        command(parsed(parse))
     except (ValueError, OSError) as e:
         sys.exit(f"{name}: error: {e}")
     except KeyboardInterrupt as e:

@@ -8,6 +8,7 @@ same numbers on every mesh. `python -m recipes.plan` predicts memory and speed o
 """
 
 import ctypes
+import io
 import json
 import logging
 import os
@@ -17,14 +18,16 @@ import signal
 import sys
 import time
 import traceback
-import zlib
+import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from itertools import accumulate, product
+from operator import add
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
@@ -37,12 +40,15 @@ import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
 import torch.utils.checkpoint as ac
 import tyro
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, empty
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from model import (
     IGNORE,
@@ -50,7 +56,6 @@ from model import (
     ModelConfig,
     Nemotron,
     RewardHead,
-    all_of,
     at_least_fp32,
     check_ranges,
     config_from_hf,
@@ -66,8 +71,12 @@ log = logging.getLogger("nemotron4")
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Tensors = dict[str, Tensor]
+Region = tuple[slice, ...]  # of a tensor: what slices it
+# where weights come from: the name of a tensor → a function that reads a region of it
+Source = dict[str, Callable[[Region], Tensor]]
 Batch = dict[str, Any]
-LossFn = Callable[[Tensor, dict[str, Tensor]], Tensor]
+LossFn = Callable[[Tensor, Tensors], Tensor]
 
 
 # ---- the mesh ------------------------------------------------------------------------------------
@@ -163,10 +172,7 @@ class MeshConfig:
                 f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
                 f"(batch={batch} over {dp}): use a divisor of {share}"
             )
-        self.check_schedule(share // micro_batch)
-
-    def check_schedule(self, n_micro: int) -> None:
-        """Raise ValueError for what torch's schedules cannot run with so many micro-batches."""
+        n_micro = share // micro_batch
         plain = self.schedule == "1f1b"
         interleaved = self.vp > 1 or not plain
         if self.pp == 1 and interleaved:
@@ -198,18 +204,7 @@ def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
     counts = [cfg.n_layers // n_stages if cfg.n_layers % n_stages == 0 else 1] * n_stages
     while sum(counts) < cfg.n_layers:
         counts[min(range(n_stages), key=lambda s: (work[s] + counts[s], -s))] += 1
-    return [range(end - n, end) for n, end in zip(counts, accumulate(counts), strict=True)]
-
-
-# Dense bf16 FLOP/s of NVIDIA's data sheets; the first key that is part of a device's name counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
-PEAK_FLOPS |= {"H100": 989e12, "A100": 312e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return dense bf16 FLOP/s, or None if unknown: better no MFU than a wrong one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+    return list(map(range, accumulate([0, *counts]), accumulate(counts)))
 
 
 def world_size() -> int:
@@ -246,10 +241,9 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with suppress(ValueError, OSError):  # rank 0 still has two for each rank
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-        started = {} if "WORLD_SIZE" in os.environ else alone
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, **started)
+        alone = "WORLD_SIZE" not in os.environ
+        who = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, **who)
     mesh = init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
     for axis in AXES:  # the groups of the axes would start with torch's default
         dist.distributed_c10d._set_pg_timeout(timeout, mesh[axis].get_group())
@@ -277,6 +271,14 @@ def set_up_logging(stream: TextIO | None = None) -> None:
     log.propagate = False
 
 
+def parsed(parse: Callable[[], Any]) -> Any:
+    """Parse the command line, so that `--help | head` just ends."""
+    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    config = parse()
+    signal.signal(signal.SIGPIPE, default)
+    return config
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage as a program. A user's error is one line, any other has its traceback.
     On the failing path no collective is called, as it would hang; torchrun ends the other ranks."""
@@ -286,18 +288,18 @@ def run(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             shut_down()
     except KeyboardInterrupt as e:  # between steps `fit` listens for itself
-        log.warning(f"stopped {str(e) or 'outside of the steps: the last whole checkpoint stays'}")
+        log.warning(f"stopped {str(e) or 'outside of the steps: the last checkpoint stays'}")
         os._exit(130)
     except Exception as e:
         if rank:  # what all ranks find, rank 0 says: as it ends, torchrun ends the others
             time.sleep(3)
-        raised_in = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        ours = isinstance(e, ValueError) and Path(__file__).parent in raised_in.parents
+        raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
+        ours = isinstance(e, ValueError) and raised_in.startswith(str(Path(__file__).parent))
         users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
         if not users:
             traceback.print_exc()
-        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        sys.stderr.write(f"error on rank {rank}: {what}\n" if rank else f"error: {what}\n")
+        what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
+        sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {what}\n")
         os._exit(2 if users else 1)
 
 
@@ -333,7 +335,7 @@ class TokenLogProbs(torch.autograd.Function):
     def chunks(n: int, V: int) -> list[slice]:
         """Divide n tokens into chunks."""
         size = max(TokenLogProbs.FEWEST, TokenLogProbs.CHUNK // V)
-        return [slice(start, min(n, start + size)) for start in range(0, n, size)]
+        return [slice(start, start + size) for start in range(0, n, size)]
 
     @staticmethod
     def forward(
@@ -485,7 +487,7 @@ def keep_first_products(n: int) -> Any:
     """Make the contexts of a selective recompute that keeps a branch's first n matrix products and
     attention's result. These are dear; norms, gathers and element-wise steps are done again. The
     last product, back to the residual, is neither kept nor redone: backward does not need it."""
-    seen = {False: 0, True: 0}  # forward, recompute
+    seen = [0, 0]  # in forward, in the recompute
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> ac.CheckpointPolicy:
         product = op is torch.ops.aten.mm.default
@@ -527,10 +529,9 @@ def shard_params(stage: "Stage", mesh: DeviceMesh, cfg: MeshConfig) -> None:
     dp = mesh["dp_replicate", "dp_shard"] if cfg.dp_replicate > 1 else mesh["dp_shard"]
     reshard = cfg.reshards and mesh["dp_shard"].size() > 1  # alone, it would only cast again
     model = stage.model
-    last = [model.norm, model.head] if model.head is not None else None
-    for unit in (*model.blocks.values(), model.embed, last, stage):
-        if unit is not None:  # another pipeline stage's
-            fully_shard(unit, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
+    last = [model.norm, model.head] if model.head else None
+    for unit in filter(None, (*model.blocks.values(), model.embed, last, stage)):
+        fully_shard(unit, mesh=dp, mp_policy=policy, reshard_after_forward=reshard)
     for module in fsdp_units(stage) if dp.size() > 1 else ():  # alone, it would divide by one
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
@@ -540,7 +541,7 @@ class Stage(nn.Module):
     """One stage of the pipeline, or the whole model. Stages hand on the hidden state, and each is
     told the micro-batch's number, by which it finds the other tensors in `micro`."""
 
-    def __init__(self, model: Nemotron, micro: list[dict[str, Tensor]]) -> None:
+    def __init__(self, model: Nemotron, micro: list[Tensors]) -> None:
         super().__init__()
         self.model = model
         self.micro = micro
@@ -549,10 +550,9 @@ class Stage(nn.Module):
         """Compute micro-batch i; x is the hidden state of the stage before, if there is one."""
         batch = self.micro[int(i)]
         tokens = batch["tokens"]
-        positions = batch.get("positions")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        x = tokens if self.model.embed is not None else x
+        in_order = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        positions = batch.get("positions", in_order)
+        x = tokens if self.model.embed else x
         return self.model(x, positions, batch.get("documents"), targets=batch.get("targets"))
 
 
@@ -581,9 +581,9 @@ def build_stage(cfg: ModelConfig, i: int, mesh: DeviceMesh, how: MeshConfig, mic
         model.head.forward = partial(head_forward, model.head, None)
     # These return views: what is done to one in place FSDP would not see, and the embedding's, of
     # an AsyncCollectiveTensor, loses its gradient in a compiled block. A copy costs little.
-    for module in (model.embed if how.tp > 1 else None, model.head if cfg.n_attributes else None):
-        if module is not None:
-            module.register_forward_hook(lambda module, args, out: out.clone())
+    views = (how.tp > 1 and model.embed, cfg.n_attributes and model.head)
+    for module in filter(None, views):
+        module.register_forward_hook(lambda module, args, out: out.clone())
     if how.recompute != "none":
         recompute_blocks(model, how.recompute)
     if how.compile:
@@ -610,8 +610,8 @@ def make_schedule(
     schedule = kind(stages, n, loss_fn=loss_fn, scale_grads=False)
     order = schedule.pipeline_order
     for rank in range(cfg.pp) if not train else ():
-        pairs = product(cfg.stages_of(rank), range(n))
-        order[rank] = [torchs._Action(s, torchs.FORWARD, i) for s, i in pairs]
+        all_of_each = product(cfg.stages_of(rank), range(n))
+        order[rank] = [torchs._Action(s, torchs.FORWARD, i) for s, i in all_of_each]
     # torch gathers three stages at most and frees the others, many times a step
     active = 3 if cfg.reshards else cfg.vp
     lowered = {}
@@ -623,19 +623,28 @@ def make_schedule(
     return schedule
 
 
+def region_of(offsets: Iterable[int], sizes: Iterable[int]) -> Region:
+    return tuple(map(slice, offsets, map(add, offsets, sizes)))
+
+
+def own_region(p: Tensor) -> Region:
+    """Return where this rank's piece of a parameter is in the whole."""
+    if not isinstance(p, DTensor):
+        return region_of([0] * p.ndim, p.shape)
+    (chunk,) = p.__create_chunk_list__()  # DTensor's protocol with torch's checkpoints
+    return region_of(chunk.offsets, chunk.sizes)
+
+
 def local_part(p: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return this rank's piece of a parameter, and its indices in each dimension of the whole."""
-    if not isinstance(p, DTensor):
-        return all_of(p)
-    (chunk,) = p.__create_chunk_list__()  # DTensor's protocol with torch's checkpoints
-    ranges = zip(chunk.offsets, chunk.sizes, strict=True)
-    return p.to_local(), [torch.arange(start, start + n, device=p.device) for start, n in ranges]
+    index = [torch.arange(i.start, i.stop, device=p.device) for i in own_region(p)]
+    return p.to_local() if isinstance(p, DTensor) else p.data, index
 
 
 def copied_by_tp(p: DTensor) -> bool:
     """Tell whether every tensor-parallel rank holds the same part of p."""
-    axes = dict(zip(p.device_mesh.mesh_dim_names, p.placements, strict=True))
-    return "tp" in axes and axes["tp"].is_replicate()
+    axes = p.device_mesh.mesh_dim_names
+    return "tp" in axes and p.placements[axes.index("tp")].is_replicate()
 
 
 # ---- the runner ----------------------------------------------------------------------------------
@@ -691,7 +700,7 @@ class Runner:
             for name in batch.keys() - {"count"}:
                 tensors[name] = torch.as_tensor(batch[name]).to(self.device, non_blocking=True)
             self.micro.append(tensors)
-        own = float(sum(batch["count"] for batch in batches))
+        own = sum(batch["count"] for batch in batches)
         count = torch.tensor(own, dtype=torch.float64, device=self.device)
         return self.reduce(count, "dp_replicate", "dp_shard"), torch.zeros_like(count)
 
@@ -771,13 +780,10 @@ class Runner:
         """Fill the shards from a Hugging Face folder or a run's newest checkpoint. Adapters stay as
         initialised, and so does the head of a reward model that begins as a language model."""
         theirs = read_config(folder)
-        check_same_model(theirs, self.model, folder)
-        params = self.params()
-        for name in list(params):
-            new_head = name.startswith("head.") and theirs.n_attributes != self.model.n_attributes
-            if new_head or "lora_" in name:
-                del params[name]
-        fill(params, folder)
+        new = "head." if theirs.n_attributes != self.model.n_attributes else "lora_"
+        params = self.params().items()
+        known = {name: p for name, p in params if new not in name and "lora_" not in name}
+        fill(known, open_weights(folder))
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -806,26 +812,57 @@ def step_folders(root: Path) -> list[Path]:
     return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
-def checksum(file: Path) -> list[int]:
-    """Return [size, CRC-32] of a file."""
-    crc = 0
-    with file.open("rb") as f:
-        while piece := f.read(1 << 22):
-            crc = zlib.crc32(piece, crc)
-    return [file.stat().st_size, crc]
-
-
-def damage(folder: Path, part: int = 0, of: int = 1) -> str:
-    """Return what is wrong with a checkpoint, or "". Looks at every `of`-th file from `part` on."""
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name a file that is damaged, whatever it makes its reader raise."""
     try:
-        files = json.loads((folder / "state.json").read_text())["files"]
-        for name in sorted(files)[part::of]:
-            found = checksum(folder / name)
-            if found != files[name]:
-                return f"{name} has [size, CRC] {found}, not {files[name]}"
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"state.json cannot be followed: {e}"
-    return ""
+        yield
+    except Exception as e:
+        raise OSError(f"{file} is damaged ({e!r})") from None
+
+
+def read_pieces(part: Path, index: Any, name: str, wanted: Region) -> Tensor:
+    """Read a region of a tensor from the pieces that ranks have written into a part of a
+    checkpoint. index is the part's .metadata. A piece is an archive that holds its checksum."""
+    about = index.state_dict_metadata[name]
+    sizes = [i.stop - i.start for i in wanted]
+    out = torch.empty(sizes, dtype=about.properties.dtype)
+    chunk = ChunkStorageMetadata([i.start for i in wanted], sizes)
+    for item in create_read_items_for_chunk_list(name, about, [chunk]):
+        place = index.storage_data[item.storage_index]
+        path = part / place.relative_path
+        with naming(path), path.open("rb") as file:
+            file.seek(place.offset)
+            archive = io.BytesIO(file.read(place.length))
+            if zipfile.ZipFile(archive).testzip():
+                raise ValueError("a checksum differs")
+            archive.seek(0)
+            piece = torch.load(archive, "cpu", weights_only=True)
+        there = region_of(item.storage_offsets, item.lengths)
+        out[region_of(item.dest_offsets, item.lengths)] = piece[there]
+    return out
+
+
+def open_checkpoint(folder: Path, shapes: dict[str, torch.Size]) -> Source:
+    """Open the tensors of a checkpoint with these names and shapes."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: rank {dist.get_rank()} sees none: share --out")
+    source = {}
+    parts = sorted(folder.glob("*/.metadata"))
+    own = dist.get_rank() * len(parts) // dist.get_world_size()
+    for path in parts[own:] + parts[:own]:  # on the mesh of the save this rank needs the first
+        if source.keys() < shapes.keys():
+            with naming(path):
+                index = dcp.FileSystemReader(path.parent).read_metadata()
+            for name in index.state_dict_metadata.keys() & shapes.keys():
+                found = index.state_dict_metadata[name].size
+                if found != shapes[name]:
+                    made = f"config.json makes it {list(shapes[name])}"
+                    raise ValueError(f"{folder}: {name} is {list(found)}, {made}")
+                source[name] = partial(read_pieces, path.parent, index, name)
+    for name in shapes.keys() - source.keys():
+        raise OSError(f"{folder}: {name} of config.json's model is missing")
+    return source
 
 
 class Writer(dcp.filesystem._FileSystemWriter):  # the public one would copy once more
@@ -839,154 +876,130 @@ class Writer(dcp.filesystem._FileSystemWriter):  # the public one would copy onc
             raise e.__context__ or e from None
 
 
-def first_failure(e: BaseException) -> str:
-    """Say which rank failed, and why. torch's exception, no Exception by its class, has it all."""
-    failures = getattr(e, "failures", {dist.get_rank(): [e]})
-    rank = min(failures)
-    return f"rank {rank}: {failures[rank][0]}"
-
-
 class Checkpoints:
     """Checkpoints of a run, of which a reader sees a whole one or none, and knows a damaged one.
 
     1. Rank 0 makes the folder step_N.partial, which no reader takes for a checkpoint.
-    2. Every rank writes its tensors into it, in the background if asked to.
-    3. Every rank that is done leaves sums_RANK.json beside them: size and CRC-32 of its files.
-    4. When all of these are there, rank 0 gathers them in state.json.
-    5. Rank 0 renames the folder to step_N, and removes the oldest checkpoints.
+    2. The processes of each pipeline rank write a part of it, in the background if asked to. None
+       needs to know of all tensors. A part's .metadata comes when all of the part is there.
+    3. When all parts are there, rank 0 renames the folder to step_N, and removes the oldest.
 
-    `save` does 1 and 2, `poll` what is due of 3 to 5 without waiting, `finish` all of it."""
+    `save` does 1 and 2, `poll` what is due of 3 without waiting, `finish` all of it."""
 
-    def __init__(self, root: Path, keep: int, background: bool) -> None:
+    def __init__(
+        self, root: Path, keep: int, background: bool, mesh: MeshConfig = MeshConfig()
+    ) -> None:
         self.root = root
         self.keep = keep
         self.background = background
         self.rank = dist.get_rank()
-        self.world = dist.get_world_size()
+        self.n_parts = mesh.pp
         # of its own, as it runs beside the training's collectives
-        self.group = dist.new_group(backend="gloo") if background else None
+        timeout = timedelta(seconds=mesh.timeout)
+        size = dist.get_world_size() // mesh.pp
+        self.group, _ = dist.new_subgroups(size, timeout=timeout, backend="gloo")
         self.writing: Path | None = None
-        self.future: Any = None  # of this rank's writing in the background
+        self.future = None  # of this rank's writing
         self.state = {}
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         """Write a checkpoint; in the background, return as soon as the tensors are copied."""
         self.finish()
         self.writing = self.root / f"step_{step:06d}.partial"
         self.state = {"step": step, **state}
         if self.rank == 0:
-            for left in self.root.glob("step_*.*"):
-                if left.suffix in (".partial", ".old"):  # by a kill
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in self.root.glob("step_*.partial"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             self.writing.mkdir(parents=True)
         dist.barrier()
-        writer = Writer(self.writing)
-        if self.background:
-            self.future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-        else:
-            with self.all_or_nothing():
-                dcp.save(tensors, storage_writer=writer)
-            self.sign()
+        self.future = dcp.async_save(
+            tensors,
+            storage_writer=Writer(self.writing / f"part_{self.rank // self.group.size():04d}"),
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),  # rank 0 needs long for one
+            process_group=self.group,
+        )
+        if not self.background:
             self.finish()
 
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Remove what is half written where a write fails: it may be what fills the disk."""
+    def failure(self, write: Callable[[], Any]) -> str:
+        """Do what may fail, and return what went wrong and on which rank, or ""."""
         try:
-            yield
-        except (dcp.CheckpointException, OSError) as e:
+            write()
+        except (dcp.CheckpointException, OSError) as e:  # the first is no Exception by its class
+            failures = getattr(e, "failures", {self.group.rank(): [e]})
+            rank = min(failures)
+            return f"rank {dist.get_global_rank(self.group, rank)}: {failures[rank][0]}"
+        return ""
+
+    def failures(self, write: Callable[[], Any]) -> list[str]:
+        """Do what may fail on every rank, and return what went wrong on each."""
+        found = [""] * dist.get_world_size()
+        dist.all_gather_object(found, self.failure(write))
+        return found
+
+    def check(self, failures: list[str]) -> None:
+        """Remove, after a failure, what is half written, as it may be what fills the disk."""
+        if any(failures):
             shutil.rmtree(self.writing, ignore_errors=True)
-            raise OSError(f"{self.writing}: not saved, and removed: {first_failure(e)}") from None
+            raise OSError(f"{self.writing}: not saved, and removed: {max(failures)}")
 
     def poll(self) -> None:
         """Go on with what is written. Asks no other rank, so it may be called at any time."""
         if self.writing is None:
             return
-        if self.future is not None and self.future.done():
-            self.sign()
-        if self.rank == 0:
-            sums = list(self.writing.glob("sums_*.json"))  # none once it has been renamed
-            if len(sums) == self.world:
-                self.seal(sums)
+        if self.future.done():
+            self.check([self.failure(self.future.result)])
+        parts = [*self.writing.glob("*/.metadata")]  # none once it has been renamed
+        if self.rank == 0 and len(parts) == self.n_parts:
+            self.check([self.failure(self.seal)])
 
     def finish(self) -> None:
         """Wait until what is being written is a checkpoint, on every rank."""
         if self.writing is None:
             return
-        if self.future is not None:
-            self.sign()
-        dist.barrier()
+        self.check(self.failures(self.future.result))
         self.poll()
         if self.rank == 0 and self.writing.exists():
             raise ValueError(f"{self.writing} lacks some rank's files: all must share --out")
         dist.barrier()
         self.writing = None
 
-    def sign(self) -> None:
-        """Leave the checksums of this rank's files beside them."""
-        with self.all_or_nothing():
-            if self.future is not None:
-                self.future.result()  # raises what went wrong in the background
-                self.future = None
-            own = list(self.writing.glob(f"__{self.rank}_*"))
-            if self.rank == 0:
-                own.append(self.writing / ".metadata")
-            sums = self.writing / f"sums_{self.rank}.tmp"
-            sums.write_text(json.dumps({f.name: checksum(f) for f in own}))
-            sums.rename(sums.with_suffix(".json"))
-
-    def seal(self, sums: list[Path]) -> None:
-        """Gather all checksums in state.json, rename the folder, and remove the oldest."""
+    def seal(self) -> None:
+        """Write state.json, rename the folder, and remove the oldest."""
         final = self.writing.with_suffix("")
-        files = {}
-        with self.all_or_nothing():
-            for file in sums:
-                files |= json.loads(file.read_text())
-                file.unlink()
-            (self.writing / "state.json").write_text(json.dumps({**self.state, "files": files}))
-            if self.state.get("pin"):  # it stays
-                (self.writing / "pin").touch()
-            if final.exists():
-                self.discard(final)
-            self.writing.rename(final)
+        (self.writing / "state.json").write_text(json.dumps(self.state))
+        if self.state.get("pin"):  # it stays
+            (self.writing / "pin").touch()
+        shutil.rmtree(final, ignore_errors=True)
+        self.writing.rename(final)
         folders = step_folders(self.root)
         until_now = folders[: folders.index(final) + 1]  # a later one is damaged: it was not loaded
         unpinned = [folder for folder in until_now if not (folder / "pin").exists()]
         for folder in unpinned[: -self.keep]:
-            self.discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # half there, it is a damaged one
 
-    def discard(self, folder: Path) -> None:
-        """Delete a checkpoint. Half deleted, it must not have a checkpoint's name."""
-        try:
-            shutil.rmtree(folder.rename(folder.with_suffix(".old")))
-        except OSError as e:
-            log.warning(f"{folder} cannot be removed ({e}): training goes on")
+    def read(self, folder: Path, tensors: Tensors) -> None:
+        """Fill the tensors and `state` from a checkpoint."""
+        file = folder / "state.json"
+        with naming(file):
+            self.state = json.loads(file.read_text())
+        fill(tensors, open_checkpoint(folder, {name: p.shape for name, p in tensors.items()}))
 
-    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Fill the tensors in place from the newest whole checkpoint, of any mesh; return its
-        state.json, or None. A damaged one is named, then the one before it is taken."""
+    def load(self, tensors: Tensors) -> dict[str, Any] | None:
+        """Fill the tensors in place from the newest checkpoint, of any mesh; return its state.json,
+        or None. A damaged one is named, then the one before it is taken."""
         folders = from_rank_0(lambda: step_folders(self.root))
         for folder in reversed(folders):
-            unseen = "sees none: share --out"
-            found = [""] * self.world
-            own = damage(folder, self.rank, self.world) if folder.exists() else unseen
-            dist.all_gather_object(found, own)
-            if unseen in found:
-                raise ValueError(f"{folder}: rank {found.index(unseen)} {unseen}")
-            wrong = max(found)  # "" if no rank found anything
-            if not wrong:
-                try:
-                    dcp.load(tensors, checkpoint_id=str(folder))
-                except dcp.CheckpointException as e:
-                    raise ValueError(f"{folder}, config.json: {first_failure(e)}") from None
-                return json.loads((folder / "state.json").read_text())
-            log.warning(f"{folder} is damaged ({wrong}): trying the one before")
+            wrong = self.failures(partial(self.read, folder, tensors))
+            if not any(wrong):
+                return self.state
+            log.warning(f"{max(wrong)}: trying the checkpoint before")
         if folders:
             raise ValueError(f"{self.root}: no checkpoint is whole: remove them to start anew")
         return None
 
 
-# ---- Hugging Face folders ------------------------------------------------------------------------
+# ---- from a folder to weights --------------------------------------------------------------------
 
 
 def full_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
@@ -994,135 +1007,108 @@ def full_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in on_meta(cfg).named_parameters()}
 
 
+def nemo_of(folder: str | Path) -> tuple[ModelConfig, Source] | None:
+    """Open the model in nemo:FOLDER, NVIDIA's own form, which a recipe reads; None of others."""
+    form, _, path = str(folder).partition(":")
+    return import_module("recipes.nemo").open_nemo(Path(path))[:2] if form == "nemo" else None
+
+
 def read_config(folder: str | Path) -> ModelConfig:
-    """Read the shape of the model in a run's folder or in a Hugging Face folder."""
+    """Read the shape of the model in a run's folder, a Hugging Face folder or nemo:FOLDER."""
+    nemo = nemo_of(folder)
+    if nemo:
+        return nemo[0]
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder}: no config.json: neither a run nor a Hugging Face folder")
-    known = {f.name for f in fields(ModelConfig)}
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         if "model" in found:
-            return ModelConfig(**{k: v for k, v in found["model"].items() if k in known})
+            return ModelConfig(**found["model"])
         return config_from_hf(found)
     except Exception as e:  # there is no end to what a stranger's file may hold
         what = f"it has no {e}" if isinstance(e, KeyError) else e
         raise ValueError(f"{path} describes no model of this kind: {what}") from None
 
 
-def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) -> None:
-    """Raise ValueError unless the weights of `theirs`, found at `where`, fit the model `mine`."""
-    free = {"seq_len", "init_std", "lora_rank", "lora_alpha", "lora_targets"}
-    if not theirs.n_attributes:
-        free.add("n_attributes")  # a reward model begins as a language model with a new head
-    for key in sorted(vars(mine).keys() - free):
-        found = getattr(theirs, key)
-        if found != getattr(mine, key):
-            option = f"set --model.{key.replace('_', '-')} {found}"
-            raise ValueError(f"{where} has {key}={found}, this run {getattr(mine, key)}: {option}")
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Map the name of each tensor in a folder to the safetensors file that holds it."""
-    where = {}
-    for file in sorted(folder.glob("*.safetensors")):
+def open_hf(folder: Path) -> Source:
+    """Open the tensors of a Hugging Face folder, whose names and shapes must be exactly those of
+    the whole model."""
+    cfg = read_config(folder)
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as f:
-                names = set(f.keys())
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    if name in found:  # by an earlier save, in more or fewer files
+                        raise ValueError(f"{name} is in {path} and in another file: remove one")
+                    if not name.endswith("inv_freq"):
+                        found[name] = file.get_slice(name)
         except (SafetensorError, OSError) as e:
             todo = "a part of it, or a pointer of git-lfs? Fetch it again, or git lfs pull"
-            raise ValueError(f"{file}: {e}: {todo}") from None
-        for name in names:
-            if name in where:  # an earlier save, in more or fewer files
-                raise ValueError(f"{name} is in {where[name]} and {file}: remove one")
-            where[name] = file
-    if not where:
+            raise ValueError(f"{path}: {e}: {todo}") from None
+    if not found:
         raise ValueError(f"{folder}: no .safetensors file in it")
-    return {name: file for name, file in where.items() if not name.endswith("inv_freq")}
-
-
-def hf_slices(folder: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (our name, lazy slice) of the named tensors of a Hugging Face folder, whose names and
-    shapes must be exactly those of the whole model."""
-    cfg = read_config(folder)
-    shapes = full_shapes(cfg)
-    ours = {hf_name(name, cfg): name for name in shapes}
-    where = tensor_files(folder)
-    if where.keys() != ours.keys():
-        missing = sorted(ours.keys() - where.keys())[:5]
-        unknown = sorted(where.keys() - ours.keys())[:5]
+    shapes = {hf_name(name, cfg): list(shape) for name, shape in full_shapes(cfg).items()}
+    if found.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - found.keys())[:5]
+        unknown = sorted(found.keys() - shapes.keys())[:5]
         raise ValueError(f"{folder} is not this model: missing {missing}, unknown {unknown}")
-    for theirs in sorted(where, key=where.get):
-        name = ours[theirs]
-        if name in names:
-            with safe_open(where[theirs], framework="pt") as f:
-                lazy = f.get_slice(theirs)
-            kind = lazy.get_dtype()
-            if kind not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{folder}: {theirs} is {kind}: convert it, with its scales")
-            if lazy.get_shape() != list(shapes[name]):
-                made = f"config.json makes it {list(shapes[name])}"
-                raise ValueError(f"{folder}: {theirs} is {lazy.get_shape()}, {made}")
-            yield name, lazy
+    for name, lazy in found.items():
+        kind = lazy.get_dtype()
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            todo = f"convert it, with its scales, or read it as nemo:{folder}"
+            raise ValueError(f"{folder}: {name} is {kind}: {todo}")
+        if lazy.get_shape() != shapes[name]:
+            made = f"config.json makes it {shapes[name]}"
+            raise ValueError(f"{folder}: {name} is {lazy.get_shape()}, {made}")
+    return {name: found[hf_name(name, cfg)].__getitem__ for name in full_shapes(cfg)}
+
+
+def read_merged(matrix: Any, a: Any, b: Any, cfg: ModelConfig, wanted: Region) -> Tensor:
+    """Read a rectangle of a matrix with its adapter in it: W + α / r · B A."""
+    rows, columns = wanted
+    rank = slice(0, cfg.lora_rank)
+    return matrix(wanted) + cfg.lora_alpha / cfg.lora_rank * (b((rows, rank)) @ a((rank, columns)))
+
+
+def open_weights(folder: str | Path) -> Source:
+    """Open the weights in a Hugging Face folder, in nemo:FOLDER, or in the newest checkpoint
+    of a run, its adapters merged into their matrices; for a run all ranks must ask together."""
+    nemo = nemo_of(folder)
+    if nemo:
+        return {name: rows.__getitem__ for name, rows in nemo[1].items()}
+    root = Path(folder) / "checkpoints"
+    if not root.exists():
+        return open_hf(Path(folder))
+    cfg = read_config(folder)
+    newest = from_rank_0(lambda: step_folders(root)[-1:])
+    if not newest:
+        raise ValueError(f"{folder}: a run without a checkpoint: train it first")
+    shapes = full_shapes(cfg)
+    saved = open_checkpoint(*newest, {f"model.{name}": shape for name, shape in shapes.items()})
+    source = {name: saved[f"model.{name}"] for name in shapes}
+    for name in [name for name in source if name.endswith("lora_a")]:
+        adapter = (source.pop(name), source.pop(name[:-1] + "b"))
+        matrix = name.replace("lora_a", "weight")
+        source[matrix] = partial(read_merged, source[matrix], *adapter, cfg)
+    return source
 
 
 @torch.no_grad()
-def fill(params: dict[str, Tensor], folder: str | Path) -> None:
-    """Fill the named parameters, whole or sharded, in place. They come from a Hugging Face folder,
-    of which each rank reads the slices that it needs, or from the newest whole checkpoint of a run
-    on any mesh, whose adapters are merged into their matrices."""
-    folder = Path(folder)
-    if not (folder / "checkpoints").exists():
-        for name, lazy in hf_slices(folder, params):
-            data, index = local_part(params[name])
-            if data.numel():
-                data.copy_(lazy[tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)])
-        return
-    cfg = read_config(folder)
-    adapters = {}
-    for name, shape in full_shapes(cfg).items():
-        if "lora_" in name and name[:-6] + "weight" in params:
-            adapters[name] = torch.empty(shape)
-    state = {f"model.{name}": p for name, p in (params | adapters).items()}
-    if Checkpoints(folder / "checkpoints", 2, False).load(state) is None:
-        raise ValueError(f"{folder}: a run without a checkpoint: train it first")
-    for name, a in adapters.items():
-        if name.endswith("lora_a"):
-            data, (rows, cols) = local_part(params[name[:-6] + "weight"])
-            b = adapters[name.replace("lora_a", "lora_b")][rows.cpu()]
-            data += (cfg.lora_alpha / cfg.lora_rank * (b @ a[:, cols.cpu()])).to(data)
-
-
-def tp_cuts(cfg: ModelConfig, tp: DeviceMesh) -> dict[str, int]:
-    """Map each parameter that tensor parallelism cuts to the dimension it is cut along. Every rank
-    holds the others whole."""
-    model = styles.parallelize_module(on_meta(cfg), tp, tp_plan())
-    placed = {name: p.placements[0] for name, p in model.named_parameters()}
-    return {name: cut.dim for name, cut in placed.items() if cut.is_shard()}
-
-
-def load_parts(
-    folder: Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
-) -> dict[str, Tensor]:
-    """Return this tensor-parallel rank's pieces of the named parameters, plain tensors for
-    inference, from a Hugging Face folder or a run."""
-    model = styles.parallelize_module(on_meta(cfg), mesh["tp"], tp_plan())
-    parts = {}
-    for name, p in model.named_parameters():
-        if name in dtypes:
-            how = dict(dtype=dtypes[name], device_mesh=mesh["tp"], placements=p.placements)
-            parts[name] = empty(p.shape, **how)
-    fill(parts, folder)
-    return {name: p.to_local() for name, p in parts.items()}
+def fill(params: Tensors, source: Source) -> None:
+    """Fill parameters, whole or sharded, in place: a rank reads its own part of each."""
+    for name, p in params.items():
+        local_part(p)[0].copy_(source[name](own_region(p)))
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
     """Load a Hugging Face Nemotron folder (config.json + safetensors) as a whole model, strictly.
     dtype None keeps the file's. Runner.load_weights fills a sharded model."""
-    cfg = read_config(folder)
-    model = on_meta(cfg)
-    slices = hf_slices(Path(folder), full_shapes(cfg))
-    model.load_state_dict({name: lazy[:].to(dtype) for name, lazy in slices}, assign=True)
+    model = on_meta(read_config(folder))
+    source = open_weights(folder)
+    weights = {name: source[name](own_region(p)).to(dtype) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -1144,20 +1130,35 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+@torch.no_grad()
 def save_hf(
-    model: Nemotron, folder: str | Path, dtype: torch.dtype | None = None, file_bytes: int = 5 << 30
+    model: Nemotron,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = 5 << 30,
+    source: Source | None = None,
 ) -> None:
     """Write a folder that transformers opens, in files of at most file_bytes. dtype None keeps the
-    weights'. A run of any mesh is written by `export`, from its checkpoint."""
+    weights'. With a source they are read from there, a file's at a time: the model may be on meta.
+    """
     cfg = model.cfg
     if cfg.lora_rank:
         raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")
     dtype = dtype or model.embed.weight.dtype
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[hf_name(name, cfg)] = p.detach().to("cpu", dtype)
+    params = dict(model.named_parameters())
+    source = source or {name: p.__getitem__ for name, p in params.items()}
+    ours = {hf_name(name, cfg): name for name in params}
+    on_disk = {theirs: params[name].to("meta", dtype) for theirs, name in ours.items()}
+    plan = split_torch_state_dict_into_shards(on_disk, max_shard_size=file_bytes)
     with new_folder(Path(folder)) as partial:
-        save_torch_state_dict(tensors, partial, max_shard_size=file_bytes)
+        for file, names in plan.filename_to_tensors.items():
+            held = {}
+            for name in names:
+                held[name] = source[ours[name]](own_region(on_disk[name])).to("cpu", dtype)
+            save_file(held, partial / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}
         (partial / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -1178,9 +1179,7 @@ def export(c: ExportConfig) -> None:
     with new_folder(c.out) as partial:
         init_mesh(MeshConfig())
         cfg = replace(read_config(c.run), lora_rank=0)
-        model = on_meta(cfg).to(DTYPES[c.dtype]).to_empty(device="cpu")
-        fill(dict(model.named_parameters()), c.run)
-        save_hf(model, partial)
+        save_hf(on_meta(cfg), partial, DTYPES[c.dtype], source=open_weights(c.run))
         for file in c.run.glob("tokenizer*"):
             shutil.copy(file, partial)
     log.info(f"{c.out}: {sum(count_params(cfg)):,} parameters, {c.dtype}")
@@ -1190,10 +1189,8 @@ def main() -> None:
     if sys.argv[1:2] == ["plan"]:
         sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
-    c = tyro.extras.subcommand_cli_from_dict({"export": ExportConfig}, description=__doc__)
-    signal.signal(signal.SIGPIPE, default)
-    run(lambda: export(c))
+    parse = partial(tyro.extras.subcommand_cli_from_dict, {"export": ExportConfig})
+    run(lambda: export(parsed(partial(parse, description=__doc__))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -49,10 +51,9 @@ from parallel import (
     LossFn,
     MeshConfig,
     Runner,
-    check_same_model,
     from_rank_0,
     init_mesh,
-    peak_flops,
+    parsed,
     read_config,
     run,
     set_up_logging,
@@ -278,9 +279,8 @@ def nano() -> PretrainConfig:
 def nano_two_phase() -> PretrainConfig:
     """Run the full recipe in miniature, under five minutes on a laptop: batch ramp, two phases,
     three blends."""
-    # The proportions are the report's: batch 1 : 2 : 3, rate to a tenth, then to a hundredth of
-    # that, the last blend below a fifth of the phase's first rate. The sizes are ours. The embedded
-    # corpus has no question-answering data: its source code takes that role in the second phase.
+    # The proportions are the report's (see `pretraining`), the sizes ours. The embedded corpus has
+    # no question-answering data: its source code takes that role in the second phase.
     ramp = ((240, 4), (480, 8), (1200, 12))
     first = {"english": 0.85, "code": 0.15}
     second = {"english": 0.5, "code": 0.5}
@@ -351,8 +351,7 @@ def nemotron4_15b() -> PretrainConfig:
     return on_many_gpus("nemotron4-15b", mesh, pretraining(lr=4.5e-4, batch=384))
 
 
-# No source prints a recipe for this: 10 B tokens from the 15B's minimum rate, without warm-up, with
-# a steep decay.
+# No source prints a recipe for this: 10 B tokens from the 15B's minimum rate, with a steep decay
 CONTINUED = (Phase(((2_441_406, 1152),), lr=4.5e-5, min_lr=4.5e-7),)
 
 
@@ -397,12 +396,8 @@ MAY_CHANGE |= {"log_every"}
 
 def free_folder(name: str) -> Path:
     """Return runs/NAME, or the first new one of runs/NAME-2, -3 ..."""
-    folder = Path("runs") / name
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
 
 
 def start(
@@ -437,37 +432,43 @@ def start(
     return cfg, runner
 
 
+def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) -> None:
+    """Raise ValueError unless the weights of `theirs`, found at `where`, fit the model `mine`."""
+    free = {"seq_len", "init_std", "lora_rank", "lora_alpha", "lora_targets"}
+    # a reward model begins as a language model with a new head
+    for key in sorted(vars(mine).keys() - free):
+        found = getattr(theirs, key)
+        if found != getattr(mine, key) and (found or key != "n_attributes"):
+            option = f"set --model.{key.replace('_', '-')} {found}"
+            raise ValueError(f"{where} has {key}={found}, this run {getattr(mine, key)}: {option}")
+
+
 LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
 def wait_for_folder(folder: Path, started: int) -> None:
-    """Wait until this rank sees the config.json of this start, so that a folder which the machines
-    do not share is noticed now, and not at the first save."""
+    """Wait until this rank sees the config.json of this start, or say that it is not shared."""
     given_up = time.monotonic() + LONGEST_LAG
     while time.monotonic() < given_up:
         with suppress(OSError, ValueError, KeyError):
             if json.loads((folder / "config.json").read_text())["started"] == started:
                 return
         time.sleep(1)
-    raise ValueError(
-        f"{folder}: rank {dist.get_rank()} does not see what rank 0 wrote: share --out"
-    )
+    rank = dist.get_rank()
+    raise ValueError(f"{folder}: rank {rank} does not see what rank 0 wrote: share --out")
 
 
 def compare_tokenizers(init: str, ours: Tokenizer) -> None:
     """Warn if the weights of init were trained with another tokenizer than the data is in."""
     probe = "def f(x_1):\n    return 0x2A + 31.5  # Déjà vu, 日本語, हिन्दी: “fine”"
-    try:
+    with suppress(ValueError):  # the folder has none, or one of another kind
         theirs = load_tokenizer(init.removeprefix("hf:"))
-    except ValueError:  # the folder has none, or one of another kind
-        return
-    if list(theirs.encode(probe)) != list(ours.encode(probe)):
-        log.warning(f"init={init} has another tokenizer than the data: it knows other tokens")
+        if list(theirs.encode(probe)) != list(ours.encode(probe)):
+            log.warning(f"init={init} has another tokenizer than the data: it knows other tokens")
 
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that is neither new, nor empty, nor holds the same run. Only what may change
-    is free to differ from its config.json."""
+    """Refuse a folder that holds anything but this run, of which only MAY_CHANGE may differ."""
     file = folder / "config.json"
     others = [p for p in folder.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
     if not file.exists() and others:
@@ -494,6 +495,14 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 # ---- logging -------------------------------------------------------------------------------------
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return dense bf16 FLOP/s, or None if unknown: better no MFU than a wrong one."""
+    peaks = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
+    peaks |= {"H100": 989e12, "A100": 312e12}  # NVIDIA's data sheets; the first part of the name
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for kind, peak in peaks.items() if kind in name), None)
 
 
 def memory_gib() -> float:
@@ -674,14 +683,13 @@ def fit(
 
     batches(step) → this rank's micro-batches; evaluate(step) → what to log beside the loss;
     describe(step) → the batch in words, for the log when something is wrong with it; observe() →
-    what loss_fn has noted of the step, to be logged too.
-    """
+    what loss_fn has noted of the step, to be logged too."""
     optimizer = make_optimizer(cfg, runner)
     schedule = cfg.schedule()
     last = cfg.steps
     if any(segment.phase.warmup >= segment.phase.samples for segment in schedule.segments):
         log.warning("the warm-up is as long as the run, whose rate never reaches its peak")
-    checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background)
+    checkpoints = Checkpoints(cfg.out / "checkpoints", cfg.keep, cfg.save_in_background, cfg.mesh)
     new = {"step": 0, "recent": [], "skipped": 0}
     state = checkpoints.load(training_state(runner, optimizer)) or new
     step, recent, skipped = (state[key] for key in new)
@@ -711,7 +719,6 @@ def fit(
                 recent = [*recent[-31:], values["loss"]]
             optimizer.zero_grad()
             step += 1
-
             seconds = time.monotonic() - begun
             if step in (1, last) or step % cfg.eval_every == 0:
                 values |= evaluate(step)
@@ -762,8 +769,7 @@ def lm_loss(log_probs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 def micro_batches(
     cfg: RunConfig, runner: Runner, sampler: Sampler, first: int, batch: int
 ) -> list[Batch]:
-    """Return this rank's share of samples first ... first + batch - 1, in micro-batches. Shares
-    are contiguous, so that a batch holds the same samples on every mesh."""
+    """Return this rank's contiguous share of samples first ... first + batch - 1."""
     share = batch // runner.dp
     start = first + runner.dp_rank * share
     out = []
@@ -878,10 +884,8 @@ def choose_config(
     if argv and not argv[0].startswith("-") and argv[0] not in presets:
         raise ValueError(f"no preset {argv[0]!r}: there are {', '.join(presets)}")
     table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
-    config = tyro.extras.overridable_config_cli(table, args=argv, description=description)
-    signal.signal(signal.SIGPIPE, default)
-    return argv[0] if argv else "", config
+    parse = partial(tyro.extras.overridable_config_cli, table, args=argv, description=description)
+    return argv[0] if argv else "", parsed(parse)
 
 
 def main() -> None:

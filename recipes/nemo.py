@@ -11,7 +11,6 @@ Rows, which reads the rows and columns that it is asked for.
 
 import json
 import logging
-import signal
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,8 @@ import tyro
 import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
 from tqdm import tqdm
 
 import parallel
@@ -150,6 +151,15 @@ def ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
             yield block
 
 
+def checksum(file: Path) -> list[int]:
+    """Return [size, CRC-32] of a file."""
+    crc = 0
+    with file.open("rb") as f:
+        while piece := f.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
+
+
 def write_tensors(path: Path, tensors: dict[str, Rows], told: Callable[[int], Any]) -> list[int]:
     """Write a safetensors file block by block; return its size and CRC-32."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -192,7 +202,7 @@ def write_weights(
         for file, names in files.items():
             path = folder / file
             wanted = {name: tensors[name] for name in names}
-            if file in done and path.exists() and parallel.checksum(path) == done[file]:
+            if file in done and path.exists() and checksum(path) == done[file]:
                 bar.update(sum(rows.nbytes for rows in wanted.values()))
             else:
                 done[file] = write_tensors(path, wanted, bar.update)
@@ -247,14 +257,12 @@ class ExportConfig:
     tp: int = 8  # Tensor-parallel size: the number of chunks of a matrix.
 
 
-def read_weights(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the weights of a Hugging Face folder as lazy slices, those of a run as bf16 tensors;
-    both are sliced in the same way."""
-    if not (folder / "checkpoints").exists():
-        return dict(parallel.hf_slices(folder, parallel.full_shapes(cfg)))
-    weights = parallel.on_meta(cfg).bfloat16().to_empty(device="cpu").state_dict()
-    parallel.fill(weights, folder)
-    return weights
+def tp_cuts(cfg: ModelConfig, tp: DeviceMesh) -> dict[str, int]:
+    """Map each parameter that tensor parallelism cuts to the dimension it is cut along. Every rank
+    holds the others whole."""
+    model = parallelize_module(parallel.on_meta(cfg), tp, parallel.tp_plan())
+    placed = {name: p.placements[0] for name, p in model.named_parameters()}
+    return {name: cut.dim for name, cut in placed.items() if cut.is_shard()}
 
 
 def share(name: str, weight: Any, shape: torch.Size, dim: int, rank: int, ranks: int) -> Tensor:
@@ -266,7 +274,7 @@ def share(name: str, weight: Any, shape: torch.Size, dim: int, rank: int, ranks:
     end = min(begin + size, shape[dim])
     index = [slice(0, n) for n in shape]
     index[dim] = slice(begin, end)
-    part = weight[tuple(index)]
+    part = weight(tuple(index))
     return F.pad(part, [0, 0, 0, begin + size - end]) if end < begin + size else part
 
 
@@ -308,11 +316,12 @@ def export_nemo(c: ExportConfig) -> None:
         if c.tp < 1 or getattr(cfg, size) % c.tp:
             raise ValueError(f"tp={c.tp} does not divide {size}={getattr(cfg, size)}")
     mesh = parallel.init_mesh(parallel.MeshConfig())
-    cuts = parallel.tp_cuts(cfg, mesh["tp"])
+    cuts = tp_cuts(cfg, mesh["tp"])
     if cfg.n_attributes:
         cuts["head.weight"] = 1
     with parallel.new_folder(c.out) as folder:
-        weights = read_weights(c.folder, cfg)
+        weights = parallel.open_weights(c.folder)
+        of_a_run = (c.folder / "checkpoints").exists()  # in fp32
         stacks: dict[Any, list[str]] = {}
         shapes = parallel.full_shapes(cfg)
         for name, shape in shapes.items():
@@ -329,6 +338,8 @@ def export_nemo(c: ExportConfig) -> None:
                     part = share(name, weights[name], shapes[name], dim, rank, ranks)
                     shares.append(part.unflatten(0, (turns, -1)))
                 chunk = torch.cat(shares, 1).flatten(0, 1)
+                if of_a_run:
+                    chunk = chunk.bfloat16()
                 which = [*layer, *(rank * (d == dim) for d in range(chunk.ndim))]
                 counts = [cfg.n_layers for _ in layer]
                 counts += [ranks if d == dim else 1 for d in range(chunk.ndim)]
@@ -341,11 +352,9 @@ def export_nemo(c: ExportConfig) -> None:
 def main() -> None:
     """Run the command that the command line names."""
     parallel.set_up_logging()
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
-    parse = tyro.extras.subcommand_cli_from_dict
     jobs = {"import": ImportConfig, "export": ExportConfig}
-    c = parse(jobs, prog="python -m recipes.nemo", description=__doc__)
-    signal.signal(signal.SIGPIPE, default)
+    how = dict(prog="python -m recipes.nemo", description=__doc__)
+    c = parallel.parsed(lambda: tyro.extras.subcommand_cli_from_dict(jobs, **how))
     parallel.run(lambda: import_nemo(c) if isinstance(c, ImportConfig) else export_nemo(c))
 
 

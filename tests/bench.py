@@ -371,7 +371,7 @@ def where(shape: str, o: argparse.Namespace) -> list[Result]:
 
 def peak_of(device: str) -> float:
     """FLOP/s of the data sheet; nan where there is none."""
-    return parallel.peak_flops(torch.device(device)) or float("nan")
+    return train.peak_flops(torch.device(device)) or float("nan")
 
 
 # ---- preference optimisation ---------------------------------------------------------------------
