@@ -7,7 +7,6 @@ datatrove runs it, on this machine, Slurm or Ray: pip install -e '.[curate]'.
 """
 
 import ctypes
-import hashlib
 import importlib
 import json
 import logging
@@ -60,8 +59,9 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("tasks", 1), ("cores", 1), ("gigabytes", 0)):
-            if not least <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: a number, at least {least}")
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise ValueError(f"{name}={value}: a number, at least {least}")
 
 
 # ---- recipes -------------------------------------------------------------------------------------
@@ -100,6 +100,8 @@ def read_recipe(path: Path) -> Table:
     recipe = fill(said, TOP | {name: {} for name in SECTIONS}, str(path))
     for name, value in recipe["inputs"].items():
         recipe["inputs"][name] = fill(value, SECTIONS["inputs"], f"{path}: [inputs.{name}]")
+    if not all([recipe["inputs"], *(said["path"] for said in recipe["inputs"].values())]):
+        raise ValueError(f"{path}: give [inputs.NAME], each with a path")
     for name in SECTIONS.keys() - {"inputs"}:
         recipe[name] = fill(said[name], SECTIONS[name], f"{path}: [{name}]") if name in said else {}
     for rule in recipe["rules"]:
@@ -215,6 +217,8 @@ def run_local(executor: Any, stage: str, workers: int) -> None:
 
 def run_stages(stages: list[Stage], recipe: Table, cfg: CurateConfig) -> None:
     """Run the stages one after the other, or hand them all to Slurm."""
+    import datatrove.executor
+
     root = str(Path(__file__).parents[1])
     before = None
     for stage in stages:
@@ -222,26 +226,21 @@ def run_stages(stages: list[Stage], recipe: Table, cfg: CurateConfig) -> None:
         what = dict(pipeline=stage.blocks, tasks=stage.tasks, logging_dir=str(logs.absolute()))
         start = time.time()
         if cfg.executor == "slurm":
-            from datatrove.executor import SlurmPipelineExecutor
-
             places = f"PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={root}:$PYTHONPATH"
             job = dict(job_name=stage.name, env_command=f"cd {os.getcwd()}; export {places}")
             job |= {"time": "24:00:00", "partition": "cpu", "depends": before} | recipe["slurm"]
-            before = SlurmPipelineExecutor(**what, **job)
+            before = datatrove.executor.SlurmPipelineExecutor(**what, **job)
             before.run()
             continue
         if cfg.executor == "ray":
             import ray
-            from datatrove.executor import RayPipelineExecutor
 
             places = {"env_vars": {"PYTHONPATH": root}}
             ray.init(ignore_reinit_error=True, runtime_env=places, log_to_driver=False)
-            executor = RayPipelineExecutor(**what, workers=cfg.cores)
+            executor = datatrove.executor.RayPipelineExecutor(**what, workers=cfg.cores)
             executor.run()
         else:
-            from datatrove.executor import LocalPipelineExecutor
-
-            executor = LocalPipelineExecutor(**what)
+            executor = datatrove.executor.LocalPipelineExecutor(**what)
             run_local(executor, stage.name, cfg.cores)
         if left := executor.get_incomplete_ranks():
             rule = f"see {logs}/logs, then start the same again: it does these alone"
@@ -295,11 +294,11 @@ def draw(rows: list[Table], path: Path) -> None:
     except ImportError:
         log.warning("no picture: pip install -e '.[report]'")
         return
-    figure = Figure(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1 + len(rows) / 2), layout="constrained")
     panel = figure.subplots()
     names = [f"{row['rule']}: {row['forwarded']:,} documents" for row in rows]
     panel.barh(names[::-1], [row["bytes"] / 1e6 for row in rows][::-1])
-    panel.set(xlabel="MB left", title="What each rule leaves")
+    panel.set_xlabel("MB left")
     figure.savefig(path, dpi=110)
 
 
@@ -365,8 +364,7 @@ def plan(recipe: Table, cfg: CurateConfig, n_bytes: float) -> list[str]:
 
 def check_same(recipe: Table, files: list, cfg: CurateConfig) -> None:
     """Refuse to go on with a run of another recipe, input or number of tasks."""
-    names = hashlib.blake2b(json.dumps(files).encode()).hexdigest()
-    now = json.loads(json.dumps({"recipe": recipe, "files": names, "tasks": cfg.tasks}))
+    now = {"recipe": recipe, "files": sieve.digest(json.dumps(files)), "tasks": cfg.tasks}
     path = cfg.out / "recipe.json"
     begun = json.loads(path.read_text()) if path.exists() else now
     if other := [key for key in now if begun[key] != now[key]]:
@@ -392,8 +390,8 @@ def curate(cfg: CurateConfig) -> None:
     check_same(recipe, files, cfg)
     run_stages(make_stages(recipe, files, cfg.out, cfg.tasks), recipe, cfg)
     if cfg.executor != "slurm":
-        log.info((cfg.out / "funnel.md").read_text())
-        log.info(f"{cfg.out}: complete: funnel.md, examples.jsonl, documents/")
+        said = f"{cfg.out}: complete: funnel.md, examples.jsonl, documents/"
+        log.info((cfg.out / "funnel.md").read_text() + said)
 
 
 def main() -> None:

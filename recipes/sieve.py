@@ -95,7 +95,6 @@ class Examples:
         self.rule = rule
 
     def __enter__(self) -> "Examples":
-        self.rank = 0
         self.kept = defaultdict(list)
         return self
 
@@ -106,8 +105,9 @@ class Examples:
         kept[:] = heapq.nsmallest(10, kept)
 
     def __exit__(self, *_: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / f"{self.rule}.{self.rank:05d}.json", json.dumps(self.kept))
+        if self.kept:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / f"{self.rule}.{self.rank:05d}.json", json.dumps(self.kept))
 
 
 def gather_examples(folder: Path) -> list[Table]:
@@ -231,7 +231,7 @@ class Extract:
                 document.text = self.sandbox.process_document(document.text, extract) or ""
             except (OSError, EOFError):  # a TimeoutError among them
                 return False, "no end to its extraction"
-        return (True, "") if document.text else (False, "no main text")
+        return bool(document.text), "no main text"
 
 
 def load_fasttext(path: str) -> Callable[[str], dict[str, float]]:
@@ -336,7 +336,7 @@ def labelled(said: Table) -> Iterator[tuple[str, bool]]:
     """Yield (line, whether it is good) of two folders, or of a judge's rows {text, score}."""
     if said["judged"]:
         for where, row in read_jsonl(said["judged"]):
-            if not isinstance(row.get("text"), str) or type(row.get("score")) not in (int, float):
+            if type(row.get("text")) is not str or type(row.get("score")) not in (int, float):
                 raise ValueError(f"{where}: no `text` and `score`: give each row both")
             yield line_of(row["text"]), row["score"] >= said["good_from"]
     for name in ("good", "ordinary") if said["good"] else ():
@@ -419,7 +419,8 @@ def cut_signature(grams: np.ndarray, n_buckets: int, rows: int) -> list[list[int
 def cluster(work: Path, *_: Any) -> None:
     """Join the pairs of all buckets, and list for each task the documents that repeat another."""
     parent: dict[tuple[int, int], tuple[int, int]] = {}
-    order = {int(path.name): np.memmap(path, np.uint64, "r") for path in work.glob("order/*")}
+    some = [path for path in work.glob("order/*") if path.stat().st_size]  # no empty map exists
+    order = {int(path.name): np.memmap(path, np.uint64, "r") for path in some}
 
     def root(node: tuple[int, int]) -> tuple[int, int]:
         while parent.setdefault(node, node) != node:
