@@ -335,7 +335,7 @@ def read_json(file: str | Path, on_bad: OnBad, text_field: str = "") -> Records:
     place = f"{file}:"
     with open_bytes(file, on_bad) as lines:
         listed = re.search(r"\.json(\.gz)?$", str(file), re.IGNORECASE)
-        if listed and b"[" in lines.peek(4)[:4]:  # perhaps after a byte order mark
+        if listed and re.match(rb"[^\w{]*\[", lines.peek(9)):  # perhaps after a byte order mark
             place += " row "
             try:
                 rows = json.loads(lines.read().decode("utf-8-sig"), object_pairs_hook=unique)
@@ -988,8 +988,10 @@ def in_our_names(row: Record) -> Record:
     if len(ours) < len(row):
         raise ValueError(f"a column twice, under two names: {sorted(row)!s:.200}")
     if "conversations" in row:
-        system = ours.pop("system", "") and messages_of(row["system"], "system")
-        ours["messages"] = [*system, *messages_of(ours["messages"], "user")]
+        turns = messages_of(ours["messages"], "user")
+        if ours.get("system"):
+            turns = messages_of(ours.pop("system"), "system") + turns
+        ours["messages"] = turns
         if ours.get("mask") == "User":
             del ours["mask"]
     check_fields(ours, "the row")
@@ -1037,7 +1039,6 @@ def read_chat(row: Record) -> Parsed:
 
 def read_scored(row: Record, n_attributes: int) -> Parsed:
     """Parse a conversation and the attributes of its last answer, or HelpSteer2's columns."""
-    chats, _ = read_chat(row)
     own = "label" in row
     label = required(row, "label", list) if own else [required(row, name) for name in ATTRIBUTES]
     if len(label) not in (5, 9):
@@ -1047,7 +1048,7 @@ def read_scored(row: Record, n_attributes: int) -> Parsed:
     values = np.append(np.full(4, IGNORE, np.float32), values)[-n_attributes:]
     if (values == IGNORE).all():
         raise ValueError(f"none of the {n_attributes} attributes is labelled")
-    return chats, values
+    return read_chat(row)[0], values
 
 
 def read_preference(row: Record, rewards: bool) -> Parsed:

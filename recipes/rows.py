@@ -1,0 +1,258 @@
+"""Turn public files of preferences and ratings into rows that the stages read.
+
+Conversations, prompts with responses, pairs and HelpSteer2's ratings are read as they are; here is
+what has to be made into them: one pair of several answers, a mean of several ratings.
+
+python -m recipes.rows helpsteer3.jsonl.gz pairs.jsonl
+python align.py dpo --init runs/sft --data pairs.jsonl
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import tyro
+
+from data import (
+    ATTRIBUTES,
+    IGNORE,
+    NINE_ATTRIBUTES,
+    check_messages,
+    count_bad,
+    in_our_names,
+    messages_of,
+    numbers,
+    read_preference,
+    read_records,
+    read_scored,
+    required,
+    split_turns,
+)
+from generate import run_command
+
+log = logging.getLogger("nemotron4")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Convert a file of public rows; what each format becomes is in the table of this module."""
+
+    file: tyro.conf.Positional[Path]
+    """JSON Lines, also packed by gzip, a .json list or parquet, as it was published."""
+    out: tyro.conf.Positional[Path]
+    """File for the rows, as JSON lines."""
+    split: str = ""  # Value of the rows' column `split`, which some files have; default: any
+    skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first
+
+
+class Tie(ValueError):
+    """Says that no answer of a row is the better one."""
+
+
+# ---- what each format becomes --------------------------------------------------------------------
+
+
+def best_and_worst(prompt: Any, answers: list[Any], scores: list[Any]) -> Record:
+    """Return the first best answer and the first worst one as a pair, with scores as rewards."""
+    names = [f"the score of answer {i}" for i in range(len(scores))]
+    if len(numbers(scores, names)) < 2:
+        raise ValueError(f"{len(scores)} answers: a pair needs two")
+    best = scores.index(max(scores))
+    worst = scores.index(min(scores))
+    if scores[best] == scores[worst]:
+        raise Tie
+    pair = {"prompt": messages_of(prompt, "user"), "chosen": answers[best]}
+    pair |= {"rejected": answers[worst], "chosen_reward": scores[best]}
+    return pair | {"rejected_reward": scores[worst]}
+
+
+def stronger(prompt: Any, first: Any, second: Any, strength: Any) -> Record:
+    """Return the pair of a preference from -3, for the first answer, to 3; its size is the gap of
+    the rewards, which is what Bradley-Terry's margin and RPO read."""
+    numbers([strength], ["the preference"])
+    if abs(strength) > 3:
+        raise ValueError(f"the preference is {strength}: from -3 to 3")
+    return best_and_worst(prompt, [first, second], [max(-strength, 0), max(strength, 0)])
+
+
+def helpsteer2_preference(row: Record) -> Record:
+    """Convert HelpSteer2's preferences, whose prompt holds several turns."""
+    prompt = split_turns(required(row, "prompt", str))
+    return stronger(prompt, row["response_1"], row["response_2"], row["preference_strength"])
+
+
+def helpsteer3(row: Record) -> Record:
+    """Convert HelpSteer3's preferences; in their texts a marker is text."""
+    return stronger(row["context"], row["response1"], row["response2"], row["overall_preference"])
+
+
+def nemo_rl(row: Record) -> Record:
+    """Convert NeMo-RL's completions, of which the lowest rank is best; a rank is no reward."""
+    completions = objects(row, "completions")
+    answers = [required(one, "completion", list) for one in completions]
+    ranks = [required(one, "rank") for one in completions]
+    numbers(ranks, ["a rank"] * len(ranks))
+    pair = best_and_worst(row["context"], answers, [-rank for rank in ranks])
+    return {name: pair[name] for name in ("prompt", "chosen", "rejected")}
+
+
+def ultrafeedback(row: Record) -> Record:
+    """Convert openbmb's UltraFeedback by the mean of its four ratings: its overall score is known
+    to be wrong where a critique began with a 10."""
+    completions = objects(row, "completions")
+    answers = [required(one, "response", str) for one in completions]
+    scores = [required(one, "fine-grained_score") for one in completions]
+    return best_and_worst(row["instruction"], answers, scores)
+
+
+def hh_rlhf(row: Record) -> Record:
+    r"""Convert texts like "\n\nHuman: Hi\n\nAssistant: Hello" into conversations."""
+    return {side: split_dialogue(required(row, side, str)) for side in ("chosen", "rejected")}
+
+
+def split_dialogue(text: str) -> list[Record]:
+    """Split a text of hh-rlhf into messages."""
+    start, *turns = re.split(r"\n\n(Human|Assistant): ?", text)
+    if start or not turns:
+        raise ValueError(rf"{text[:40]!r} does not begin with \n\nHuman:, and there is no prompt")
+    said = [{"from": turns[i], "value": turns[i + 1]} for i in range(0, len(turns), 2)]
+    return messages_of([turn | {"from": SPEAKERS[turn["from"]]} for turn in said], "user")
+
+
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def helpsteer2_annotators(row: Record) -> Record:
+    """Convert HelpSteer2's disagreements, a list of each attribute, to the lists' means."""
+    means = {}
+    for name in ATTRIBUTES:
+        ratings = required(row, name, list)
+        numbers(ratings, [name] * len(ratings))
+        means[name] = fmean(ratings)  # an error for no rating at all
+    return {name: row[name] for name in ("prompt", "response")} | means
+
+
+def nemo_labelled(row: Record) -> Record:
+    """Convert NeMo's turns with labels, of which the last one's, like `helpfulness:4,verbosity:2`,
+    is what a reward model learns."""
+    turns = objects(row, "conversations")
+    label = required(turns[-1], "label", str) if turns else ""
+    found = dict(re.findall(r"(\w+):(\d+(?:\.\d+)?)(?:,|$)", label))
+    if not found or found.keys() - set(NINE_ATTRIBUTES):
+        raise ValueError(f"label {label[:60]!r}: write helpfulness:4,correctness:3,...")
+    messages = in_our_names({"conversations": turns, "system": row.get("system")})["messages"]
+    return {"messages": messages, "label": [float(found.get(n, IGNORE)) for n in NINE_ATTRIBUTES]}
+
+
+def objects(row: Record, name: str) -> list[Record]:
+    """Return a field that must be a list of objects."""
+    values = required(row, name, list)
+    if not all(isinstance(value, dict) for value in values):
+        raise ValueError(f"{name}: a list of objects, not {values!r:.60}")
+    return values
+
+
+class Format(NamedTuple):
+    """Describes public rows by their columns, and says what they become."""
+
+    name: str
+    columns: str
+    convert: Callable[[Record], Record]
+
+
+# a row has the first format whose columns it has
+FORMATS = (
+    Format(
+        "HelpSteer2-Preference",
+        "prompt response_1 response_2 preference_strength",
+        helpsteer2_preference,
+    ),
+    Format("HelpSteer3", "context response1 response2 overall_preference", helpsteer3),
+    Format("NeMo-RL", "context completions", nemo_rl),
+    Format("UltraFeedback", "instruction completions", ultrafeedback),
+    Format(
+        "HelpSteer2's annotators", f"prompt response {' '.join(ATTRIBUTES)}", helpsteer2_annotators
+    ),
+    Format("NeMo's labels", "conversations", nemo_labelled),
+    Format("hh-rlhf", "chosen rejected", hh_rlhf),
+)
+
+
+@lru_cache
+def format_of(columns: frozenset[str]) -> Format:
+    """Return the format that has these columns."""
+    for known in FORMATS:
+        if columns.issuperset(known.columns.split()):
+            return known
+    rule = "; ".join(f"{known.name}: {known.columns}" for known in FORMATS)
+    raise ValueError(f"columns {str(sorted(columns)):.200} are those of none of {rule}")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def converted(row: Record) -> Record:
+    """Return a row as the stages read it, or raise a ValueError that says why they could not."""
+    row = {name: value for name, value in row.items() if value is not None}
+    ours = format_of(frozenset(row)).convert(row)
+    if "chosen" in ours:
+        chats, _ = read_preference(in_our_names(ours), rewards=False)
+    else:
+        chats, _ = read_scored(in_our_names(ours), n_attributes=9)
+    for chat in chats:
+        check_messages(chat, answered=True)
+    return ours
+
+
+def lines(cfg: RowsConfig, counts: Counter) -> Iterator[str]:
+    """Yield a JSON line of each row, and count rows by what they were."""
+    on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=counts, level=logging.WARNING)
+    for where, row in read_records(cfg.file, on_bad):
+        if cfg.split and row.get("split") != cfg.split:
+            counts[f"of another split than {cfg.split}"] += 1
+            continue
+        try:
+            line = json.dumps(converted(row), ensure_ascii=False)
+        except Tie:
+            counts["tied"] += 1
+        except (ValueError, RecursionError) as e:
+            on_bad(f"{where}: {e}: mend the line")
+        else:
+            counts[format_of(frozenset(name for name in row if row[name] is not None)).name] += 1
+            yield line
+
+
+def convert(cfg: RowsConfig) -> None:
+    """Write the converted rows to a file that appears when it is complete."""
+    if cfg.out.exists():
+        raise ValueError(f"{cfg.out} exists: remove it, or choose another file")
+    counts: Counter = Counter(bad=0)
+    unfinished = cfg.out.with_name(f"{cfg.out.name}.partial")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for line in lines(cfg, counts):
+                file.write(f"{line}\n")
+        made = sum(counts[known.name] for known in FORMATS)
+        found = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        if not made:
+            raise ValueError(
+                f"{cfg.file}: no row left ({found or 'it is empty'}): look at the file"
+            )
+        unfinished.rename(cfg.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    log.info(f"{cfg.out}: {made:,} rows; {found}")
+
+
+if __name__ == "__main__":
+    parse = partial(tyro.cli, RowsConfig, prog="python -m recipes.rows")
+    run_command("recipes.rows", parse, convert)
