@@ -145,7 +145,8 @@ def kto_objective(beta: float) -> Objective:
         margin = beta * (log_ratio.detach() - batch["kl"]) * torch.where(chosen, 1, -1)
         n = torch.ones_like(margin).sum()
         sums = {"rows": n, "chosen": chosen.sum(), "kl": n * batch["kl"]}
-        sums |= {"accuracy": (margin > 0).sum(), "beta_margin": margin.sum()}
+        right = margin > 1e-5  # less is rounding, of a policy that still is the reference
+        sums |= {"accuracy": right.sum(), "beta_margin": margin.sum()}
         sums |= {"preference_loss": loss, "at_reference": n / 2}
         sums["abs_drift"] = torch.maximum(log_ratio.abs(), stranger.abs()).sum()
         return loss, sums

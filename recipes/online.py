@@ -41,11 +41,11 @@ from align import (
     window_multiple,
     with_model,
 )
-from data import Example, Tokenizer
+from data import Example, Tokenizer, write_whole
 from generate import SamplingParams
 from model import IGNORE, check_ranges
 from parallel import Batch, Runner, from_rank_0, init_mesh, world_size
-from recipes.demo import STAGE, DemoConfig, run_stoppable, tuned_start, write_tasks
+from recipes.demo import STAGE, DemoConfig, markdown, marks, run_stoppable, tuned_start, write_tasks
 from recipes.rollouts import (
     Answer,
     Prompt,
@@ -348,6 +348,8 @@ def online(preset: str, cfg: OnlineConfig) -> Path:
     )
     if dist.get_rank() == 0:
         draw(cfg.out)
+    if cfg.demo and world_size() == 1 and not runner.asked:
+        compare(cfg)
     return cfg.out
 
 
@@ -357,6 +359,16 @@ def with_demo(cfg: OnlineConfig) -> OnlineConfig:
     held_out = write_tasks(cfg.demo, "held_out", 200, held_out=True)
     data = write_tasks(cfg.demo, "online", 4000)
     return replace(cfg, init=str(model), data=data, val=held_out)
+
+
+def compare(cfg: OnlineConfig) -> None:
+    """Mark the demo's model before and after the run, as the tour does, and write a table."""
+    rows = {}
+    for name, model in (("before", Path(cfg.init)), ("after", cfg.out)):
+        rows[name] = marks(cfg.demo, model, cfg.demo.out / "reward")
+    text = markdown(rows, cfg.algorithm) + "\n"
+    write_whole(cfg.out / "table.md", text)
+    log.info(text)
 
 
 def toys() -> OnlineConfig:

@@ -121,9 +121,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=[] if m == "packed" else [pytest.mark.slow]) for m in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_the_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     base, alone, on_ranks, tmp_path, mesh
 ):

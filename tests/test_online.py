@@ -240,7 +240,7 @@ def killed(base, out, where, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where, after", [("rollout", 30), ("step", 3), ("step", 4), ("save", 2)])
+@pytest.mark.parametrize("where, after", [("rollout", 15), ("step", 4), ("save", 1)])
 def test_a_run_that_is_killed_goes_on_with_the_same_curve(base, on_ranks, tmp_path, where, after):
     want = on_ranks(1, run, str(base), str(tmp_path / "whole"))[0]
     with pytest.raises(AssertionError, match="died"):
@@ -265,12 +265,13 @@ MESHES = {
 ALGORITHMS = ("rloo", "grpo", "rs", "dpo", "rpo")
 
 
-def slow_or_not(mesh, algorithm):
-    quick = mesh == "packed" and algorithm == "dpo"
-    return pytest.param(mesh, algorithm, marks=[] if quick else [pytest.mark.slow])
+CELLS = [("packed", algorithm) for algorithm in ALGORITHMS]
+CELLS += [("dp2", "grpo"), ("dp2", "dpo"), ("tp2", "grpo"), ("pp2 vp2", "rpo")]
+CELLS += [("pp2 vp2", "grpo"), ("dp2 tp2 pp2", "grpo")]
 
 
-@pytest.mark.parametrize("mesh, algorithm", [slow_or_not(m, a) for m in MESHES for a in ALGORITHMS])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, algorithm", CELLS)
 def test_a_round_teaches_the_same_on_every_mesh_and_however_it_is_packed(
     base, on_ranks, tmp_path, mesh, algorithm
 ):
@@ -337,6 +338,7 @@ def test_answers_are_the_engines_own_and_their_log_probabilities_the_engines(bas
         assert answer.text == text.removesuffix("<extra_id_1>").strip()
 
 
+@pytest.mark.slow
 def test_a_reward_model_marks_by_its_attributes_and_the_verifier_looks_on(base, tmp_path):
     torch.manual_seed(0)
     model = Nemotron(dataclasses.replace(TINY, n_attributes=5, seq_len=256))
@@ -363,10 +365,9 @@ def test_a_reward_model_marks_by_its_attributes_and_the_verifier_looks_on(base, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_rewards_rise(base, tmp_path, algorithm):
+def test_rewards_rise(base, tmp_path):
     how = dict(updates=1, steps=30, batch=64, lr=1e-2, kl=0.0, beta=0.1, save_every=30)
-    rows = run(base, tmp_path / "run", algorithm, **how)
+    rows = run(base, tmp_path / "run", **how)
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
     assert last > first + 0.5
 
@@ -399,6 +400,28 @@ def test_the_demos_verifier_is_its_program(tmp_path):
         assert row["prompt"] == task.prompt
         for text in (task.answer, task.flawed(rng), ""):
             assert demo.mark(row, text) == task.reward(text)
+
+
+def test_the_demo_brings_its_model_tasks_and_verifier_and_marks_before_and_after(
+    tmp_path, monkeypatch
+):
+    toys = demo.DemoConfig(tmp_path / "demo", scale=0.01)
+    cfg = dataclasses.replace(online.toys(), demo=toys, out=tmp_path / "run")
+    monkeypatch.setattr(online, "tuned_start", lambda demo: demo.out / "general_sft")
+    named = online.with_demo(cfg)
+    assert named.init == str(tmp_path / "demo" / "general_sft")
+    trained, held_out = (path.read_text().splitlines() for path in (named.data, named.val))
+    assert len(trained) == len(held_out) == 40 and not {*trained} & {*held_out}
+    row = json.loads(trained[0])
+    best = rollouts.verifier_of(cfg.verifier)(row, demo.Task(**row["task"]).answer)
+    assert best == demo.Task(**row["task"]).reward(demo.Task(**row["task"]).answer)
+    monkeypatch.setattr(
+        online, "marks", lambda demo, model, judge: {"true reward": len(model.name)}
+    )
+    (tmp_path / "run").mkdir()
+    online.compare(named)
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "| before | 11 |" in table and "| after | 3 |" in table and "rloo" in table
 
 
 @pytest.mark.parametrize(
