@@ -1,7 +1,9 @@
-"""Evaluate a model with lm-evaluation-harness, on the engine and in this process.
+"""Evaluate a model with lm-evaluation-harness, or a reward model on RewardBench, on the engine and
+in this process.
 
 python -m recipes.evaluate runs/base --tasks mmlu hellaswag
 python -m recipes.evaluate runs/nano --jsonl questions.jsonl
+python -m recipes.evaluate runs/reward --rewardbench rewardbench2.parquet
 """
 
 import json
@@ -17,6 +19,7 @@ import tyro
 
 from data import read_jsonl, write_whole
 from generate import Engine, EngineConfig, SamplingParams, is_greedy, load_engine, run_command
+from recipes import rewardbench
 
 log = logging.getLogger("nemotron4")
 
@@ -37,6 +40,8 @@ class EvaluateConfig(EngineConfig):
     """lm-eval's task names; default: the report's Table 3, each with its number of shots."""
     jsonl: tuple[Path, ...] = ()
     """JSON lines of `question` and `answer`: a text, or the number of one of `choices`."""
+    rewardbench: tuple[Path, ...] = ()
+    """Published files of RewardBench 1 or 2, JSON lines or parquet, for a reward model."""
     shots: int | None = None
     """Examples before each question; default: the report's number, else the task's own."""
     limit: int | None = None  # Largest number of questions of each task; default: all
@@ -193,8 +198,26 @@ def language_model(engine: Engine) -> Any:
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def evaluate_rewards(cfg: EvaluateConfig) -> None:
+    """Score the files of RewardBench one after the other; log a table for each."""
+    if cfg.tasks or cfg.jsonl:
+        raise ValueError("rewardbench is for reward models, tasks and jsonl for language models")
+    engine = load_engine(cfg)
+    if not engine.cfg.n_attributes:
+        raise ValueError("a language model gives no rewards: give a reward model")
+    results = {}
+    for path in cfg.rewardbench:
+        rows = list(rewardbench.score_rows(engine, str(path), cfg.limit))
+        rewardbench.say(rewardbench.table_of(rows))
+        results[path.name] = [row._asdict() for row in rows]
+        if cfg.out and engine.leads:
+            write_whole(cfg.out, json.dumps(results) + "\n")
+
+
 def evaluate(cfg: EvaluateConfig) -> None:
     """Run the tasks one after the other; log a table for each and write all results to a file."""
+    if cfg.rewardbench:
+        return evaluate_rewards(cfg)
     try:
         import lm_eval.tasks
     except ImportError as e:

@@ -1,18 +1,23 @@
-"""RewardBench's averages, of rows that a reward model has scored.
+"""RewardBench's averages, of rows that a reward model has scored, and RewardBench 2's.
 
 python generate.py score path/to/a/reward/model --file rewardbench.jsonl --out scores.jsonl
 python -m recipes.rewardbench scores.jsonl
+python -m recipes.evaluate path/to/a/reward/model --rewardbench rewardbench2.parquet
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import isnan
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import numpy as np
 import tyro
 
-from data import read_jsonl
-from generate import run_command
+from data import aggregate, messages_of, read_jsonl, render_reward, required
+from generate import Engine, SamplingParams, Sequence, read_rows, run_command, submit_rows
 
 log = logging.getLogger("nemotron4")
 
@@ -36,6 +41,7 @@ SECTIONS = {
         "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
+REPORT = "Nemotron-4-340B-Reward: Chat 95.8, Chat-Hard 87.1, Safety 91.5, Reasoning 93.7, mean 92.0"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,109 @@ def accuracies(wins: dict[str, list[bool]]) -> dict[str, str]:
     return table
 
 
+# ---- published files, scored here ----------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Holds the rewards of a row's chosen answers and of its rejected ones."""
+
+    subset: str
+    id: str
+    chosen: list[float]
+    rejected: list[float]
+
+
+def answers_of(row: dict[str, Any], side: str) -> list[str]:
+    """Return the answers of a side: one, or in RewardBench 2 a list."""
+    found = required(row, side)
+    answers = found if isinstance(found, list) else [found]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{side}: a text or a list of texts, not {found!r:.60}")
+    return answers
+
+
+def score_rows(engine: Engine, file: str, limit: int | None = None) -> Iterator[Scored]:
+    """Yield the rewards of each row of a published file, or of the first ones."""
+
+    def submit(row: dict[str, Any]) -> list[Sequence]:
+        """Submit every answer with its prompt."""
+        prompt = messages_of(required(row, "prompt"), "user")
+        sequences = []
+        for text in (*answers_of(row, "chosen"), *answers_of(row, "rejected")):
+            chat = [*prompt, *messages_of(text, "assistant")]
+            ids = render_reward(chat, engine.tokenizer)
+            sequences += engine.submit(ids, SamplingParams(max_tokens=0))
+        return sequences
+
+    for row, sequences in submit_rows(read_rows(file)[:limit], submit):
+        rewards = [float(aggregate(done.scores)) for done in engine.finished(sequences)]
+        if any(map(isnan, rewards)):
+            raise ValueError(f"{file}: a reward is no number")
+        n = len(answers_of(row, "chosen"))
+        subset = str(row.get("subset") or "all")
+        yield Scored(subset, str(row.get("id")), rewards[:n], rewards[n:])
+
+
+def best_of(row: Scored) -> float:
+    """Return the credit of a row with one chosen answer: 1 if its reward is the highest, shared
+    with the answers that tie with it."""
+    rewards = row.chosen + row.rejected
+    return (row.chosen[0] == max(rewards)) / rewards.count(max(rewards))
+
+
+def ties_score(rows: list[Scored]) -> float:
+    """Return RewardBench 2's score of its subset Ties, from pairs of rows ref:N, of one chosen
+    answer, and tied:N, of several that are as good (rewardbench/utils.py)."""
+    margins = {row.id: min(row.chosen) - max(row.rejected) for row in rows}
+    spreads = {row.id: max(row.chosen) - min(row.chosen) for row in rows}
+    numbers = [name.removeprefix("tied:") for name in margins if name.startswith("tied:")]
+    both = [number for number in numbers if f"ref:{number}" in margins]
+    if not both:
+        raise ValueError("Ties: no two rows with the ids ref:N and tied:N")
+    accurate = {}
+    for kind in ("ref", "tied"):
+        accurate[kind] = fmean(m > 0 for name, m in margins.items() if name.startswith(f"{kind}:"))
+    tied = np.array([margins[f"tied:{number}"] for number in both])
+    hard = np.minimum(tied, [margins[f"ref:{number}"] for number in both])
+    spread = np.array([spreads[f"tied:{number}"] for number in both])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margin = np.nan_to_num(np.tanh(hard / spread - 1))  # 0 / 0 counts as 0
+    score = 0.3 * accurate["ref"] + 0.3 * accurate["tied"] + 0.2 * (tied > spread).mean()
+    return float(score + 0.2 * (hard > spread).mean() + 0.01 * margin.mean())
+
+
+def averages(rows: list[Scored]) -> dict[str, float]:
+    """Return each subset's share of credit, and the mean of the subsets, as RewardBench 2 has them:
+    the best of four, and Ties by its own score."""
+    subsets: dict[str, list[Scored]] = {}
+    for row in rows:
+        subsets.setdefault(row.subset, []).append(row)
+    table = {}
+    for subset, found in subsets.items():
+        ties = subset.lower() == "ties"
+        table[subset] = ties_score(found) if ties else fmean(map(best_of, found))
+    return table | {f"mean of {len(table)} subsets": fmean(table.values())}
+
+
+def table_of(rows: list[Scored]) -> dict[str, str]:
+    """Return the table of RewardBench, or of RewardBench 2 if a row has several answers a side."""
+    if not all(len(row.chosen) == len(row.rejected) == 1 for row in rows):
+        return {name: f"{share:6.1%}" for name, share in averages(rows).items()}
+    wins: dict[str, list[bool]] = {}
+    for row in rows:
+        wins.setdefault(row.subset, []).append(row.chosen[0] > row.rejected[0])
+    return accuracies(wins)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def say(table: dict[str, str]) -> None:
+    """Log a table, and beside RewardBench's sections what the report has in its Table 4."""
+    rows = [f"{name:28} {value}" for name, value in table.items()]
+    log.info("\n".join([*rows, *([REPORT] if set(SECTIONS) & set(table) else [])]))
+
+
 def rewardbench(cfg: RewardBenchConfig) -> None:
     """Read the scores; a tie is a loss."""
     wins: dict[str, list[bool]] = {}
@@ -86,8 +195,7 @@ def rewardbench(cfg: RewardBenchConfig) -> None:
         wins.setdefault(str(row.get("subset") or "all"), []).append(gap > 0)
     if not wins:
         raise ValueError(f"{cfg.file}: no rows")
-    table = accuracies(wins)
-    log.info("\n".join(f"{name:28} {value}" for name, value in table.items()))
+    say(accuracies(wins))
 
 
 if __name__ == "__main__":

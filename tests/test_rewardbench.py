@@ -1,10 +1,17 @@
-"""RewardBench: both conventions of its averages, from the rows that `generate.py score` writes."""
+"""RewardBench: both conventions of its averages, from the rows that `generate.py score` writes, and
+RewardBench 2, against results worked out by hand."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
-from recipes import rewardbench
+import data
+from model import SHAPES, Nemotron, init_weights
+from parallel import save_hf
+from recipes import evaluate, rewardbench
+from recipes.rewardbench import Scored
 
 
 def lines_of(wins):
@@ -66,3 +73,108 @@ def test_rows_without_two_rewards_and_an_empty_file_are_named(tmp_path):
 
 def test_one_section_is_no_plural():
     assert "mean of 1 section" in lines_of({"hep-go": [True]})
+
+
+# ---- RewardBench 2 -------------------------------------------------------------------------------
+
+
+def test_the_best_of_four_shares_its_credit_among_those_that_tie():
+    for rewards, credit in (
+        ([3, 1, 2, 0], 1),
+        ([3, 3, 2, 0], 1 / 2),
+        ([3, 3, 3, 3], 1 / 4),
+        ([2, 3, 1, 0], 0),
+    ):
+        assert rewardbench.best_of(Scored("Math", "1", rewards[:1], rewards[1:])) == credit
+
+
+def test_ties_are_scored_by_accuracies_and_margins():
+    rows = [
+        Scored("Ties", "ref:1", [5.0], [2.0, 1.0]),  # margin 3
+        Scored("Ties", "tied:1", [4.0, 3.5, 3.0], [1.0, 0.0]),  # margin 2, spread 1
+        Scored("Ties", "ref:2", [1.0], [2.0]),  # wrong, margin -1
+        Scored("Ties", "tied:2", [4.0, 1.0], [0.5]),  # margin 0.5, spread 3
+        Scored("Ties", "ref:3", [9.0], [8.5]),  # margin 0.5
+        Scored("Ties", "tied:3", [4.0, 3.0], [0.0]),  # margin 3, spread 1, but ref's is less
+    ]
+    margins = math.tanh(2 / 1 - 1) + math.tanh(-1 / 3 - 1) + math.tanh(0.5 / 1 - 1)
+    want = 0.3 * 2 / 3 + 0.3 * 1 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margins / 3
+    assert rewardbench.ties_score(rows) == pytest.approx(want, abs=1e-12)
+    same = [Scored("Ties", "ref:1", [0.0], [0.0]), Scored("Ties", "tied:1", [0.0, 0.0], [0.0])]
+    assert rewardbench.ties_score(same) == 0  # 0 / 0 counts as 0
+    with pytest.raises(ValueError, match="no two rows with the ids ref:N and tied:N"):
+        rewardbench.ties_score(rows[:1])
+
+
+def test_the_second_average_is_that_of_subsets_however_large_they_are():
+    rows = [Scored("Math", str(i), [1.0], [0.0] * 3) for i in range(9)]
+    rows += [Scored("Focus", "x", [0.0], [1.0] * 3)]
+    table = rewardbench.table_of(rows)
+    assert table == {"Math": "100.0%", "Focus": "  0.0%", "mean of 2 subsets": " 50.0%"}
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A Hugging Face folder of a tiny reward model whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("reward")
+    tiny = dataclasses.replace(
+        SHAPES["nano"], dim=32, n_layers=2, head_dim=8, ffn_dim=64, vocab_size=264, seq_len=512,
+        init_std=0.2, n_attributes=5,
+    )  # fmt: skip
+    model = Nemotron(tiny)
+    init_weights(model, seed=3)
+    save_hf(model, path)
+    data.train_bpe([], 263).save(path)
+    return path
+
+
+def test_published_files_of_both_are_scored_from_parquet_and_from_lines(
+    reward_model, tmp_path, monkeypatch
+):
+    import pyarrow
+    import pyarrow.parquet
+
+    more = {"models": ["a"] * 4, "additional_metadata": {"category": None}}
+    second = [
+        {"id": "1", "prompt": "Hi", "chosen": ["Hello."], "rejected": ["No.", "x", "y"],
+         "num_correct": 1, "num_rejected": 3, "total_completions": 4, "subset": "Math", **more},
+        {"id": "ref:7", "prompt": "A colour?", "chosen": ["red"], "rejected": ["one", "two"],
+         "num_correct": 1, "num_rejected": 2, "total_completions": 3, "subset": "Ties", **more},
+        {"id": "tied:7", "prompt": "Colours?", "chosen": ["red", "blue"], "rejected": ["one"],
+         "num_correct": 2, "num_rejected": 1, "total_completions": 3, "subset": "Ties", **more},
+    ]  # fmt: skip
+    first = [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No.", "subset": "hep-go", "id": 1,
+              "chosen_model": "a", "rejected_model": "b"}]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(second), tmp_path / "two.parquet")
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
+    said = []
+    monkeypatch.setattr(rewardbench.log, "info", said.append)
+    files = (tmp_path / "two.parquet", tmp_path / "one.jsonl")
+    out = tmp_path / "out.json"
+    cfg = evaluate.EvaluateConfig(reward_model, rewardbench=files, out=out)
+    evaluate.evaluate(cfg)
+    found = json.loads(out.read_text())
+    assert [[len(row["chosen"]), len(row["rejected"])] for row in found["two.parquet"]] == [
+        [1, 3], [1, 2], [2, 1]
+    ]  # fmt: skip
+    rows = [Scored(**row) for row in found["two.parquet"]]
+    assert "Math" in said[0] and f"{rewardbench.ties_score(rows[1:]):6.1%}" in said[0]
+    assert rewardbench.REPORT in said[1] and "hep-go" in said[1]
+    # the same rewards as those of `generate.py score`, whatever shares the batch
+    engine = evaluate.load_engine(evaluate.EngineConfig(reward_model, slots=1))
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    sequences = engine.submit(
+        data.render_reward(chat, engine.tokenizer), evaluate.SamplingParams(max_tokens=0)
+    )
+    (done,) = engine.finished(sequences)
+    for row in (found["two.parquet"][0], found["one.jsonl"][0]):
+        assert row["chosen"][0] == pytest.approx(float(data.aggregate(done.scores)), abs=1e-5)
+    for row, rule in (
+        ({**first[0], "chosen": []}, "one.jsonl:1: chosen: a text or a list of texts"),
+        ({"prompt": "Hi", "chosen": "x"}, "one.jsonl:1: no value in field 'rejected'"),
+    ):
+        (tmp_path / "one.jsonl").write_text(json.dumps(row))
+        with pytest.raises(ValueError, match=rule):
+            evaluate.evaluate(dataclasses.replace(cfg, rewardbench=files[1:]))
+    with pytest.raises(ValueError, match="rewardbench is for reward models"):
+        evaluate.evaluate(dataclasses.replace(cfg, tasks=("mmlu",)))
