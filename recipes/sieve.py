@@ -11,7 +11,7 @@ import sysconfig
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,18 @@ def read_warc(path: Path, on_bad: OnBad) -> Iterator[str]:
         with path.open("rb") as file:
             for record in ArchiveIterator(file):
                 number += 1
+                if record.format != "warc":
+                    raise EOFError("it is no WARC record")
                 headers = record.http_headers if record.rec_type == "response" else None
                 kind = headers.get_header("Content-Type", "") if headers else ""
                 if "html" in kind:
                     named = re.search(r"charset=\W?([\w-]+)", kind)
                     page = record.content_stream().read()
+                    if record.raw_stream.limit:
+                        raise EOFError("it ends within the record")
                     yield page.decode(named[1] if named else "utf-8", "replace")
     except (ArchiveLoadFailed, EOFError, LookupError, zlib.error) as e:
-        on_bad(BadDocument(f"{path}: broken after record {number} ({e}): fetch it again"))
+        on_bad(BadDocument(f"{path}: broken at record {number} ({e}): fetch it again"))
 
 
 def digest(text: str) -> int:
@@ -234,6 +238,7 @@ class Extract:
         return bool(document.text), "no main text"
 
 
+@cache
 def load_fasttext(path: str) -> Callable[[str], dict[str, float]]:
     """Load a fastText file, and return what gives a line's labels with their probabilities."""
     if not Path(path).is_file():
@@ -387,12 +392,8 @@ class Score:
         self.model = model
         self.buckets = buckets
 
-    @cached_property
-    def predict(self) -> Callable[[str], dict[str, float]]:
-        return load_fasttext(self.model)
-
     def __call__(self, document: Any) -> Verdict:
-        score = self.predict(line_of(document.text)).get("good", 0.0)
+        score = load_fasttext(self.model)(line_of(document.text)).get("good", 0.0)
         bucket = int(np.searchsorted(self.buckets, score, side="right"))
         document.metadata |= {"score": round(score, 4), "quality": f"q{bucket}"}
         return True
@@ -434,9 +435,9 @@ def cluster(work: Path, *_: Any) -> None:
             first, second = sorted(ends, key=lambda node: (order[node[0]][node[1]], node))
             parent[second] = first
     gone = defaultdict(list)
-    for file, document in sorted(parent):
-        if root((file, document)) != (file, document):
-            gone[file].append(document)
+    for node in sorted(parent):
+        if root(node) != node:
+            gone[node[0]].append(node[1])
     (work / "repeats").mkdir(exist_ok=True)
     for file, documents in gone.items():
         np.array(documents, np.uint32).tofile(work / "repeats" / f"{file:06d}.remove")
