@@ -878,9 +878,8 @@ def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     pieces.append((turn, answered))
     if not answered:
         pieces.append((tokenizer.encode("Assistant\n"), False))
-    ids = [np.asarray(piece, np.int32) for piece, _ in pieces]
-    trained = [np.full(len(piece), answer) for piece, answer in pieces]
-    return np.concatenate(ids), np.concatenate(trained)
+    ids, trained = zip(*pieces, strict=True)
+    return np.concatenate(ids, dtype=np.int32), np.repeat(trained, [*map(len, ids)])
 
 
 def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
