@@ -9,7 +9,9 @@ import sys
 
 import numpy as np
 import pytest
+from test_stages import base, stage  # noqa: F401  base is a fixture
 
+import align
 import data
 from recipes import rows
 
@@ -410,3 +412,32 @@ def test_no_text_of_a_row_that_is_read_is_changed(tmp_path, tokenizer):
     assert np.array_equal(
         found.ids[0][found.trained[0]], tokenizer.encode(texts[1] + "\n").tolist() + [5]
     )
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+TRAINED = [("sft", name, row) for name, row in CHATS.items()]
+TRAINED += [("rpo" if rewards else "dpo", name, row) for name, (row, rewards) in PAIRS.items()]
+TRAINED += [("reward", "helpsteer2", CHATS["helpsteer2"])]
+for name, (row, ours) in CONVERTED.items():
+    kind = "rpo" if "chosen_reward" in ours else "dpo" if "chosen" in ours else "reward"
+    TRAINED.append((kind, name, row))
+    if name in ("helpsteer2_first", "helpsteer3"):
+        TRAINED.append(("bradley_terry", name, row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, name, row", TRAINED, ids=[f"{k} {n}" for k, n, _ in TRAINED])
+def test_a_file_of_each_format_trains_its_stages(base, tmp_path, kind, name, row):  # noqa: F811
+    path = write(tmp_path / "a.jsonl.gz", *[row] * 16)
+    if name in CONVERTED:
+        rows.convert(rows.RowsConfig(path, tmp_path / "rows.jsonl"))
+        path = tmp_path / "rows.jsonl"
+    cfg = stage(base, kind, tmp_path / "run", data=path, val=None, steps=2)
+    align.align(kind, cfg)
+    steps = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2]
+    if kind == "bradley_terry":  # scaled: the first step's loss is the strength times softplus(-m)
+        first = json.loads(steps[0])
+        strength = CONVERTED[name][1]["chosen_reward"] - CONVERTED[name][1]["rejected_reward"]
+        assert 0 < first["loss"] / strength < 5
