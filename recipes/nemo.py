@@ -42,6 +42,7 @@ from recipes.nemo_files import (
     Rows,
     find_arrays,
     find_tokenizer,
+    float8_slices,
     list_files,
     place,
     read_settings,
@@ -87,12 +88,47 @@ def vocabulary(folder: Path, asked: int | None, n_ids: int) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Float8:
+    """Reads rectangles of a tensor, as Array does: a matrix in float8 times its scale, in fp32."""
+
+    name: str
+    shape: torch.Size
+    lazy: Any
+    scale: Tensor | None
+    dtype = torch.bfloat16  # in which an import writes it
+    data = (None,)  # of one chunk
+
+    def read(self, index: Any) -> Tensor:
+        part = self.lazy[tuple(index)]
+        return part if self.scale is None else part.float() * self.scale
+
+
+def open_float8(folder: Path) -> tuple[ModelConfig, dict[str, Rows]]:
+    """Return the shape of the model in a Hugging Face folder whose matrices are in float8, and its
+    tensors by our names."""
+    cfg = parallel.read_config(folder)
+    found = float8_slices(folder)
+    tensors = {}
+    for name, shape in parallel.full_shapes(cfg).items():
+        theirs = hf_name(name, cfg)
+        lazy, scale = found.pop(theirs, (None, None))
+        if lazy is None or lazy.get_shape() != list(shape):
+            raise ValueError(f"{folder}: {theirs} is missing, or not {list(shape)}: fetch it again")
+        tensors[name] = Rows(Float8(theirs, shape, lazy, scale), shape, [], [shape[0], shape[0], 0])
+    if found:
+        raise ValueError(f"{folder}: {min(found)} is none of the model that config.json describes")
+    return cfg, tensors
+
+
 def open_nemo(
     folder: Path, parts: tuple[Path, ...] = (), vocab_size: int | None = None
 ) -> tuple[ModelConfig, dict[str, Rows], tuple[str, bytes, int]]:
     """Return the model's shape, its tensors by our names, of which none is read yet, and the file
     of the tokenizer. The arrays must be exactly those of the model."""
     files = list_files(folder, parts)
+    if folder.is_dir() and any(folder.glob("*.safetensors")):
+        return *open_float8(folder), find_tokenizer(files, {})
     found = find_arrays(files)
     where, settings = read_settings(files)
     tokenizer = find_tokenizer(files, settings)

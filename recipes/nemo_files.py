@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,6 +129,31 @@ class Array:
             at = low[i] + start[i] - begin
             out[tuple(map(slice, at, at + part.shape))] = part
         return out
+
+
+def float8_slices(folder: Path) -> dict[str, tuple[Any, Tensor | None]]:
+    """Open the tensors of a Hugging Face folder, of which matrices may be in float8 with a scale
+    each, as vLLM's tools write them: lazy slices, with the scales of those."""
+    lazy = {}
+    scales = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                # an input_scale is for states in float8, with which nothing is computed here
+                if name.endswith((".weight_scale", ".input_scale")):
+                    scales[name] = file.get_tensor(name).float()
+                else:
+                    lazy[name] = file.get_slice(name)
+    found = {}
+    for name, tensor in lazy.items():
+        scale = scales.get(f"{name}_scale")
+        kind = tensor.get_dtype()
+        n_scales = 0 if scale is None else scale.numel()
+        if (kind, n_scales) not in (("F8_E4M3", 1), ("BF16", 0), ("F16", 0), ("F32", 0)):
+            rule = "E4M3 with one scale, BF16, F16 or F32 without any is read"
+            raise ValueError(f"{folder}: {name} is {kind} with {n_scales} scales: {rule}")
+        found[name] = (tensor, scale)
+    return found
 
 
 def zarr_array(files: Files, name: str) -> Array:
@@ -353,7 +379,7 @@ def place(name: str, rows: int, cfg: ModelConfig) -> tuple[str, list[int], list[
 class Rows:
     """Reads one of our tensors from its array, sliced as a tensor is."""
 
-    array: Array
+    array: Any  # an Array, or what reads as one
     shape: torch.Size
     layer: list[int]
     runs: list[int]
@@ -385,4 +411,5 @@ class Rows:
         rest = [slice(0, n) for n in self.shape[1:]]
         step = max(1, BLOCK // (self.nbytes // self.shape[0]))
         for row in range(0, self.shape[0], step):
-            yield self[slice(row, min(row + step, self.shape[0])), *rest]
+            block = self[slice(row, min(row + step, self.shape[0])), *rest]
+            yield block.to(self.array.dtype)

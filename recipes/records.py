@@ -239,15 +239,12 @@ def drop_surrogates(text: str) -> str:
 def identity(folder: Path) -> str:
     """Name a model by its weights, so that other weights have another name.
 
-    A run is known by the checksums of its newest checkpoint's tensors, a Hugging Face folder by the
-    size of each file and pieces from all over it."""
+    A model is known by the size of each file of its weights, those of a Hugging Face folder or of a
+    run's newest checkpoint, and by pieces from all over them."""
     digest = hashlib.sha256()
     steps = step_folders(folder / "checkpoints")
-    if steps:
-        sums = json.loads((steps[-1] / "state.json").read_text())["files"]
-        sums.pop(".metadata", None)  # it has the folder's path and a random number
-        digest.update(json.dumps(sums, sort_keys=True).encode())
-    for path in [] if steps else sorted(folder.glob("*.safetensors")):
+    weights = steps[-1].rglob("*.distcp") if steps else folder.glob("*.safetensors")
+    for path in sorted(weights):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

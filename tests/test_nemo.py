@@ -18,12 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import parallel
+from generate import EngineConfig, SamplingParams, load_engine
 from model import SHAPES, ModelConfig, Nemotron, count_params, hf_config, hf_name
+from parallel import MeshConfig, Runner, init_mesh, local_part
 from recipes import nemo, nemo_files
 
 BF16 = torch.bfloat16
@@ -991,3 +994,107 @@ def test_the_commands_are_import_and_export(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         nemo.main()
     assert ended.value.code == 2 and "error: nowhere" in capsys.readouterr().err
+
+
+# ---- folders in float8 ---------------------------------------------------------------------------
+
+
+def write_float8(folder, shape=()):
+    """A folder whose projections are float8 with a scale each, as vLLM's tools write them; return
+    what they stand for."""
+    folder.mkdir()
+    tensors, wanted = {}, {}
+    for name, weight in weights_of(TINY).items():
+        tensors[name] = weight
+        wanted[name] = weight.float()
+        if name.endswith("_proj.weight"):
+            scale = weight.float().abs().max() / 448
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale.expand(shape).clone()
+            tensors[name.replace("weight", "input_scale")] = torch.ones(())
+            wanted[name] = tensors[name].float() * scale
+    save_file(tensors, folder / "model.safetensors")
+    how = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    config = hf_config(TINY) | {"quantization_config": how}
+    (folder / "config.json").write_text(json.dumps(config))
+    return wanted
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_float8_matrices_are_read_times_their_scales(shape, tmp_path):
+    wanted = write_float8(tmp_path / "f8", shape)
+    whole = parallel.load_hf(f"nemo:{tmp_path / 'f8'}", torch.float32)
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, wanted[hf_name(name, TINY)]), name
+    found = tensors_in(convert(tmp_path / "f8", tmp_path / "hf"))
+    assert all(torch.equal(found[name], p.to(BF16)) for name, p in wanted.items())
+    assert parallel.load_hf(tmp_path / "hf").embed.weight.dtype == BF16
+
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+REFUSED = {
+    "F8_E4M3 with 64 scales": lambda t: {f"{NAME}_scale": torch.ones(64, 1)},
+    "F8_E4M3 with 0 scales": lambda t: {f"{NAME}_scale": None},
+    "BF16 with 1 scales": lambda t: {NAME: t[NAME].bfloat16()},
+    "F8_E5M2 with 1 scales": lambda t: {NAME: t[NAME].float().to(torch.float8_e5m2)},
+    "weight_scale_inv .*none of the model|weight_scale_inv is F32": lambda t: {
+        f"{NAME}_scale_inv": torch.ones(1, 1)
+    },
+    "q_proj.weight is missing": lambda t: {NAME: t[NAME][:8]},
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_other_float8_forms_are_refused(says, tmp_path):
+    write_float8(tmp_path / "f8")
+    file = tmp_path / "f8" / "model.safetensors"
+    tensors = load_file(file)
+    changed = tensors | REFUSED[says](tensors)
+    save_file({name: t for name, t in changed.items() if t is not None}, file)
+    with pytest.raises(ValueError, match=says):
+        parallel.load_hf(f"nemo:{tmp_path / 'f8'}")
+
+
+# ---- straight into a runner ----------------------------------------------------------------------
+
+
+def shards_of(mesh, folders):
+    """The parameters that this rank holds after loading each folder."""
+    found = []
+    for folder in folders:
+        runner = Runner(TINY, mesh, init_mesh(mesh), 1, seed=1)
+        runner.load_weights(folder)
+        found.append({n: local_part(p)[0].detach().numpy() for n, p in runner.params().items()})
+    return found
+
+
+MESHES = [
+    (1, {}),
+    pytest.param(3, {}, marks=pytest.mark.slow),
+    pytest.param(8, {"tp": 2, "pp": 2}, marks=pytest.mark.slow),
+    (4, {"tp": 2, "pp": 2}),
+]
+
+
+@pytest.mark.parametrize("n, axes", MESHES)
+def test_a_rank_reads_its_part_of_a_nemo_folder_as_of_what_it_is_converted_to(
+    on_ranks, tmp_path, n, axes
+):
+    folder = write_nemo(tmp_path / "nemo", weights_of(TINY), TINY, 2)
+    folders = (f"nemo:{folder}", str(convert(folder, tmp_path / "hf")))
+    for straight, converted in on_ranks(n, shards_of, MeshConfig(dtype="fp32", **axes), folders):
+        assert straight.keys() == converted.keys() and len(straight) > 10
+        assert all(np.array_equal(straight[name], converted[name]) for name in straight)
+
+
+def test_an_engine_answers_from_a_nemo_folder_as_from_what_it_is_converted_to(words, tmp_path):
+    folder = write_nemo(tmp_path / "nemo", weights_of(TINY), TINY)
+    convert(folder, tmp_path / "hf")
+    (tmp_path / "tokenizer.json").write_bytes(words)
+    answers = []
+    for model in (f"nemo:{folder}", tmp_path / "hf"):
+        cfg = EngineConfig(Path(model), str(tmp_path / "tokenizer.json"), dtype="fp32", slots=2)
+        engine = load_engine(cfg)
+        answers.append(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
+        dist.destroy_process_group()
+    assert answers[0][0].ids == answers[1][0].ids

@@ -13,6 +13,7 @@ import socket
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -1050,3 +1051,86 @@ def states_left(cfg):
 
 def test_a_validation_leaves_no_states_in_the_pipeline(on_ranks):
     assert on_ranks(2, states_left, config(pp=2, vp=2)) == [0, 0]
+
+
+# ---- a checkpoint's parts ------------------------------------------------------------------------
+
+
+def save_and_load_counting(cfg, root):
+    """Save, and load twice; return which parts' indexes a load read, and how many pieces a load of
+    the weights alone did."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    state = training_state(runner, make_optimizer(cfg, runner))
+    checkpoints = Checkpoints(root / "checkpoints", 2, False, cfg.mesh)
+    checkpoints.save(1, state, {})
+    (root / "config.json").write_text(json.dumps({"model": dataclasses.asdict(cfg.model)}))
+    dist.barrier()
+    reader = torch.distributed.checkpoint.FileSystemReader
+    read, indexes = reader.read_metadata, []
+
+    def listening(self, *args, **kwargs):
+        indexes.append(Path(self.path).name)
+        return read(self, *args, **kwargs)
+
+    pieces = []
+    read_pieces = parallel.read_pieces
+
+    def listing(part, index, name, wanted):
+        pieces.append(name)
+        return read_pieces(part, index, name, wanted)
+
+    with mock.patch.object(reader, "read_metadata", listening):
+        checkpoints.load(state)
+    with mock.patch.object(parallel, "read_pieces", listing):
+        fill(runner.params(), open_weights(root))
+    return indexes, pieces
+
+
+def test_a_rank_reads_the_index_of_its_own_part_and_no_optimizer_for_weights(on_ranks, tmp_path):
+    found = on_ranks(4, save_and_load_counting, config(pp=4), tmp_path)
+    assert [indexes for indexes, _ in found] == [[f"part_{rank:04d}"] for rank in range(4)]
+    assert all(name.startswith("model.") for _, pieces in found for name in pieces)
+
+
+def save_where_one_part_has_no_room(cfg, root):
+    """Save where the ranks of the last part may not write; return what each is told."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    state = training_state(runner, make_optimizer(cfg, runner))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if runner.mesh.get_local_rank("pp") == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    with pytest.raises(OSError) as error:
+        Checkpoints(root, 2, False, cfg.mesh).save(1, state, {})
+    return str(error.value)
+
+
+def test_all_ranks_are_told_where_one_part_of_a_checkpoint_finds_no_room(on_ranks, tmp_path):
+    for said in on_ranks(4, save_where_one_part_has_no_room, config(pp=2), tmp_path):
+        assert "not saved, and removed: rank 2: " in said and "File too large" in said
+    assert not list(tmp_path.iterdir())
+
+
+def export_measured(root, file_bytes):
+    """Export a run in files of this size; return how much memory that took at most."""
+    with mock.patch.object(parallel.save_hf, "__defaults__", (None, file_bytes, None)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        export(ExportConfig(root, root / "out", "bf16"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def save_a_wide_run(root):
+    """Save a run of 100 MB in bf16; return the number of its parameters."""
+    model = dataclasses.replace(TINY, dim=512, ffn_dim=4096, n_layers=10)
+    cfg = dataclasses.replace(config(), model=model)
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=1)
+    save_as_run(cfg, runner, root)
+    return sum(p.numel() for p in runner.params().values())
+
+
+@pytest.mark.slow
+def test_an_export_holds_one_file_at_a_time(on_ranks, tmp_path):
+    (n,) = on_ranks(1, save_a_wide_run, tmp_path)
+    assert 2 * n > 80e6
+    (grown,) = on_ranks(1, export_measured, tmp_path, 20_000_000)
+    files = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(files) > 4 and grown < 1.5 * max(files)

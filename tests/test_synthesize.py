@@ -795,12 +795,12 @@ def test_other_weights_have_another_identity(tmp_path):
 
 
 def test_a_runs_identity_depends_on_its_tensors_alone(tmp_path):
-    step = tmp_path / "checkpoints" / "step_000001"
-    step.mkdir(parents=True)
+    part = tmp_path / "checkpoints" / "step_000001" / "part_0000"
+    part.mkdir(parents=True)
     names = []
     for tensors, metadata in ((1, 1), (1, 2), (2, 2)):  # DCP's metadata differ from save to save
-        files = {"__0_0.distcp": [8, tensors], ".metadata": [8, metadata]}
-        (step / "state.json").write_text(json.dumps({"step": 1, "files": files}))
+        (part / "__0_0.distcp").write_bytes(bytes([tensors]) * 100)
+        (part / ".metadata").write_bytes(bytes([metadata]) * 100)
         names.append(records.identity(tmp_path))
     assert names[0] == names[1] != names[2]
 
