@@ -848,7 +848,7 @@ def open_checkpoint(folder: Path, shapes: dict[str, torch.Size]) -> Source:
     if not folder.exists():
         raise ValueError(f"{folder}: rank {dist.get_rank()} sees none: share --out")
     source = {}
-    parts = sorted(folder.glob("*/.metadata"))
+    parts = sorted(folder.rglob(".metadata"))
     own = dist.get_rank() * len(parts) // dist.get_world_size()
     for path in parts[own:] + parts[:own]:  # on the mesh of the save this rank needs the first
         if source.keys() < shapes.keys():

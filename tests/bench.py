@@ -46,7 +46,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import default_planner, filesystem, planner_helpers
+from torch.distributed.checkpoint import filesystem, planner_helpers
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -840,18 +840,13 @@ BEARABLE = {
     "save: a rank's plan, s": 10,
     "save: plans to rank 0, MB": 4000,
     "save: rank 0's plan, s": 10,
+    "save: its next plan, s": 10,
     "save: rank 0's end, s": 10,
     "load: .metadata, MB": None,
     "load: reading it, s": 5,
     "load: its memory, MB": 1000,
-    "load: a rank's plan, s": 5,
-    "load: rank 0's plan, s": 5,
+    "load: finding pieces, s": 5,
 }
-SCALED = {  # measured on one pipeline rank and multiplied by their number
-    "save: items on rank 0", "save: plans to rank 0, MB", "save: rank 0's plan, s",
-    "save: rank 0's end, s", "load: .metadata, MB", "load: reading it, s", "load: its memory, MB",
-    "load: rank 0's plan, s",
-}  # fmt: skip
 
 
 @contextmanager
@@ -949,21 +944,20 @@ def save_and_load(found: Result, runner: parallel.Runner, folder: Path) -> None:
         "save: rank 0's plan, s": (dcp.DefaultSavePlanner, "create_global_plan"),
         "save: rank 0's end, s": (parallel.Writer, "finish"),
         "load: reading it, s": (dcp.FileSystemReader, "read_metadata"),
-        "load: a rank's plan, s": (dcp.DefaultLoadPlanner, "create_local_plan"),
-        "load: rank 0's plan, s": (dcp.DefaultLoadPlanner, "create_global_plan"),
+        "load: finding pieces, s": (parallel, "create_read_items_for_chunk_list"),
     }
     with ExitStack() as stack:
         for name, (owner, method) in steps.items():
             stack.enter_context(patch.object(owner, method, clocked(found, name, owner, method)))
-        checkpoints = parallel.Checkpoints(folder, 1, False)
+        checkpoints = parallel.Checkpoints(folder, 1, False, runner.cfg)
         checkpoints.save(1, state, {})
         checkpoints.load(state)
-    file = folder / "step_000001/.metadata"
+    file = folder / "step_000001/part_0000/.metadata"
     items = dcp.FileSystemReader(file.parent).read_metadata().storage_data
     found |= {"load: .metadata, MB": file.stat().st_size / 1e6, "save: items on rank 0": len(items)}
 
 
-def clocked(found: Result, name: str, owner: type, method: str) -> Callable[..., Any]:
+def clocked(found: Result, name: str, owner: Any, method: str) -> Callable[..., Any]:
     """Return the method of that name, its time added to found[name]."""
     work = getattr(owner, method)
 
@@ -1022,13 +1016,17 @@ def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder:
     state = abstract_state(stages)
     sent = [pickle.dumps(plan) for plan in plans_of(found, state)]
     found["save: plans to rank 0, MB"] = sum(map(len, sent)) / 1e6
-    planner, writer = dcp.DefaultSavePlanner(), parallel.Writer(folder)
+    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    part = folder / "part_0000"
+    part.mkdir()
     with timed(found, "save: rank 0's plan, s"):
         # our own bytes of a few lines above: unpickling them is a part of rank 0's work
         plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in sent])
         found["save: items on rank 0"] = sum(len(plan.items) for plan in plans)
         for plan in plans:
             pickle.dumps(plan)
+    with timed(found, "save: its next plan, s"):
+        planner.create_global_plan([dcp.SavePlan([], usable=False)] * len(sent))
     results = []
     for rank, plan in enumerate(plans):
         where = filesystem._StorageInfo(f"__{rank}_0.distcp", 1 << 30, 1 << 20)
@@ -1037,28 +1035,28 @@ def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder:
     del sent, plans
     with timed(found, "save: rank 0's end, s"):
         # our own bytes, again
-        writer.finish(metadata, [pickle.loads(result) for result in results])
+        parallel.Writer(part).finish(metadata, [pickle.loads(result) for result in results])
     del metadata, results
-    plan_a_load(found, state, world, folder)
+    plan_a_load(found, state, folder)
 
 
-def plan_a_load(found: Result, state: Any, world: int, folder: Path) -> None:
-    """Time the reading of .metadata and the plan made with it, then rank 0's part: it gathers and
-    sends the plans of all ranks, of whatever pipeline rank, so one stands for its pipeline rank."""
-    found["load: .metadata, MB"] = (folder / ".metadata").stat().st_size / 1e6
+def plan_a_load(found: Result, state: Any, folder: Path) -> None:
+    """Time what each rank does of a load before it reads: the index of its own part, and the pieces
+    of each tensor."""
+    found["load: .metadata, MB"] = (folder / "part_0000/.metadata").stat().st_size / 1e6
     gc.collect()
     before = resident_mb()
     with timed(found, "load: reading it, s"):
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        source = parallel.open_checkpoint(folder, {name: p.shape for name, p in state.items()})
     found["load: its memory, MB"] = resident_mb() - before
-    with timed(found, "load: a rank's plan, s"):
-        plan = default_planner.create_default_local_load_plan(state, metadata)
-    sent = pickle.dumps(plan)
-    with timed(found, "load: rank 0's plan, s"):
-        for _ in range(world // LAYOUTS[world].pp):
-            pickle.dumps(pickle.loads(sent))  # our own bytes, made above
-    for name in SCALED:
-        found[name] *= LAYOUTS[world].pp
+    with timed(found, "load: finding pieces, s"):
+        for name, p in state.items():
+            _, index, _ = source[name].args
+            begins = [i.start for i in parallel.own_region(p)]
+            sizes = [i.stop - i.start for i in parallel.own_region(p)]
+            about = index.state_dict_metadata[name]
+            chunk = parallel.ChunkStorageMetadata(begins, sizes)
+            parallel.create_read_items_for_chunk_list(name, about, [chunk])
 
 
 def free_port() -> int:
@@ -1146,10 +1144,7 @@ def print_scale(found: dict[int, Result]) -> None:
     line("dp", [LAYOUTS[n].dp(n) for n in found])
     for name, most in BEARABLE.items():
         some = {n: figures[name] for n, figures in found.items() if name in figures}
-        cells = []
-        for n in found:
-            mark = "*" if n > REAL and name in SCALED else ""
-            cells.append(brief(some[n]) + mark if n in some else "-")
+        cells = [brief(some[n]) if n in some else "-" for n in found]
         pairs = [(64, 512), (512, 6144)] if max(some) > REAL else [(16, 32)]
         grows = [exponent(some, *pair) for pair in pairs]
         rest = f"{' '.join(f'{x:.1f}' for x in grows):>10}"
@@ -1160,9 +1155,9 @@ def print_scale(found: dict[int, Result]) -> None:
         "real: processes with gloo and narrow layers; fake: one rank of the 340B, whose others",
         "only pretend, and whose step is of narrow layers. Seconds are of CPU time.",
         "A step has {step} micro-batches, a schedule {schedule}.".format(**N_MICRO),
-        "*: measured on one pipeline rank, and multiplied by their number.",
+        "A pipeline rank plans and writes a part of a checkpoint; rank 0 here is the first of one.",
         "Growth: exponents of the ranks, from 64 to 512 (dp alone) and from 512 to 6,144; or from",
-        "16 to 32. Every rank reads .metadata: what they all read of it grows with the square.",
+        "16 to 32. On the mesh of the save a rank reads the .metadata of its own part alone.",
     ):
         print(note)
 
