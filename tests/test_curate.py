@@ -681,6 +681,7 @@ def test_slurm_gets_a_job_of_each_stage_and_its_tasks_do_the_same(tmp_path, corp
 @pytest.mark.slow
 def test_ray_does_the_same(tmp_path, corpus):
     ray = pytest.importorskip("ray", reason="ray is not installed")
+    write_recipe(tmp_path, ["prose"])  # a stage takes ray ten seconds, and 16 buckets a minute
     try:
         found = curated(tmp_path, "ray", tasks=2, executor="ray")
     finally:
