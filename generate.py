@@ -48,6 +48,7 @@ from data import (
     embedded_english,
     load_tokenizer,
     read_jsonl,
+    read_preference,
     render_chat,
     render_reward,
 )
@@ -886,9 +887,7 @@ def dtypes_of(model: Nemotron, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def load_parts(
-    folder: str | Path, cfg: ModelConfig, dtypes: dict[str, torch.dtype], mesh: DeviceMesh
-) -> dict[str, Tensor]:
+def load_parts(folder: Path, cfg: ModelConfig, dtypes: dict, mesh: DeviceMesh) -> dict:
     """Return this tensor-parallel rank's parts of the named parameters, as plain tensors."""
     cut = dict(parallelize_module(on_meta(cfg), mesh["tp"], tp_plan()).named_parameters())
     source = open_weights(folder)
@@ -1193,16 +1192,9 @@ def submit_continuations(engine: Engine, row: dict) -> list[Sequence]:
 
 def submit_reward(engine: Engine, row: dict) -> list[Sequence]:
     """Submit a row's conversation to a reward model, or its chosen and its rejected one."""
-    if row.get("messages"):
-        conversations = [row["messages"]]
-    else:
-        before = row["prompt"]
-        if not isinstance(before, list):
-            before = [{"role": "user", "content": before}]
-        answers = [row["chosen"], row["rejected"]]
-        conversations = [[*before, {"role": "assistant", "content": text}] for text in answers]
+    pair = not row.get("messages")
     sequences = []
-    for messages in conversations:
+    for messages in read_preference(row, False)[0] if pair else [row["messages"]]:
         ids = render_reward(messages, engine.tokenizer)
         sequences += engine.submit(ids, SamplingParams(max_tokens=0))
     return sequences
@@ -1248,10 +1240,9 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
 def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("serve", "evaluate", "synthesize"):
         sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
-    functions = dict(COMMANDS.values())
-    parse = tyro.extras.subcommand_cli_from_dict
-    parse = partial(parse, dict(zip(COMMANDS, functions, strict=True)), description=__doc__)
-    run_command("generate.py", parse, lambda cfg: functions[type(cfg)](cfg))
+    configs = {name: config for name, (config, _) in COMMANDS.items()}
+    parse = partial(tyro.extras.subcommand_cli_from_dict, configs, description=__doc__)
+    run_command("generate.py", parse, lambda cfg: dict(COMMANDS.values())[type(cfg)](cfg))
 
 
 if __name__ == "__main__":

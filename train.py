@@ -387,11 +387,11 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
-# Settings that may change between two starts of one run: where and how fast it runs, how often it
-# reports, when it ends, and how it treats a bad step.
+# Settings that may change between two starts of one run: speed, reports, length, bad steps
 MAY_CHANGE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
 MAY_CHANGE |= {"save_in_background", "keep", "profile", "on_bad_step", "spike", "max_skips"}
 MAY_CHANGE |= {"log_every"}
+LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
 def free_folder(name: str) -> Path:
@@ -441,9 +441,6 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
         if found != getattr(mine, key) and (found or key != "n_attributes"):
             option = f"set --model.{key.replace('_', '-')} {found}"
             raise ValueError(f"{where} has {key}={found}, this run {getattr(mine, key)}: {option}")
-
-
-LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
 def wait_for_folder(folder: Path, started: int) -> None:
@@ -497,12 +494,15 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
 # ---- logging -------------------------------------------------------------------------------------
 
 
+# Dense bf16 FLOP/s of NVIDIA's data sheets; the first key that is part of a device's name counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
+PEAK_FLOPS |= {"H100": 989e12, "A100": 312e12}
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return dense bf16 FLOP/s, or None if unknown: better no MFU than a wrong one."""
-    peaks = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
-    peaks |= {"H100": 989e12, "A100": 312e12}  # NVIDIA's data sheets; the first part of the name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for kind, peak in peaks.items() if kind in name), None)
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
 
 
 def memory_gib() -> float:
@@ -636,8 +636,7 @@ def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: 
 @contextmanager
 def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
-    # the ranks of a pipeline stage do alike: the first of each
-    if not cfg.profile or dist.get_rank() % (world_size() // cfg.mesh.pp):
+    if not cfg.profile or dist.get_rank() % (world_size() // cfg.mesh.pp):  # one of a stage
         yield lambda: None
         return
     file = cfg.out / "trace" / f"rank{dist.get_rank()}.json"

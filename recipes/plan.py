@@ -29,7 +29,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from model import SHAPES, ModelConfig, check_ranges, flops_per_token, rope_angles
 from parallel import (
     DTYPES,
-    PEAK_FLOPS,
     MeshConfig,
     TokenLogProbs,
     make_schedule,
@@ -39,7 +38,7 @@ from parallel import (
     split_layers,
     tp_plan,
 )
-from train import PRESETS
+from train import PEAK_FLOPS, PRESETS
 
 log = logging.getLogger("nemotron4")
 
