@@ -28,7 +28,8 @@ JOBS = {
     "recipes.iterate": [*iterate.LOOPS],
     "recipes.nemo": ["import", "export"],
 }
-RECIPES = ("demo", "evaluate", "plan", "report", "rewardbench", "serve", "synthesize")
+RECIPES = ("curate", "demo", "evaluate", "kto", "nemo", "online", "plan", "report", "rewardbench")
+RECIPES += ("rows", "serve", "synthesize")
 COMMANDS = [(program, job) for program, jobs in JOBS.items() for job in ["", *jobs]]
 COMMANDS += [(f"recipes.{name}", "") for name in RECIPES]
 # names that stand in the sources, and mean nothing to who reads the help

@@ -20,7 +20,21 @@ import data
 import generate
 import parallel
 import train
-from recipes import demo, evaluate, iterate, plan, report, rewardbench, serve, synthesize
+from recipes import (
+    curate,
+    demo,
+    evaluate,
+    iterate,
+    kto,
+    nemo,
+    online,
+    plan,
+    report,
+    rewardbench,
+    rows,
+    serve,
+    synthesize,
+)
 
 ROOT = Path(__file__).parents[1]
 CORE = ("model", "data", "parallel", "train", "align", "generate")
@@ -49,7 +63,7 @@ CAPS = {
 RECIPE_CAP = 450
 TOKENS_PER_LINE = 7.5
 CORE_TOKENS = 45_000
-RECIPE_LINES = 5_250
+RECIPE_LINES = 7_700
 
 
 def files() -> dict[str, str]:
@@ -227,11 +241,13 @@ CONFIGS += (align.SftConfig, align.RewardConfig, align.PreferenceConfig)
 CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfig)
 CONFIGS += (generate.ChatConfig, generate.ScoreConfig, evaluate.EvaluateConfig)
 CONFIGS += (serve.ServeConfig, synthesize.SynthesizeConfig, rewardbench.RewardBenchConfig)
+CONFIGS += (curate.CurateConfig, online.OnlineConfig, kto.KtoConfig, rows.RowsConfig)
+CONFIGS += (nemo.ImportConfig, nemo.ExportConfig)
 
 
 def test_every_config_is_in_the_list():
     modules = (data, parallel, train, align, generate, demo, evaluate, iterate, plan, report)
-    for module in (*modules, rewardbench, serve, synthesize):
+    for module in (*modules, rewardbench, serve, synthesize, curate, online, kto, rows, nemo):
         for name, value in vars(module).items():
             own = dataclasses.is_dataclass(value) and value.__module__ == module.__name__
             if own and name.endswith("Config"):
@@ -308,10 +324,11 @@ def test_the_readmes_commands_of_the_core_parse():
 def test_the_readmes_commands_of_the_recipes_parse():
     configs = {
         "demo": demo.DemoConfig,
+        "curate": curate.CurateConfig,
         "evaluate": evaluate.EvaluateConfig,
         "plan": plan.PlanConfig,
         "report": report.ReportConfig,
-        "rewardbench": rewardbench.RewardBenchConfig,
+        "online": online.OnlineConfig,
         "serve": serve.ServeConfig,
         "synthesize": synthesize.SynthesizeConfig,
     }
