@@ -404,8 +404,8 @@ def regression_objective(n_attributes: int) -> Objective:
         return loss, attribute_sums(pred, label)
 
     none = torch.zeros(0, n_attributes)
-    names = [*attribute_sums(none, none)]
-    return Objective(measure, partial(n_known, name="labels"), names, "labels")
+    known = partial(n_known, name="labels")
+    return Objective(measure, known, [*attribute_sums(none, none)], "labels")
 
 
 def ranking_objective(reward_of: Callable[[Tensor], Tensor], kind: str = "regular") -> Objective:
@@ -543,8 +543,7 @@ def with_absent_answers(rows: list[Example]) -> list[Example]:
     for row in rows:
         n = most - len(row.ids)
         values = None if row.values is None else np.pad(row.values, (0, n))
-        ids = row.ids + (none,) * n
-        out.append(Example(ids, row.trained + (none > 0,) * n, values, row.where))
+        out.append(Example(row.ids + (none,) * n, row.trained + (none > 0,) * n, values, row.where))
     return out
 
 
@@ -560,8 +559,8 @@ def read_rows_of(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Exa
     elif cfg.loss == "regression":
         rows, _ = reward_rows(path, tokenizer, n_attributes=cfg.n_attributes, **how)
     else:
-        rewards = cfg.loss in NEED_REWARDS
-        rows, _ = preference_rows(path, tokenizer, rewards=rewards, judged=True, **how)
+        how["rewards"] = cfg.loss in NEED_REWARDS
+        rows, _ = preference_rows(path, tokenizer, judged=True, **how)
     if any(row.values is None for row in rows):  # rewards that only some rows have are not used
         rows = [replace(row, values=None) for row in rows]
     check_rows(cfg, rows, path)
@@ -756,8 +755,8 @@ def with_model(cfg: AlignConfig) -> AlignConfig:
         raise ValueError("init: no weights to start from: set --init RUN or --init hf:FOLDER")
     model = read_config(cfg.init.removeprefix("hf:")) if cfg.init else cfg.model
     heads = getattr(cfg, "n_attributes", 0)  # of a reward model
-    if model.n_attributes and not heads:
-        raise ValueError(f"init={cfg.init} is a reward model: this stage trains a language model")
+    if heads not in (5, 9) and (model.n_attributes or isinstance(cfg, RewardConfig)):
+        raise ValueError(f"init={cfg.init} is a reward model, or n_attributes={heads} not 5 or 9")
     names = ("seq_len", "lora_rank", "lora_alpha", "lora_targets")
     own = {name: getattr(cfg, name) for name in names} | {"n_attributes": heads}
     for name, value in vars(cfg.model).items():
@@ -809,8 +808,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
     windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
-    keys = "".join(row.key for row in rows).encode()
-    data = hashlib.blake2b(keys, digest_size=8).hexdigest()
+    data = hashlib.blake2b("".join(row.key for row in rows).encode(), digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
     log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
     row_sets = {name: row_set(cfg, runner, found, name) for name, found in sets.items()}
@@ -828,7 +826,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
         return ", ".join(rows[i].where for i in numbers(step))
 
     say_how_full(cfg, runner, [rows[i] for i in numbers(0)])
-    begun = from_rank_0(lambda: bool(step_folders(cfg.out / "checkpoints")))
+    begun = from_rank_0(lambda: step_folders(cfg.out / "checkpoints"))
     if isinstance(cfg, PreferenceConfig) and not begun:
         runner.eval(batches(0), sums.loss_fn)
         check_start(cfg, sums.take())
@@ -841,8 +839,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("demo", "iterate"):
         sys.exit(f"align.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     set_up_logging()
-    about = "Align a model: a preset, changed by options."
-    run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about)))
+    run(lambda: align(*choose_config(sys.argv[1:], PRESETS, "Align a model: preset, options.")))
 
 
 if __name__ == "__main__":

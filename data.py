@@ -486,6 +486,10 @@ class PrepareConfig:
     skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first.
     workers: int = os.cpu_count() or 1  # Threads that encode (encoders release Python's lock).
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}: at least 0, below 1")
+
 
 Source = Callable[[OnBad], Iterator[str]]  # reads a source's documents from the start
 
@@ -1115,8 +1119,8 @@ def read_rows(
     """Return a file's rows of at most seq_len tokens, both sides of a pair together. A bad row
     stops the run unless `skip_bad`. A long one is left out, or with `shorten` loses its earliest
     exchanges until it fits; no answer is ever cut. A null column is none."""
-    examples: list[Example] = []
-    columns: set[str] = set()
+    examples = []
+    columns = set()
     counts = dict(bad=0, trimmed=0, long=0, shortened=0)
     on_bad = partial(count_bad, skip_bad=skip_bad, counts=counts, level=logging.WARNING)
     for where, row in read_records(path, on_bad):
@@ -1183,7 +1187,7 @@ def reward_rows(
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Return which rows share each window of `room` tokens, by their numbers. Rows come longest
     first, and each goes where it leaves least room."""
-    windows: list[list[int]] = []
+    windows = []
     spaces: list[tuple[int, int]] = []  # sorted: (room left, window)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         tightest = bisect.bisect_left(spaces, (lengths[i],))

@@ -949,8 +949,8 @@ class Checkpoints:
             return
         if self.future.done():
             self.check([self.failure(self.future.result)])
-        parts = [*self.writing.glob("*/.metadata")]  # none once it has been renamed
-        if self.rank == 0 and len(parts) == self.n_parts:
+        # there are none once it has been renamed
+        if self.rank == 0 and len([*self.writing.glob("*/.metadata")]) == self.n_parts:
             self.check([self.failure(self.seal)])
 
     def finish(self) -> None:

@@ -1112,7 +1112,8 @@ def test_all_ranks_are_told_where_one_part_of_a_checkpoint_finds_no_room(on_rank
 
 def export_measured(root, file_bytes):
     """Export a run in files of this size; return how much memory that took at most."""
-    with mock.patch.object(parallel.save_hf, "__defaults__", (None, file_bytes, None)):
+    writer = parallel.save_hf.__wrapped__
+    with mock.patch.object(writer, "__defaults__", (None, file_bytes, None)):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         export(ExportConfig(root, root / "out", "bf16"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

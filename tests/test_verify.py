@@ -483,7 +483,7 @@ def test_strings_are_found_however_deep_and_in_their_order():
 def test_an_evaluation_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"a": "b"}\n[1]\n')
-    with pytest.raises(ValueError, match=r"eval\.jsonl:2: a list, not an object"):
+    with pytest.raises(ValueError, match=r"eval\.jsonl:2: .*a list"):
         read_evaluations([path])
 
 
