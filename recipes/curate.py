@@ -327,8 +327,8 @@ def write_report(out: Path, *_: Any) -> None:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-# MB/s of a core, measured on English descriptions and Python; rules by themselves, and `read` and
-# `write` with what packs and unpacks their rows
+# MB/s of a core on English descriptions and Python: each rule measured by itself, `read` and `write`
+# estimated from whole runs, in which they pack and unpack rows
 SPEEDS = {
     "read": 12.0,
     "extract": 2.1,
