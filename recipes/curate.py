@@ -327,7 +327,7 @@ def write_report(out: Path, *_: Any) -> None:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-# MB/s of a core on English descriptions and Python: each rule measured by itself, `read` and `write`
+# MB/s of a core on English descriptions and Python: each rule measured by itself, read and write
 # estimated from whole runs, in which they pack and unpack rows
 SPEEDS = {
     "read": 12.0,
