@@ -163,8 +163,8 @@ class SentencePiece(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer from a file, or from a folder that holds one."""
-    path = Path(spec)
+    """Load a tokenizer from a file, or from a folder that holds one, as FOLDER or nemo:FOLDER."""
+    path = Path(str(spec).removeprefix("nemo:"))
     if path.is_dir():
         path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json"
     if not path.exists():

@@ -1090,10 +1090,10 @@ def test_a_rank_reads_its_part_of_a_nemo_folder_as_of_what_it_is_converted_to(
 def test_an_engine_answers_from_a_nemo_folder_as_from_what_it_is_converted_to(words, tmp_path):
     folder = write_nemo(tmp_path / "nemo", weights_of(TINY), TINY)
     convert(folder, tmp_path / "hf")
-    (tmp_path / "tokenizer.json").write_bytes(words)
     answers = []
     for model in (f"nemo:{folder}", tmp_path / "hf"):
-        cfg = EngineConfig(Path(model), str(tmp_path / "tokenizer.json"), dtype="fp32", slots=2)
+        (Path(str(model).removeprefix("nemo:")) / "tokenizer.json").write_bytes(words)
+        cfg = EngineConfig(Path(model), dtype="fp32", slots=2)
         engine = load_engine(cfg)
         answers.append(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
         dist.destroy_process_group()
