@@ -1192,9 +1192,9 @@ def submit_continuations(engine: Engine, row: dict) -> list[Sequence]:
 
 def submit_reward(engine: Engine, row: dict) -> list[Sequence]:
     """Submit a row's conversation to a reward model, or its chosen and its rejected one."""
-    pair = not row.get("messages")
+    chats = [row["messages"]] if row.get("messages") else read_preference(row, False)[0]
     sequences = []
-    for messages in read_preference(row, False)[0] if pair else [row["messages"]]:
+    for messages in chats:
         ids = render_reward(messages, engine.tokenizer)
         sequences += engine.submit(ids, SamplingParams(max_tokens=0))
     return sequences

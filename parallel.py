@@ -777,13 +777,15 @@ class Runner:
         ]  # fmt: skip
 
     def load_weights(self, folder: str | Path) -> None:
-        """Fill the shards from a Hugging Face folder or a run's newest checkpoint. Adapters stay as
-        initialised, and so does the head of a reward model that begins as a language model."""
-        theirs = read_config(folder)
-        new = "head." if theirs.n_attributes != self.model.n_attributes else "lora_"
-        params = self.params().items()
-        known = {name: p for name, p in params if new not in name and "lora_" not in name}
-        fill(known, open_weights(folder))
+        """Fill the shards from what open_weights reads. Adapters stay as initialised, and so does
+        the head of a reward model that begins as a language model."""
+        shapes = full_shapes(read_config(folder))
+        source = open_weights(folder)
+        for name, p in self.params().items():
+            if name in source and shapes[name] == p.shape:
+                fill({name: p}, source)
+            elif "lora_" not in name and "head." not in name:
+                raise ValueError(f"{folder}: {name} is {shapes.get(name)}, in this run {p.shape}")
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -895,9 +897,9 @@ class Checkpoints:
         self.rank = dist.get_rank()
         self.n_parts = mesh.pp
         # of its own, as it runs beside the training's collectives
+        n = dist.get_world_size() // mesh.pp
         timeout = timedelta(seconds=mesh.timeout)
-        size = dist.get_world_size() // mesh.pp
-        self.group, _ = dist.new_subgroups(size, timeout=timeout, backend="gloo")
+        self.group, _ = dist.new_subgroups(n, timeout=timeout, backend="gloo")
         self.writing: Path | None = None
         self.future = None  # of this rank's writing
         self.state = {}
@@ -915,7 +917,7 @@ class Checkpoints:
         self.future = dcp.async_save(
             tensors,
             storage_writer=Writer(self.writing / f"part_{self.rank // self.group.size():04d}"),
-            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),  # rank 0 needs long for one
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),  # the next plan is the same
             process_group=self.group,
         )
         if not self.background:

@@ -435,9 +435,9 @@ def start(
 def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) -> None:
     """Raise ValueError unless the weights of `theirs`, found at `where`, fit the model `mine`."""
     free = {"seq_len", "init_std", "lora_rank", "lora_alpha", "lora_targets"}
-    # a reward model begins as a language model with a new head
     for key in sorted(vars(mine).keys() - free):
         found = getattr(theirs, key)
+        # a reward model begins as a language model, with a new head
         if found != getattr(mine, key) and (found or key != "n_attributes"):
             option = f"set --model.{key.replace('_', '-')} {found}"
             raise ValueError(f"{where} has {key}={found}, this run {getattr(mine, key)}: {option}")
@@ -636,7 +636,7 @@ def handle_bad_step(cfg: RunConfig, step: int, wrong: str, skipped: int, batch: 
 @contextmanager
 def profiled(cfg: RunConfig) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step; steps 3 .. 2 + cfg.profile go to OUT/trace."""
-    if not cfg.profile or dist.get_rank() % (world_size() // cfg.mesh.pp):  # one of a stage
+    if not cfg.profile or dist.get_rank() % (world_size() // cfg.mesh.pp):  # one rank a stage
         yield lambda: None
         return
     file = cfg.out / "trace" / f"rank{dist.get_rank()}.json"

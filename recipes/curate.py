@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from data import hold, write_whole
-from parallel import run, set_up_logging
+from parallel import parsed, run, set_up_logging
 from recipes import sieve
 from recipes.report import table
 from recipes.sieve import FILTERS, Table
@@ -397,9 +397,7 @@ def curate(cfg: CurateConfig) -> None:
 
 def main() -> None:
     set_up_logging()
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
-    cfg = tyro.cli(CurateConfig, prog="python -m recipes.curate")
-    signal.signal(signal.SIGPIPE, default)
+    cfg = parsed(lambda: tyro.cli(CurateConfig, prog="python -m recipes.curate"))
     run(lambda: curate(cfg))
 
 

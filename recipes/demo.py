@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -347,6 +348,14 @@ def demo(cfg: DemoConfig) -> None:
     text = f"{markdown(rows, 'stage')}\n\n{about}\n"
     write_whole(cfg.out / "table.md", text)
     log.info(text)
+
+
+def with_preset(default: str) -> list[str]:
+    """Return the command line's arguments, begun with a preset where none is named."""
+    args = sys.argv[1:]
+    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        return [default, *args]
+    return args
 
 
 def run_stoppable(main: Callable[[], None]) -> None:

@@ -26,6 +26,7 @@ from recipes.demo import (
     preference_settings,
     run_stoppable,
     weak_start,
+    with_preset,
     write_prompts,
 )
 from recipes.records import Pipeline, identity
@@ -173,10 +174,9 @@ def iterate(cfg: IterateConfig) -> None:
 
 def main() -> None:
     sys.argv[0] = "python -m recipes.iterate"  # as the help names it
-    args = sys.argv[1:]
-    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
-        args = ["demo", *args]
-    parse = partial(choose_config, args, LOOPS, " ".join(IterateConfig.__doc__.split()))
+    parse = partial(
+        choose_config, with_preset("demo"), LOOPS, " ".join(IterateConfig.__doc__.split())
+    )
     run_stoppable(lambda: iterate(parse()[1]))
 
 

@@ -42,6 +42,7 @@ from align import (
 )
 from data import Example, Messages, Tokenizer, messages_of, read_rows, render_answer, required
 from parallel import Batch, Runner, from_rank_0, init_mesh, run, step_folders, world_size
+from recipes.demo import with_preset
 from recipes.online import before_each_step
 from train import choose_config, evaluator, fit, set_up_logging, start
 
@@ -204,9 +205,7 @@ def align_by_kto(preset: str, cfg: KtoConfig) -> Path:
 
 def main() -> None:
     sys.argv[0] = "python -m recipes.kto"  # as the help names it
-    args = sys.argv[1:]
-    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
-        args = ["kto", *args]
+    args = with_preset("kto")
     set_up_logging()
     about = " ".join(KtoConfig.__doc__.split())
     run(lambda: align_by_kto(*choose_config(args, {"kto": kto}, about)))

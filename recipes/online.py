@@ -45,7 +45,16 @@ from data import Example, Tokenizer, write_whole
 from generate import SamplingParams
 from model import IGNORE, check_ranges
 from parallel import Batch, Runner, from_rank_0, init_mesh, world_size
-from recipes.demo import STAGE, DemoConfig, markdown, marks, run_stoppable, tuned_start, write_tasks
+from recipes.demo import (
+    STAGE,
+    DemoConfig,
+    markdown,
+    marks,
+    run_stoppable,
+    tuned_start,
+    with_preset,
+    write_tasks,
+)
 from recipes.rollouts import (
     Answer,
     Prompt,
@@ -391,10 +400,9 @@ PRESETS = {"demo": toys, "own": own}
 
 def main() -> None:
     sys.argv[0] = "python -m recipes.online"  # as the help names it
-    args = sys.argv[1:]
-    if not args or args[0].startswith("-") and args[0] not in ("-h", "--help"):
-        args = ["demo", *args]
-    parse = partial(choose_config, args, PRESETS, " ".join(OnlineConfig.__doc__.split()))
+    parse = partial(
+        choose_config, with_preset("demo"), PRESETS, " ".join(OnlineConfig.__doc__.split())
+    )
     run_stoppable(lambda: online(*parse()))
 
 

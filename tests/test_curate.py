@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_verify import SCRIPTS, planted_pair
 
 import data
 from recipes import curate, sieve, verify
@@ -529,23 +530,6 @@ def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
         assert name in named, name
 
 
-SCRIPTS = {
-    "English": (range(ord("a"), ord("z") + 1), " "),
-    "Russian": (range(ord("а"), ord("я") + 1), " "),
-    "Hindi": (range(ord("क"), ord("ह") + 1), " "),
-    "Chinese": (range(0x4E00, 0x5500), ""),
-    "Thai": (range(ord("ก"), ord("ฮ") + 1), ""),
-}
-
-
-def planted_pair(rng, script, index, n=160):
-    """Two texts of n words, alike up to a word: the Jaccard index of their 5-grams is `index`."""
-    letters, blank = SCRIPTS[script]
-    words = ["".join(map(chr, rng.choices(letters, k=5 if blank else 1))) for _ in range(2 * n)]
-    same = 4 + round(2 * (n - 4) * index / (1 + index))
-    return blank.join(words[:n]), blank.join(words[:same] + words[n : 2 * n - same])
-
-
 @needs_datatrove
 @pytest.mark.slow
 def test_planted_pairs_are_found_as_often_as_the_formula_says_and_no_others(tmp_path):
@@ -556,7 +540,7 @@ def test_planted_pairs_are_found_as_often_as_the_formula_says_and_no_others(tmp_
     folder.mkdir()
     texts = {}
     for script, point, i in itertools.product(SCRIPTS, points, range(n)):
-        for side, text in zip("ab", planted_pair(rng, script, point), strict=True):
+        for side, text in zip("ab", planted_pair(rng, script, point, 160), strict=True):
             texts[f"{script} {point} {i} {side}"] = text
     names = rng.sample([*texts], len(texts))  # a pair's texts lie in different files
     for part in range(3):

@@ -465,6 +465,12 @@ def test_hugging_face_folders_go_in_and_out_of_every_mesh(on_ranks, tmp_path, n,
         assert (theirs(x).logits - model(x)).abs().max() < 1e-4
 
 
+def test_a_hugging_face_folder_of_another_shape_is_refused(on_ranks, tmp_path):
+    save_hf(Nemotron(dataclasses.replace(TINY, ffn_dim=64)), tmp_path)
+    with pytest.raises(AssertionError, match=r"mlp.up.weight is torch.Size\(\[64, .*in this run"):
+        on_ranks(1, hf_round_trip, config(), tmp_path, tmp_path / "out")
+
+
 def one_rank_run(folder):
     """Make a run with a checkpoint."""
     cfg = config()
