@@ -166,7 +166,7 @@ def last_scores(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def values_of(batch: dict[str, Tensor]) -> Tensor:
     """Return each row's values, (N, ...): the rewards of its answers, or its label."""
-    name = "rewards" if "rewards" in batch else "labels"  # of two answers, or of any other number
+    name = "rewards" if "rewards" in batch else "labels"  # of several answers, or of one
     return batch[name][batch["rows"] >= 0]
 
 

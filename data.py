@@ -1223,7 +1223,7 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
     IGNORE), documents (n s + k in segment k of the window's row s, -1 in padding): int64 (W, T)
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
-    if all rows have values, rewards (W, S, 2) or labels (W, S, 5 or 9), float32, IGNORE for none
+    if all rows have values, rewards (W, S, n) or labels (W, S, 5 or 9), float32, IGNORE for none
     """
     groups = [[i] for i in range(len(rows))]
     if packed:
@@ -1242,7 +1242,7 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     if all(row.values is not None for row in rows):
         values = np.stack([row.values for row in rows])
         filled = out["rows"] >= 0
-        name = "rewards" if n_segments == 2 else "labels"
+        name = "rewards" if n_segments > 1 else "labels"
         out[name] = np.full((*slots, values.shape[1]), IGNORE, np.float32)
         out[name][filled] = values[out["rows"][filled]]
     return out
