@@ -266,6 +266,8 @@ def import_nemo(c: ImportConfig) -> None:
     folder = c.out.with_name(f"{c.out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     hold(folder)
+    for unfinished in folder.glob("*.tmp"):  # of an import that was killed
+        unfinished.unlink()
     source = " ".join(map(str, [c.folder.resolve(), *c.parts, cfg.vocab_size]))
     write_weights(folder, files, named, source)
     config = hf_config(cfg) | {"dtype": str(dtype).removeprefix("torch.")}

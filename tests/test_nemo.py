@@ -1,6 +1,7 @@
 """recipes/nemo.py: NVIDIA's folders as an independent writer makes them, from the layout's
 description alone; transformers and tensorstore are the oracles."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -781,8 +782,14 @@ def test_many_files_have_an_index_that_transformers_follows(small_files, twin, t
     assert (transformers_logits(out, x) - logits).abs().max() < 1e-6
 
 
-def import_and_die(folder, out, seconds):
-    """Import in a fork that is killed after some seconds; tell whether it was done before."""
+def files_kept(partial):
+    """The files that an import has recorded as finished."""
+    record = partial / "finished.json"
+    return (json.loads(record.read_text()).keys() if record.exists() else set()) - {"source"}
+
+
+def import_and_die(folder, out, n_files, seconds):
+    """Import in a fork that is killed some seconds after it has finished some files."""
     child = os.fork()
     if not child:
         try:
@@ -790,34 +797,44 @@ def import_and_die(folder, out, seconds):
             convert(folder, out)
         finally:
             os._exit(0)
+    partial = out.with_name(f"{out.name}.partial")
+    until = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < until:
+        # the folder may get its last name between two looks
+        with contextlib.suppress(FileNotFoundError):
+            if len(files_kept(partial)) >= n_files:
+                break
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == 0
+    os.waitpid(child, 0)
 
 
 @pytest.mark.slow
 def test_an_import_killed_at_ten_moments_ends_as_an_undisturbed_one(small_files, tmp_path):
     cfg = dataclasses.replace(TINY, n_layers=12, vocab_size=2000)
     folder = write_nemo(tmp_path / "nemo", weights_of(cfg), cfg, 2)
-    began = time.monotonic()
     wanted = bytes_in(convert(folder, tmp_path / "undisturbed"))
-    took = time.monotonic() - began
     dice = random.Random(0)
-    kept = 0
     for i in range(10):
         out = tmp_path / f"killed {i}"
-        import_and_die(folder, out, dice.uniform(0.1, 1) * took)
-        record = tmp_path / f"killed {i}.partial" / "finished.json"
-        done = json.loads(record.read_text()) if record.exists() else {}
-        before = done.keys() - {"source"}
-        kept += len(before)
-        times = {file: (record.parent / file).stat().st_mtime_ns for file in before}
+        partial = tmp_path / f"killed {i}.partial"
+        import_and_die(folder, out, 5 * i, dice.uniform(0, 0.01))
+        before = files_kept(partial)
+        assert len(before) >= 5 * i or out.exists()
+        times = {file: (partial / file).stat().st_mtime_ns for file in before}
         if not out.exists():
             convert(folder, out)
             assert all((out / f).stat().st_mtime_ns == t for f, t in times.items())
         (out / "finished.json").unlink(missing_ok=True)  # a kill may come just before that
         assert bytes_in(out) == wanted
-    assert kept > 20, "kills came too early to test anything"
+
+
+def test_an_import_leaves_nothing_behind_of_one_that_was_killed(small_files, tmp_path):
+    folder = write_nemo(tmp_path / "nemo", weights_of(TINY), TINY, 2)
+    wanted = bytes_in(convert(folder, tmp_path / "undisturbed"))
+    (tmp_path / "hf.partial").mkdir()
+    (tmp_path / "hf.partial" / "finished.json.host-7.tmp").write_text("{")
+    assert bytes_in(convert(folder, tmp_path / "hf")) == wanted
 
 
 def test_a_kept_file_that_was_damaged_is_written_again(small_files, tmp_path, monkeypatch):
