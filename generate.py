@@ -94,13 +94,16 @@ class InferenceLinear(nn.Module):
             dist.all_reduce(y, group=self.reduce_group)
         return y
 
-    def quantize(self) -> None:
-        """Keep the matrix in float8, scaled so that each row uses its whole range (to 448)."""
+    def quantize(self, tp: dist.ProcessGroup) -> None:
+        """Keep the matrix in float8. A row's scale is the whole matrix's times a power of two: so
+        one that was read from a float8 folder gets the same numbers again."""
         weight = self.weight.float()
-        largest = weight.abs().amax(1, keepdim=True)
+        rows = weight.abs().amax(1, keepdim=True).clamp(min=1e-12)
         if self.reduce_group is not None:  # each has some of every row's columns
-            dist.all_reduce(largest, dist.ReduceOp.MAX, self.reduce_group)
-        scale = largest.clamp(min=1e-12) / 448
+            dist.all_reduce(rows, dist.ReduceOp.MAX, self.reduce_group)
+        largest = rows.max()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, tp)
+        scale = largest / 448 * (rows / largest).log2().ceil().exp2()  # float8 ends at 448
         self.scale = scale[:, 0].to(self.weight.dtype)
         self.weight = nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
 
@@ -807,7 +810,7 @@ class Engine:
         assert not self.busy
         for module in self.model.blocks.modules():
             if isinstance(module, InferenceLinear):
-                module.quantize()
+                module.quantize(self.mesh["tp"].get_group())
         self.computed[:] = 0  # the cache holds keys of other weights
 
 
@@ -1238,8 +1241,6 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in ("serve", "evaluate", "synthesize"):
-        sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     configs = {name: config for name, (config, _) in COMMANDS.items()}
     parse = partial(tyro.extras.subcommand_cli_from_dict, configs, description=__doc__)
     run_command("generate.py", parse, lambda cfg: dict(COMMANDS.values())[type(cfg)](cfg))

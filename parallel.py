@@ -1188,8 +1188,6 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["plan"]:
-        sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
     parse = partial(tyro.extras.subcommand_cli_from_dict, {"export": ExportConfig})
     run(lambda: export(parsed(partial(parse, description=__doc__))))

@@ -888,8 +888,6 @@ def choose_config(
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["report"]:
-        sys.exit("train.py report is now `python -m recipes.report`")
     set_up_logging()
     about = "Pretrain a preset, changed by options."
     run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))

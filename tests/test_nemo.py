@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import data
+import generate
 import parallel
 from generate import EngineConfig, SamplingParams, load_engine
 from model import SHAPES, ModelConfig, Nemotron, count_params, hf_config, hf_name
@@ -1046,6 +1047,30 @@ def test_float8_matrices_are_read_times_their_scales(shape, tmp_path):
     found = tensors_in(convert(tmp_path / "f8", tmp_path / "hf"))
     assert all(torch.equal(found[name], p.to(BF16)) for name, p in wanted.items())
     assert parallel.load_hf(tmp_path / "hf").embed.weight.dtype == BF16
+
+
+def float8_products(folder, tp):
+    """What each matrix of the blocks stands for in an engine that keeps them in float8."""
+    mesh = generate.Layout(tp=tp)
+    engine = load_engine(EngineConfig(folder, dtype="fp32", quantize="float8", slots=2, mesh=mesh))
+    found = {}
+    for name, module in engine.model.named_modules():
+        if isinstance(module, generate.InferenceLinear) and module.scale is not None:
+            found[name] = (module.weight.float() * module.scale[:, None]).numpy()
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_engine_in_float8_keeps_the_numbers_of_a_float8_folder(on_ranks, words, tmp_path, tp):
+    wanted = write_float8(tmp_path / "f8")
+    (tmp_path / "f8" / "tokenizer.json").write_bytes(words)
+    for rank, found in enumerate(on_ranks(tp, float8_products, f"nemo:{tmp_path / 'f8'}", tp)):
+        assert len(found) == 6 * TINY.n_layers
+        for name, matrix in found.items():
+            weight = wanted[hf_name(f"{name}.weight", TINY)].numpy()
+            dim = next((d for d in (0, 1) if matrix.shape[d] < weight.shape[d]), 0)
+            part = np.array_split(weight, weight.shape[dim] // matrix.shape[dim], dim)[rank % tp]
+            assert np.allclose(matrix, part, rtol=1e-6, atol=0), name
 
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
