@@ -239,12 +239,14 @@ def drop_surrogates(text: str) -> str:
 def identity(folder: Path) -> str:
     """Name a model by its weights, so that other weights have another name.
 
-    A model is known by the size of each file of its weights, those of a Hugging Face folder or of a
-    run's newest checkpoint, and by pieces from all over them."""
+    A model is known by the size of each file of its weights, those of a Hugging Face folder, of
+    NVIDIA's form or of a run's newest checkpoint, and by pieces from all over them."""
     digest = hashlib.sha256()
+    nemo = str(folder).startswith("nemo:")
+    folder = Path(str(folder).removeprefix("nemo:"))
     steps = step_folders(folder / "checkpoints")
     weights = steps[-1].rglob("*.distcp") if steps else folder.glob("*.safetensors")
-    for path in sorted(weights):
+    for path in sorted(filter(Path.is_file, folder.rglob("*")) if nemo else weights):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -259,10 +261,10 @@ def identity(folder: Path) -> str:
 
 def load_backend(cfg: Any, name: str, rates: bool) -> Backend:
     """Load the model of a folder, or connect to one at the endpoint."""
-    if (Path(name) / "config.json").exists():
+    if name.startswith("nemo:") or (Path(name) / "config.json").exists():
         return Local(replace(cfg, model=Path(name)), rates)
     if not cfg.endpoint:
-        rule = "a model is a folder with a config.json, or a name that --endpoint serves"
+        rule = "a model is a folder with a config.json, nemo:FOLDER, or what --endpoint serves"
         raise ValueError(f"model {name!r}, endpoint {cfg.endpoint!r}: {rule}")
     if world_size() > 1:
         raise ValueError("an endpoint is asked by one process: start it with python")

@@ -30,6 +30,7 @@ from generate import EngineConfig, SamplingParams, load_engine
 from model import SHAPES, ModelConfig, Nemotron, count_params, hf_config, hf_name
 from parallel import MeshConfig, Runner, init_mesh, local_part
 from recipes import nemo, nemo_files
+from recipes.records import load_backend
 
 BF16 = torch.bfloat16
 TINY = ModelConfig(64, 2, 8, 2, 8, 96, vocab_size=300, seq_len=32)
@@ -1140,3 +1141,17 @@ def test_an_engine_answers_from_a_nemo_folder_as_from_what_it_is_converted_to(wo
         answers.append(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
         dist.destroy_process_group()
     assert answers[0][0].ids == answers[1][0].ids
+
+
+def test_the_synthesis_takes_a_nemo_folder_as_a_model_and_knows_it_by_its_weights(words, tmp_path):
+    names = []
+    for seed in (0, 1):
+        folder = write_nemo(tmp_path / f"nemo{seed}" / "same", weights_of(TINY, seed), TINY)
+        (folder / "tokenizer.json").write_bytes(words)
+        backend = load_backend(EngineConfig(Path("x")), f"nemo:{folder}", rates=False)
+        dist.destroy_process_group()
+        work = [([{"role": "user", "content": "words"}], dict(max_tokens=4, temperature=0.0))]
+        (reply,) = backend.answers(work)
+        assert reply is not None
+        names.append(backend.name)
+    assert names[0] != names[1] and all(name.startswith("same@") for name in names)
