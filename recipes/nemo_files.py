@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.lib.stride_tricks import as_strided
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -112,23 +113,26 @@ class Array:
         """Return a rectangle. Of each chunk that it meets, only the bytes from the first to the
         last element in it are read."""
         begin, end = np.array([(s.start, s.stop) for s in index]).T
-        out = torch.empty(*(end - begin).tolist(), dtype=self.dtype)
+        # numpy copies: torch would start threads for each small piece, and wait for them
+        raw = np.dtype(f"i{self.dtype.itemsize}")
+        out = np.empty(end - begin, raw)
         start, size, stride = self.boxes.swapaxes(0, 1)
         low = np.maximum(begin - start, 0)
         high = np.minimum(end - start, size)
         for i in np.flatnonzero((low < high).all(1)):
             first = low[i] @ stride[i]
-            data = torch.empty((high[i] - 1) @ stride[i] + 1 - first, dtype=self.dtype)
+            data = np.empty((high[i] - 1) @ stride[i] + 1 - first, raw)
             self.data[i].seek(first * data.itemsize)
-            if self.data[i].readinto(data.view(torch.uint8).numpy()) < data.nbytes:
+            if self.data[i].readinto(data.view(np.uint8)) < data.nbytes:
                 file = [*self.data[i].parts][0]
                 raise ValueError(f"{file} became shorter while {self.name} was read: fetch it")
-            part = data.as_strided((high[i] - low[i]).tolist(), stride[i].tolist())
+            part = as_strided(data, high[i] - low[i], stride[i] * data.itemsize)
             if part.shape == out.shape:
-                return part
-            at = low[i] + start[i] - begin
-            out[tuple(map(slice, at, at + part.shape))] = part
-        return out
+                out = part
+            else:
+                at = low[i] + start[i] - begin
+                out[tuple(map(slice, at, at + part.shape))] = part
+        return torch.from_numpy(out).view(self.dtype)
 
 
 def float8_slices(folder: Path) -> dict[str, tuple[Any, Tensor | None]]:
