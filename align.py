@@ -166,8 +166,8 @@ def last_scores(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def values_of(batch: dict[str, Tensor]) -> Tensor:
     """Return each row's values, (N, ...): the rewards of its answers, or its label."""
-    name = "rewards" if "rewards" in batch else "labels"  # of several answers, or of one
-    return batch[name][batch["rows"] >= 0]
+    values = batch.get("rewards", batch.get("labels"))  # of several answers, or of one
+    return values[batch["rows"] >= 0]
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -327,8 +327,8 @@ def dpo() -> PreferenceConfig:
 def rpo(init: str = "") -> PreferenceConfig:
     """Train on preferences with rewards, stage 4, three times: 300K pairs each. Policy and
     reference begin as --init."""
-    # beta searched in [1e-3, 1]; batch and epochs are not stated
-    how = dict(loss="rpo_bwd", eta=1.0, sft_weight=1e-5)
+    # beta searched in [1e-3, 1], eta 1; batch and epochs are not stated
+    how = dict(loss="rpo_bwd", sft_weight=1e-5)
     return PreferenceConfig(init=init, lr=3e-7, beta=3e-2, batch=256, **how)
 
 
@@ -693,8 +693,7 @@ def reference_log_probs(
         raise ValueError(f"{path}: the reference gives a log-probability that is not finite")
     if missing and dist.get_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = {"weights": weights, "dtype": dtype, "log_probs": known}
-        write_whole(file, json.dumps(found))
+        write_whole(file, json.dumps({"weights": weights, "dtype": dtype, "log_probs": known}))
     dist.barrier()
     return log_probs
 
@@ -787,22 +786,22 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
     return EvalSet(lambda: held_out.batches(cfg, runner, numbers), sums.loss_fn, values)
 
 
-def read_sets(cfg: AlignConfig, tokenizer: Tokenizer) -> dict[str, list[Example]]:
-    """Read the rows of --data as `train`, those of --val, and those of a reward model's --pairs."""
-    sets = {"train": read_rows_of(cfg, cfg.data, tokenizer)}
-    if cfg.val:
-        sets["val"] = read_rows_of(cfg, cfg.val, tokenizer)
-    if isinstance(cfg, RewardConfig) and cfg.pairs:
-        sets["pairs"] = read_rows_of(replace(cfg, loss="regular"), cfg.pairs, tokenizer)
+def read_sets(cfg: AlignConfig, tokenizer: Tokenizer, read: Callable) -> dict[str, list[Example]]:
+    """Read the rows of --data, those of --val, and those of a reward model's --pairs."""
+    sets = {}
+    for name in ("data", "val", "pairs"):
+        if path := getattr(cfg, name, None):
+            how: Any = {"loss": "regular"} if name == "pairs" else {}
+            sets[name] = read(replace(cfg, **how), path, tokenizer)
     return sets
 
 
-def align(preset: str, cfg: AlignConfig) -> Path:
-    """Run a stage from its rows to its last step; return its folder. preset: a name for it."""
+def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
+    """Run a stage, whose rows `read` reads, to its last step; return its folder. preset: a name."""
     cfg = with_model(cfg)
     tokenizer = tokenizer_of(cfg)
-    sets = read_sets(cfg, tokenizer)
-    rows = sets["train"]
+    sets = read_sets(cfg, tokenizer, read)
+    rows = sets["data"]
     n_rows = max(1, round(len(rows) * cfg.epochs))
     steps = math.ceil(n_rows / cfg.batch)  # the last one takes what is left
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
@@ -812,7 +811,7 @@ def align(preset: str, cfg: AlignConfig) -> Path:
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
     log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
     row_sets = {name: row_set(cfg, runner, found, name) for name, found in sets.items()}
-    train_set = row_sets.pop("train")
+    train_set = row_sets.pop("data")
     sums = MetricSums(train_set.objective, runner)
 
     def numbers(step: int) -> list[int]:

@@ -141,16 +141,28 @@ def helpsteer2_annotators(row: Record) -> Record:
     return {name: row[name] for name in ("prompt", "response")} | means
 
 
+def read_label(text: str) -> list[float]:
+    """Return NINE_ATTRIBUTES of a label like `helpfulness:4,verbosity:2`; IGNORE for the others."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition(":")
+        if name not in NINE_ATTRIBUTES or not re.fullmatch(r"[0-4](\.\d+)?", value):
+            rule = "write helpfulness:4,correctness:3,..., each from 0 to 4"
+            raise ValueError(f"label {text[:60]!r}: {rule}")
+        found[name] = float(value)
+    return [found.get(name, IGNORE) for name in NINE_ATTRIBUTES]
+
+
 def nemo_labelled(row: Record) -> Record:
-    """Convert NeMo's turns with labels, of which the last one's, like `helpfulness:4,verbosity:2`,
-    is what a reward model learns."""
+    """Convert NeMo's turns with labels: the last one's is what a reward model learns, and those of
+    all turns stay for recipes.steerlm."""
     turns = objects(row, "conversations")
-    label = required(turns[-1], "label", str) if turns else ""
-    found = dict(re.findall(r"(\w+):(\d+(?:\.\d+)?)(?:,|$)", label))
-    if not found or found.keys() - set(NINE_ATTRIBUTES):
-        raise ValueError(f"label {label[:60]!r}: write helpfulness:4,correctness:3,...")
+    label = read_label(required(turns[-1], "label", str) if turns else "")
     messages = in_our_names({"conversations": turns, "system": row.get("system")})["messages"]
-    return {"messages": messages, "label": [float(found.get(n, IGNORE)) for n in NINE_ATTRIBUTES]}
+    for message, turn in zip(reversed(messages), reversed(turns), strict=False):
+        if turn.get("label"):
+            message["label"] = turn["label"]
+    return {"messages": messages, "label": label}
 
 
 def objects(row: Record, name: str) -> list[Record]:

@@ -243,7 +243,8 @@ CONVERTED = {
     "nemo_labels": ({"system": "S", "mask": "User", "type": "VALUE_TO_TEXT", "conversations": [
         said("User", "Hi", label=None), said("Assistant", "Hello.",
         label="quality:4,toxicity:0,helpfulness:3,verbosity:1")]},
-        dict(messages=[{"role": "system", "content": "S"}, user(), answer()],
+        dict(messages=[{"role": "system", "content": "S"}, user(), answer()
+             | {"label": "quality:4,toxicity:0,helpfulness:3,verbosity:1"}],
              label=[4, 0, -100, -100, 3, -100, -100, -100, 1])),
 }
 BAD = {
