@@ -8,7 +8,6 @@ and receives what the engine reports; a `ResponseWriter` a sample puts that into
 """
 
 import asyncio
-import hmac
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -41,7 +40,8 @@ from generate import (
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
     from pydantic import BaseModel, Field, ValidationError, model_validator
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -62,6 +62,7 @@ class ServeConfig(EngineConfig):
     max_queue: int = 256  # Samples that wait beyond the slots; more are answered with a 429
     max_body: int = 4 << 20  # Largest size of a request, in bytes
     model_name: str = ""  # Name of the model for clients; default: its folder's name
+    origin: str = ""  # Address of another server, whose chat page may use this one; empty: none
 
     def __post_init__(self) -> None:
         check_ranges(self, {"port": (0, 65_535), "max_queue": (0, 1 << 31)})
@@ -82,6 +83,8 @@ class RequestError(Exception):
 
 
 FAIL_FAST = Field(fail_fast=True)  # no million errors for a list of a million wrong items
+# many clients send such fields although they ask for nothing; other values are not supported
+NEUTRAL = Field(0, ge=0, le=0)
 Ids = Annotated[list[int], FAIL_FAST]
 
 
@@ -100,9 +103,8 @@ class SamplingRequest(BaseModel, extra="forbid", strict=True):
     stream: bool = False
     stream_options: dict = {}
     user: str = ""
-    # Many clients send these although they ask for nothing. Other values are not supported.
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    presence_penalty: float = Field(0, ge=0, le=0)
+    frequency_penalty: float = NEUTRAL
+    presence_penalty: float = NEUTRAL
 
     @model_validator(mode="before")
     @classmethod
@@ -197,17 +199,17 @@ class ResponseWriter:
 
     def spell(self, token: int) -> str:
         """Return a token's text after another one: some tokenizers drop a text's first space."""
-        before = len(self.tokenizer.decode(self.anchor))
-        return self.tokenizer.decode([*self.anchor, token])[before:]
+        anchor = self.tokenizer.decode(self.anchor)
+        return self.tokenizer.decode([*self.anchor, token]).removeprefix(anchor)
 
     def chat_entry(self, token: int, log_prob: float, top: tuple = ()) -> Json:
         """Return a token of a chat; `top` has the likeliest tokens and their log-probabilities."""
         text = self.spell(token)
-        broken = "\ufffd" in text  # a part of a character
-        entry = {"token": text, "logprob": log_prob, "bytes": None if broken else [*text.encode()]}
+        known = None if "\ufffd" in text else [*text.encode()]  # None: a part of a character
+        entry = {"token": text, "logprob": log_prob, "bytes": known}
         return entry | {"top_logprobs": [self.chat_entry(*pair) for pair in top]}
 
-    def text_logprobs(self, scored: list) -> Json | None:
+    def text_logprobs(self, scored) -> Json | None:
         """Return a completion's lists for the (token, log-probability, likeliest tokens) given."""
         rows = []
         for token, log_prob, top in scored:
@@ -232,13 +234,14 @@ class ActiveRequest(Response):
             rule = "a prompt fills the context, without room for an answer: shorten it"
             raise RequestError(400, rule, code="context_length_exceeded")
         self.n_samples = self.params.n * len(self.prompts)
-        self.inbox: asyncio.Queue = asyncio.Queue()
-        self.done: list[Completion] = []
+        self.inbox = asyncio.Queue()
+        self.done = []  # the whole samples
         self.chat = isinstance(asked, ChatRequest)
         kind = "chat.completion" if self.chat else "text_completion"
-        kind += ".chunk" if self.chat and asked.stream else ""
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind}
-        self.head |= {"model": state.name, "created": int(time.time())}
+        if self.chat and asked.stream:
+            kind += ".chunk"
+        number = f"cmpl-{secrets.token_hex(12)}"
+        self.head = dict(id=number, object=kind, model=state.name, created=int(time.time()))
 
     async def __call__(self, scope, receive, send):
         """Answer; and when that ends, in whatever way, cancel the samples that are not done."""
@@ -253,7 +256,7 @@ class ActiveRequest(Response):
             if self.asked.stream:
                 answer = StreamingResponse(self.events(), media_type="text/event-stream")
             else:
-                choices = sorted([c async for c in self.choices()], key=itemgetter("index"))
+                choices = sorted([c async for c in self.choices()], key=lambda c: c["index"])
                 answer = JSONResponse(self.head | {"choices": choices, "usage": self.usage()})
             await answer(scope, receive, send)
         except asyncio.CancelledError:
@@ -288,10 +291,9 @@ class ActiveRequest(Response):
         n_new = sum(len(out.ids) for out in self.done)
         if self.params.echo:
             n_new -= n_prompt * self.params.n
-        counts = {"prompt_tokens": n_prompt, "completion_tokens": n_new}
-        counts["total_tokens"] = n_prompt + n_new
-        cached = sum(out.cached for out in self.done if out.index == 0)
-        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
+        cached = {"cached_tokens": sum(out.cached for out in self.done if out.index == 0)}
+        counts = dict(prompt_tokens=n_prompt, completion_tokens=n_new, prompt_tokens_details=cached)
+        return counts | {"total_tokens": n_prompt + n_new}
 
     async def events(self):
         """Yield server-sent events: the pieces of all samples, the usage if asked for, [DONE]."""
@@ -325,11 +327,12 @@ class ServerState:
     def check_engine(self):
         if self.driver.failed or not self.driver.thread.is_alive():
             raise RequestError(503, "the engine has failed, or has not begun")
+        return {"status": "ok"}
 
     def check_key(self, request: Request):
         given = request.headers.get("authorization", "").encode()
         wanted = f"Bearer {self.cfg.api_key}".encode()
-        if self.cfg.api_key and not hmac.compare_digest(given, wanted):
+        if self.cfg.api_key and not secrets.compare_digest(given, wanted):
             raise RequestError(401, "a wrong API key, or none", code="invalid_api_key")
 
     def parse(self, kind: type, raw: bytes):
@@ -342,7 +345,7 @@ class ServerState:
             return ActiveRequest(self, asked)
         except ValidationError as e:
             error = e.errors()[-1]
-            where = [str(name) for name in error["loc"]] or ["body"]
+            where = [*map(str, error["loc"])] or ["body"]
             raise RequestError(400, f"{'.'.join(where)}: {error['msg']}", param=where[0]) from e
         except ValueError as e:
             raise RequestError(400, str(e)) from e
@@ -370,39 +373,37 @@ class ServerState:
 
 async def answer_error(request: Request, error: Exception):
     """Answer with OpenAI's error object, for unknown routes and bugs of ours as well."""
-    if isinstance(error, RequestError):
-        return JSONResponse(error.body, error.status, error.headers)
-    status = getattr(error, "status_code", 500)
-    what = getattr(error, "detail", "a bug of the server, see its log")
-    body = RequestError(status, f"{what}: {request.method} {request.url.path}").body
-    return JSONResponse(body, status, getattr(error, "headers", None))
+    headers = getattr(error, "headers", None)
+    if not isinstance(error, RequestError):
+        what = getattr(error, "detail", "a bug of the server, see its log")
+        error = RequestError(
+            getattr(error, "status_code", 500), f"{what}: {request.method} {request.url.path}"
+        )
+    return JSONResponse(error.body, error.status, headers)
 
 
 def make_app(state: ServerState) -> FastAPI:
     """Return the application. The caller starts the driver's thread and stops it."""
     errors = (RequestError, HTTPException, ClientDisconnect, Exception)
-    handlers = dict.fromkeys(errors, answer_error)
-    app = FastAPI(openapi_url=None, exception_handlers=handlers)
-    model = {"id": state.name, "object": "model", "created": int(time.time())}
-    model |= {"owned_by": "nemotron4", "max_model_len": state.engine.context}
+    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(errors, answer_error))
+    model = dict(id=state.name, object="model", created=int(time.time()), owned_by="nemotron4")
+    model["max_model_len"] = state.engine.context
 
-    @app.post("/v1/chat/completions")
-    @app.post("/v1/completions")
-    async def complete(request: Request):
-        return await state.submit(request)
+    # of `origin` a browser lets the chat page ask; the page itself is of this origin
+    app.add_middleware(
+        CORSMiddleware, allow_origins=[state.cfg.origin], allow_methods="*", allow_headers="*"
+    )
+    app.add_route("/", lambda _: FileResponse(Path(__file__).with_name("chat.html")))
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        app.post(path)(state.submit)
+    app.get("/v1/health/live")(lambda: {"status": "ok"})
+    app.get("/v1/health/ready")(state.check_engine)
 
     @app.get("/v1/models")
     @app.get(f"/v1/models/{state.name}")
     async def models(request: Request):
         state.check_key(request)
         return {"object": "list", "data": [model]} if request.url.path == "/v1/models" else model
-
-    @app.get("/v1/health/live")
-    @app.get("/v1/health/ready")
-    async def health(request: Request):
-        if request.url.path == "/v1/health/ready":
-            state.check_engine()
-        return {"status": "ok"}
 
     return app
 

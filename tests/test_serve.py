@@ -9,8 +9,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -344,6 +346,163 @@ def test_a_model_is_listed_and_its_health_told(server):
         assert server.http.get(f"/v1/health/{path}").status_code == 200
 
 
+# ---- the chat page -------------------------------------------------------------------------------
+
+PAGE = (Path(recipe.__file__).with_name("chat.html")).read_text()
+
+
+def test_the_chat_page_is_served_whole_and_needs_nothing_from_elsewhere(server):
+    answer = server.http.get("/")
+    assert answer.text == PAGE and answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert not re.search(r"https?://|\ssrc=|@import|url\(", PAGE)
+    assert "default-src 'none'" in PAGE  # nor would a browser load it
+    # what a model writes is never read as markup or as a program
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", PAGE
+    )
+    assert json.loads(re.search(r"WEIGHTS = (.*);", PAGE)[1]) == list(data.REWARD_WEIGHTS)
+
+
+def test_every_field_of_the_page_has_a_label_and_what_changes_is_said_aloud():
+    fields = re.findall(r"<(?:input|select|textarea) id=\"(\w+)\"", PAGE)
+    labelled = re.findall(r"<label>[^<]+<(?:input|select|textarea) id=\"(\w+)\"", PAGE)
+    labelled += re.findall(r"<label for=\"(\w+)\"", PAGE)
+    assert len(fields) > 8 and set(fields) == set(labelled)
+    assert 'role="status" aria-live="polite"' in PAGE and '"role", "log"' in PAGE
+    assert '<html lang="en">' in PAGE and "width=device-width" in PAGE
+
+
+def test_a_page_of_another_server_may_ask_only_if_its_address_is_given(server, model, tokenizer):
+    page = "http://127.0.0.1:8000"
+    asks = {"origin": page, "access-control-request-method": "POST"}
+    asks["access-control-request-headers"] = "authorization, content-type"
+    allowed = "access-control-allow-origin"
+    with running(model, tokenizer, origin=page) as other:
+        answer = other.http.options("/v1/chat/completions", headers=asks)
+        assert answer.status_code == 200 and answer.headers[allowed] == page
+        assert other.http.get("/v1/models", headers={"origin": page}).headers[allowed] == page
+        stranger = asks | {"origin": "http://127.0.0.1:9000"}
+        assert allowed not in other.http.options("/v1/chat/completions", headers=stranger).headers
+    assert allowed not in server.http.options("/v1/chat/completions", headers=asks).headers
+    assert allowed not in server.http.get("/v1/models", headers={"origin": page}).headers
+
+
+# as much of a browser as the page needs
+BROWSER = """
+class Element {
+  constructor() {
+    Object.assign(this, { children: [], value: "", textContent: "", className: "" });
+    Object.assign(this, { heard: {}, said: {} });
+    this.classList = { contains: (name) => this.className.split(" ").includes(name) };
+  }
+  append(...more) { for (const child of more) { child.parent = this; this.children.push(child); } }
+  replaceChildren(...more) {
+    this.children = [];
+    this.append(...more);
+    if (more.length && "value" in more[0]) this.value = String(more[0].value);
+  }
+  get lastElementChild() { return this.children.at(-1); }
+  remove() { this.parent.children = this.parent.children.filter((child) => child !== this); }
+  setAttribute(name, value) { this.said[name] = value; }
+  addEventListener(name, tell) { this.heard[name] = tell; }
+  focus() {}
+  fire(name, event = {}) { this.heard[name]({ preventDefault() {}, ...event }); }
+}
+const ids = {};
+const document = {
+  getElementById: (id) => (ids[id] ??= new Element()),
+  createElement: () => new Element(),
+  addEventListener() {},
+};
+const [origin, other, judge] = process.argv.slice(2);
+const location = { origin };
+const fetch = (url, how) => {
+  const headers = { ...how.headers, origin };
+  return globalThis.fetch(url.startsWith("/") ? origin + url : url, { ...how, headers });
+};
+const until = async (true_) => { while (!true_()) await new Promise((go) => setTimeout(go, 10)); };
+const texts = (turn) => turn.children.map((part) => part.textContent);
+const turns = () => columns.map((column) => column.list.children.map(texts));
+"""
+VISIT = """
+(async () => {
+  await until(() => models.length === 1);
+  $("temperature").value = "1";
+  $("longest").value = "9";
+  $("system").value = "Be brief.";
+  $("servers").value = `${other}/v1/\n${judge}`;
+  $("servers").fire("change");
+  await until(() => models.length === 3);
+  $("right").value = "1";
+  $("judge").value = "2";
+  $("right").fire("change");
+  const say = async (text) => {
+    $("prompt").value = text;
+    $("form").fire("submit");
+    await until(() => !running);
+  };
+  await say("<b>Hi</b> & 🎈");
+  const first = turns();
+  await say("And?");
+  const second = turns();
+  $("again").fire("click");
+  await until(() => !running);
+  const third = turns();
+  $("longest").value = "90";
+  $("prompt").value = "Go on.";
+  $("form").fire("submit");
+  await until(() => columns[0].list.lastElementChild.children[1].textContent);
+  $("stop").fire("click");
+  await until(() => !running);
+  const stopped = $("status").textContent;
+  const busy = columns.map((c) => c.list.said["aria-busy"]);
+  console.log(JSON.stringify({ first, second, third, stopped, busy, last: turns()[0].length }));
+})();
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in Node")
+def test_the_page_talks_to_two_models_at_once_and_shows_their_marks(
+    server, slowly, model, tokenizer, tmp_path
+):
+    reward = Nemotron(dataclasses.replace(TINY, n_attributes=5, seq_len=512)).eval()
+    init_weights(reward, seed=1)
+    torch.nn.init.normal_(reward.head.weight, generator=torch.Generator().manual_seed(2))
+    script = re.search(r"<script>(.*)</script>", PAGE, re.DOTALL)[1].replace('"use strict";', "")
+    (tmp_path / "page.js").write_text(BROWSER + script + VISIT)
+    origin = str(server.http.base_url).rstrip("/")
+    with (
+        running(model, tokenizer, origin=origin) as other,
+        running(reward, tokenizer, origin=origin) as judge,
+    ):
+        addresses = [str(at.http.base_url).rstrip("/") for at in (server, other, judge)]
+        command = ["node", str(tmp_path / "page.js"), *addresses]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        seen = json.loads(done.stdout)
+        assert all(at.idle() for at in (server, other, judge))
+        for column in seen["first"]:
+            (asked, answer) = column
+            assert asked == ["You", "<b>Hi</b> & 🎈", ""]  # as it was typed, not as markup
+            said = [{"role": "user", "content": asked[1]}]
+            said.append({"role": "assistant", "content": answer[1]})
+            scored = judge.client.chat.completions.create(model="tiny", messages=said)
+            marks = {c.token: c.logprob for c in scored.choices[0].logprobs.content}
+            total = float(data.aggregate(list(marks.values())))
+            assert answer[0] == "tiny" and answer[1]
+            told = {f"{name} {value:.2f}" for name, value in ({"reward": total} | marks).items()}
+            shown = re.findall(r"\w+ -?[\d.]+", answer[2])
+            for one, another in zip(sorted(shown), sorted(told), strict=True):
+                assert one.split()[0] == another.split()[0]
+                assert float(one.split()[1]) == pytest.approx(float(another.split()[1]), abs=0.02)
+    assert [len(column) for column in seen["second"]] == [4, 4]
+    for before, after in zip(seen["second"], seen["third"], strict=True):
+        assert (
+            after[:3] == before[:3] and after[3][1] != before[3][1]
+        )  # the last answer alone is new
+    assert (seen["stopped"], seen["busy"], seen["last"]) == ("Stopped.", ["false", "false"], 6)
+
+
 # ---- reward models -------------------------------------------------------------------------------
 
 
@@ -516,7 +675,7 @@ def test_who_connects_to_the_address_that_is_said_is_not_refused(model, tokenize
     assert len(reached) == 1
 
 
-def test_a_key_is_asked_for_everywhere_but_for_the_health(model, tokenizer):
+def test_a_key_is_asked_for_everywhere_but_for_the_health_and_the_page(model, tokenizer):
     with running(model, tokenizer, key="sesame", api_key="sesame") as server:
         assert ask(server, "a", 1)
         for headers in ({}, {"authorization": "Bearer no"}, {"authorization": "sesame"}):
@@ -525,7 +684,8 @@ def test_a_key_is_asked_for_everywhere_but_for_the_health(model, tokenizer):
             assert answer.json()["error"]["code"] == "invalid_api_key"
             for path in (TEXT, CHAT):
                 assert server.post(path, json={"prompt": "a"}, headers=headers).status_code == 401
-        assert server.http.get("/v1/health/ready").status_code == 200
+        for path in ("/", "/v1/health/live", "/v1/health/ready"):
+            assert server.http.get(path).status_code == 200
 
 
 def junk(rng, depth=0):
