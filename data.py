@@ -4,12 +4,11 @@ The blend is that of section 2.1 of the report (arXiv 2406.11704); tokenizer and
 follow arXiv 2402.16819.
 
     python data.py prepare english=books/ code=src/ --out data/mine
-    python data.py show data/mine
+    python data.py prepare web=crawl/ --out data/web --tokenizer data/mine --shard 3/128
 """
 
 import ast
 import bisect
-import codecs
 import contextlib
 import fcntl
 import gzip
@@ -22,8 +21,6 @@ import platform
 import re
 import secrets
 import shutil
-import signal
-import sqlite3
 import sys
 import sysconfig
 import zlib
@@ -31,23 +28,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from sqlite3 import Connection, connect
+from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
 import tokenizers
 import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 log = logging.getLogger("nemotron4")
 
 IGNORE = -100  # a target that no loss counts: model.py's constant, without importing torch for it
 
 Record = dict[str, Any]  # a JSON object
-Arrays = dict[str, np.ndarray]
+Texts = Iterator[str]
+Array = np.ndarray
+Arrays = dict[str, Array]
 Counts = dict[str, int]
 Blend = dict[str, float]  # source → weight
 
@@ -56,6 +55,7 @@ Blend = dict[str, float]  # source → weight
 # Nemotron's control tokens, in the order of their ids in NVIDIA's tokenizer. <extra_id_0> opens the
 # system turn, <extra_id_1> every other turn, and <extra_id_2> the label of a scored response.
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")  # other tokenizers' spellings of </s>
 
 # Cuts a text into words with one leading space, single digits, runs of punctuation and runs of
 # white space; a combining mark, such as a Hindi vowel, belongs to its letter. It has no look-ahead,
@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     specials: dict[str, int]  # control token → id
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Array:
         """Turn a text into int32 ids; control tokens spelt out in it stay text."""
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -88,12 +88,6 @@ class Tokenizer(Protocol):
 class HuggingFace(Tokenizer):
     """Runs a tokenizer.json with `tokenizers`, or with tiktoken, which is faster, if it can."""
 
-    # other tokenizers' spellings of our control tokens
-    ALIASES = {
-        "<pad>": ("[PAD]", "<|pad|>"), "<s>": ("<bos>",),
-        "</s>": ("<|endoftext|>", "<|end_of_text|>", "<eos>"),
-    }  # fmt: skip
-
     def __init__(self, standard: tokenizers.Tokenizer) -> None:
         """Find the control tokens, and make an encoder whose texts cannot spell them."""
         self.standard = standard
@@ -103,10 +97,10 @@ class HuggingFace(Tokenizer):
         self.vocab_size = 1 + max(vocab.values())
         added = standard.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
-        for name in SPECIALS:
-            known = [s for s in (name, *self.ALIASES.get(name, ())) if s in vocab]
-            if known:
-                self.specials[name] = self.specials[known[0]] = vocab[known[0]]
+        for name in (*ENDS, *SPECIALS):
+            if name in vocab:
+                own = "</s>" if name in ENDS else name
+                self.specials[name] = self.specials[own] = vocab[name]
         spec = json.loads(standard.to_str())
         self.encoding = tiktoken_encoding(spec)
         if not self.encoding:
@@ -117,7 +111,7 @@ class HuggingFace(Tokenizer):
         (folder / "tokenizer.json").write_text(self.standard.to_str(), encoding="utf-8")
         return "tokenizer.json"
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Array:
         if self.encoding:
             return self.encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
         text.encode()  # a ValueError for a lone surrogate
@@ -135,13 +129,11 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         """Find the control tokens, and make an encoder whose texts cannot spell them."""
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         self.path = path
         model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-        load = sentencepiece.SentencePieceProcessor
-        self.processor = load(model_file=str(path))
+        self.processor = SentencePieceProcessor(model_file=str(path))
         self.vocab_size = len(model.pieces)
         self.specials = {}
         for i, piece in enumerate(model.pieces):
@@ -149,12 +141,12 @@ class SentencePiece(Tokenizer):
                 self.specials[piece.piece] = i
                 if piece.type != piece.UNKNOWN:
                     piece.type = piece.CONTROL  # no text matches it
-        self.encoder = load(model_proto=model.SerializeToString())
+        self.encoder = SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def save(self, folder: Path) -> str:
         return shutil.copyfile(self.path, folder / "tokenizer.model").name
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Array:
         text.encode()  # a ValueError for a lone surrogate
         return np.array(self.encoder.encode(text), dtype=np.int32)
 
@@ -184,12 +176,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     standard.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
     standard.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    how = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), **how)
     standard.train_from_iterator(texts, trainer)
     found = standard.get_vocab_size()
     if found != vocab_size:
@@ -237,8 +225,7 @@ def without_marks(spec: Record, marks: Set[str]) -> str:
 
 # ---- documents -----------------------------------------------------------------------------------
 
-# A larger text file becomes several documents, cut at line ends, so that memory stays bounded.
-MAX_DOCUMENT_BYTES = 4 << 20
+MAX_DOCUMENT_BYTES = 4 << 20  # a larger text is cut at line ends, so that memory stays bounded
 
 
 class BadDocument(ValueError):
@@ -246,7 +233,7 @@ class BadDocument(ValueError):
 
 
 OnBad = Callable[[str], None]  # readers give it what they cannot read, and go on
-Records = Iterator[tuple[str, Record]]  # what readers yield: ("FILE:LINE", a row)
+Records = Iterator[tuple[str, Any]]  # what readers yield: ("FILE:LINE", a row or a text)
 
 
 def refuse(bad: str) -> None:
@@ -272,7 +259,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     unfinished.rename(path)
 
 
-HELD: dict[Path, TextIO] = {}  # the lock files of the folders that this process writes
+HELD = {}  # the lock files of the folders that this process writes
 
 
 def hold(folder: Path) -> None:
@@ -343,7 +330,7 @@ def read_json(file: str | Path, on_bad: OnBad, text_field: str = "") -> Records:
             except (ValueError, RecursionError) as e:
                 on_bad(f"{file}: not JSON, a list of objects ({e}): mend it")
         for number, line in enumerate(lines, 1):
-            line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             try:
                 if line.strip():
                     yield f"{place}{number}", parse_line(line, text_field)
@@ -353,10 +340,8 @@ def read_json(file: str | Path, on_bad: OnBad, text_field: str = "") -> Records:
 
 def read_parquet(file: str | Path, on_bad: OnBad) -> Records:
     """Yield the rows of a parquet file, a batch at a time."""
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ValueError(f"{file}: parquet needs pyarrow: pip install -e '.[parquet]'") from e
+    import pyarrow.parquet  # of the extra `parquet`
+
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             batches = table.iter_batches(batch_size=1024)
@@ -367,20 +352,17 @@ def read_parquet(file: str | Path, on_bad: OnBad) -> Records:
         on_bad(f"{file}: broken parquet file ({e}): fetch it again")
 
 
-def read_text(path: Path, on_bad: OnBad) -> Iterator[tuple[str, Any]]:
+def read_text(path: Path, on_bad: OnBad) -> Records:
     """Yield a text file as one document, or as several if it exceeds MAX_DOCUMENT_BYTES."""
     line = 1
     with open_bytes(path, on_bad) as file:
-        while piece := file.read(MAX_DOCUMENT_BYTES):
-            if len(piece) == MAX_DOCUMENT_BYTES:
-                piece += file.readline()
+        while lines := file.readlines(MAX_DOCUMENT_BYTES):
             try:
-                yield f"{path}:{line}", piece.decode("utf-8")
+                yield f"{path}:{line}", b"".join(lines).decode("utf-8")
             except UnicodeDecodeError as e:
-                bad_line = line + piece[: e.start].count(b"\n")
-                rule = f"not UTF-8 (byte 0x{piece[e.start]:02x}): convert it"
-                on_bad(f"{path}:{bad_line}: {rule}")
-            line += piece.count(b"\n")
+                bad_line = line + e.object.count(b"\n", 0, e.start)
+                on_bad(f"{path}:{bad_line}: not UTF-8 (byte 0x{e.object[e.start]:02x}): convert it")
+            line += len(lines)
 
 
 # by the end of a file's name, in any case, perhaps with .gz
@@ -409,9 +391,6 @@ def read_records(file: str | Path, on_bad: OnBad = refuse, text_field: str = "")
     return read_json(file, on_bad, text_field)
 
 
-read_jsonl = read_records  # the name that other modules know
-
-
 def files_of(root: Path) -> list[Path]:
     """List the files below a folder in a fixed order, with hidden ones left out."""
     if not root.exists():
@@ -422,7 +401,7 @@ def files_of(root: Path) -> list[Path]:
     return sorted(p for p in files if "/." not in f"/{p.relative_to(root).as_posix()}")
 
 
-def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refuse) -> Iterator[str]:
+def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refuse) -> Texts:
     """Yield the documents of files; a given file with another ending is read as text."""
     for path in paths:
         read = reader_of(path) or read_text
@@ -437,35 +416,29 @@ def read_documents(paths: Iterable[Path], text_field: str, on_bad: OnBad = refus
                 on_bad(f"{where}: {rule}")
 
 
-def standard_library() -> list[Path]:
-    """List the source files of Python's own library, without tests and installed packages."""
+def embedded_code(on_bad: OnBad = refuse) -> Texts:
+    """Yield the source files of Python's own library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip"}
-    return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    files = sorted(p for p in root.rglob("*.py") if skip.isdisjoint(p.relative_to(root).parts))
+    return read_documents(files, "", on_bad)
 
 
-def embedded_code(on_bad: OnBad = refuse) -> Iterator[str]:
-    """Yield the source files of Python's own library."""
-    return read_documents(standard_library(), "", on_bad)
-
-
-def embedded_english(on_bad: OnBad = refuse) -> Iterator[str]:
+def embedded_english(on_bad: OnBad = refuse) -> Texts:
     """Yield English by people: the topics that `help()` shows, and the docstrings of modules."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for path in standard_library():
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # a template or an example of bad code: it has no docstrings
-        nodes = filter(lambda node: isinstance(node, documented), ast.walk(tree))
-        text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-        if len(text) > 200:
-            yield text
+    for code in embedded_code(on_bad):
+        with contextlib.suppress(SyntaxError):  # a template has no docstrings
+            nodes = filter(lambda node: isinstance(node, documented), ast.walk(ast.parse(code)))
+            text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+            if len(text) > 200:
+                yield text
 
 
+read_jsonl = read_records  # the name that other modules know
 EMBEDDED = {"english": embedded_english, "code": embedded_code}
 
 # ---- prepare -------------------------------------------------------------------------------------
@@ -485,20 +458,28 @@ class PrepareConfig:
     val_fraction: float = 0.01  # Share of the documents for validation, picked by content's hash.
     skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first.
     workers: int = os.cpu_count() or 1  # Threads that encode (encoders release Python's lock).
+    shard: str = "1/1"
+    """Part I/N of the files: N such tasks, anywhere, write a folder. Each drops its own repeats."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}: at least 0, below 1")
+        number, n_shards = self.part
+        if not 1 <= number <= n_shards or n_shards > 1 and not (self.sources and self.tokenizer):
+            raise ValueError(f"shard={self.shard!r}: I/N, as 3/128, with sources and --tokenizer")
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        return tuple(map(int, re.fullmatch("(?s)([0-9]+)/([0-9]+)|.*", self.shard).groups("0")))
 
 
-Source = Callable[[OnBad], Iterator[str]]  # reads a source's documents from the start
+Source = Callable[[OnBad], Texts]  # reads a source's documents from the start
 
 
-def open_sources(cfg: PrepareConfig) -> dict[str, Source]:
-    """Return the sources by name, or the embedded corpus if none is given."""
+def open_sources(cfg: PrepareConfig) -> tuple[dict[str, Source], list[str]]:
+    """Return the sources by name, or the embedded corpus if none is given, and the names of all
+    files, of which a shard has a run: the shards in their order hold the files in theirs."""
     if not cfg.sources:
-        return EMBEDDED
-    files: dict[str, list[Path]] = defaultdict(list)
+        return EMBEDDED, []
+    files = defaultdict(list)
     for source in cfg.sources:
         name, _, path = source.partition("=")
         if not path or not name.replace("-", "_").isidentifier():
@@ -511,10 +492,17 @@ def open_sources(cfg: PrepareConfig) -> dict[str, Source]:
                 files[name].append(file)
         if not files[name]:
             raise ValueError(f"source {name!r}: no text, source code, .jsonl or .parquet in {root}")
-    return {name: partial(read_documents, files[name], cfg.text_field) for name in files}
+    sources = {}
+    names = []
+    number, n_shards = cfg.part
+    for name, found in files.items():
+        share = np.array_split(found, n_shards)[number - 1]
+        sources[name] = partial(read_documents, share, cfg.text_field)
+        names += [name, *(file.name for file in found)]
+    return sources, names
 
 
-def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Iterator[str]:
+def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Texts:
     """Yield about 100 MB of text, an equal share from the beginning of each source."""
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dict(bad=0))
     for read in sources.values():
@@ -526,9 +514,7 @@ def training_texts(cfg: PrepareConfig, sources: dict[str, Source]) -> Iterator[s
                 break
 
 
-def clean(
-    documents: Iterable[str], seen: sqlite3.Connection, dropped: Counts
-) -> Iterator[tuple[str, int, int]]:
+def clean(documents: Texts, seen: Connection, dropped: Counts) -> Iterator[tuple[str, int, int]]:
     """Yield (text, number of bytes, first 64 bits of its digest) of each document worth keeping.
     Blank ones, and exact duplicates whose digest is among `seen`, are counted in `dropped`."""
     for text in documents:
@@ -543,11 +529,11 @@ def clean(
 
 
 def encode_all(
-    documents: Iterator[Any], encode: Callable[[str], np.ndarray], workers: int
-) -> Iterator[tuple[Any, np.ndarray]]:
+    documents: Iterator[Any], encode: Callable[[str], Array], workers: int
+) -> Iterator[tuple[Any, Array]]:
     """Yield (document, ids) in order, encoded by threads; a document is a tuple (text, ...). While
     some are yielded the next ones are read and encoded: a bounded number."""
-    done: Iterable[Any] = ()
+    done = ()
     with ThreadPoolExecutor(workers) as pool:
         while some := list(itertools.islice(documents, 32 * workers)):
             ids = pool.map(encode, [document[0] for document in some])
@@ -559,21 +545,19 @@ def encode_all(
 class TokenWriter:
     """Appends to STEM.bin (tokens, </s> after each document) and STEM.idx (int64: its offsets)."""
 
-    def __init__(self, stem: str, dtype: type, eos: int) -> None:
+    def __init__(self, stem: str) -> None:
         self.files = [open(f"{stem}.{end}", "wb") for end in ("bin", "idx")]
-        self.dtype = dtype
-        self.eos = eos
-        self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
         self.files[1].write(bytes(8))
+        self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
 
-    def write(self, ids: np.ndarray, n_bytes: int) -> None:
-        document = np.append(ids, self.eos).astype(self.dtype).tobytes()
-        self.counts["documents"] += 1
-        self.counts["tokens"] += len(ids) + 1
-        self.counts["bytes"] += n_bytes
-        self.counts["crc"] = zlib.crc32(document, self.counts["crc"])
+    def write(self, document: Array, n_bytes: int) -> None:
+        counts = self.counts
+        counts["documents"] += 1
+        counts["tokens"] += len(document)
+        counts["bytes"] += n_bytes
+        counts["crc"] = zlib.crc32(document, counts["crc"])
         self.files[0].write(document)
-        self.files[1].write(np.int64(self.counts["tokens"]).tobytes())
+        self.files[1].write(np.int64(counts["tokens"]))
 
     def close(self) -> Counts:
         """Flush both files to disk, and return the split's entry of the manifest."""
@@ -585,61 +569,57 @@ class TokenWriter:
 
 
 def prepare_source(
-    cfg: PrepareConfig, tokenizer: Tokenizer, seen: sqlite3.Connection, stem: Path, read: Source
+    cfg: PrepareConfig, tokenizer: Tokenizer, seen: Connection, stem: Path, read: Source
 ) -> Record:
     """Write one source's train and validation files, and return its entry of the manifest."""
-    name = stem.name
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     eos = tokenizer.special("</s>")
-    writers = {split: TokenWriter(f"{stem}.{split}", dtype, eos) for split in ("train", "val")}
+    writers = {split: TokenWriter(f"{stem}.{split}") for split in ("train", "val")}
     dropped = dict(bad=0, empty=0, duplicate=0)
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dropped)
     texts = clean(read(on_bad), seen, dropped)
-    with tqdm(desc=name, unit="B", unit_scale=True) as bar:
-        for (_, n_bytes, digest), ids in encode_all(texts, tokenizer.encode, cfg.workers):
-            split = "val" if digest < cfg.val_fraction * 2**64 else "train"
-            writers[split].write(ids, n_bytes)
-            bar.update(n_bytes)
-    train = writers["train"].close()
-    val = writers["val"].close()
-    if not train["documents"]:
-        raise ValueError(f"source {name!r} is empty: no document left for training ({dropped})")
-    tokens = train["tokens"] + val["tokens"]
-    ratio = (train["bytes"] + val["bytes"]) / tokens
-    found = f"{train['documents']:,} documents, {val['documents']:,} for validation"
-    log.info(f"{name}: {found}, {tokens:,} tokens, {ratio:.2f} bytes per token; dropped: {dropped}")
-    return dict(train=train, val=val, dropped=dropped, dtype=np.dtype(dtype).name)
+    for (_, n_bytes, digest), ids in encode_all(texts, tokenizer.encode, cfg.workers):
+        split = "val" if digest < cfg.val_fraction * 2**64 else "train"
+        writers[split].write(np.append(ids, eos).astype(dtype), n_bytes)
+    entry = {split: writer.close() for split, writer in writers.items()}
+    log.info(f"{stem.name}: {entry}; dropped: {dropped}")
+    return dict(**entry, dropped=dropped, dtype=dtype.name)
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    """Write a folder with the tokenizer, each source's token files, and a manifest: OUT.partial
-    until it is complete. The same input gives the same bytes."""
-    if cfg.out.exists():
+    """Write a folder, or of a shard one in it, with the tokenizer, each source's token files and a
+    manifest: FOLDER.partial until it is complete. The same input gives the same bytes."""
+    whole = cfg.shard == "1/1"
+    out = cfg.out if whole else cfg.out / "{:05d}-of-{:05d}".format(*cfg.part)
+    if out.exists() and not whole:
+        return log.info(f"{out}: complete before")
+    if (cfg.out / "manifest.json").exists() or out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another --out")
-    sources = open_sources(cfg)
-    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
-    folder = cfg.out.with_name(cfg.out.name + ".partial")
+    sources, names = open_sources(cfg)
+    folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     hold(folder)
     try:
-        for path in folder.iterdir():  # of a run that was killed
-            if path.name != ".lock":
-                path.unlink()
-        if not tokenizer:
-            tokenizer = train_bpe(training_texts(cfg, sources), cfg.vocab_size)
+        for path in folder.glob("[!.]*"):  # of a run that was killed
+            path.unlink()
+        tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+        tokenizer = tokenizer or train_bpe(training_texts(cfg, sources), cfg.vocab_size)
         file = tokenizer.save(folder)
-        seen = sqlite3.connect("")  # a temporary file, so that memory stays bounded
+        seen = connect("")  # a temporary file, so that memory stays bounded
         seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         writing = partial(prepare_source, cfg, tokenizer, seen)
         entries = {name: writing(folder / name, read) for name, read in sources.items()}
-        eos = tokenizer.special("</s>")
-        manifest = dict(vocab_size=tokenizer.vocab_size, eos=eos, tokenizer=file, sources=entries)
+        manifest = dict(vocab_size=tokenizer.vocab_size, eos=tokenizer.special("</s>"))
+        manifest |= dict(tokenizer=file, sources=entries)
+        if not whole:
+            same = f"{names} {cfg.text_field} {cfg.val_fraction}".encode()
+            manifest["same"] = zlib.crc32(same + (folder / file).read_bytes())
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        folder.rename(cfg.out)
-        (cfg.out / ".lock").unlink()
+        folder.rename(out)
+        (out / ".lock").unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    log.info(f"{cfg.out}: complete, vocabulary {tokenizer.vocab_size:,}")
+    log.info(f"{out}: complete, vocabulary {tokenizer.vocab_size:,}")
 
 
 # ---- token files and the sampler -----------------------------------------------------------------
@@ -647,17 +627,71 @@ def prepare(cfg: PrepareConfig) -> None:
 REPORT_BLEND = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # report section 2.1
 
 
+def read_manifests(folder: Path) -> dict[Path, Record]:
+    """Return the manifests of a folder's shards by their own folders, in order; a folder that was
+    written whole is its only shard. Raise a ValueError unless all shards of one kind are there."""
+    files = [folder / "manifest.json"]
+    if not files[0].exists():
+        files = sorted(folder.glob("*-of-*[0-9]/manifest.json"))
+        if not files:
+            raise ValueError(f"{folder} has no manifest.json: run data.py prepare --out {folder}")
+        names = {file.parent.name for file in files}
+        last = max(names)
+        n = int(last[-5:])
+        missing = [i for i in range(1, n + 1) if f"{i:05d}{last[5:]}" not in names]
+        if missing or len(names) > n:
+            raise ValueError(f"{folder}: {len(names)} shards of {n}, without {missing}: add them")
+    manifests = {file.parent: json.loads(file.read_text()) for file in files}
+    if len({manifest.get("same") for manifest in manifests.values()}) > 1:
+        raise ValueError(f"{folder}: its shards are of other files, options or tokenizers: prepare")
+    return manifests
+
+
+def add(a: Any, b: Any) -> Any:
+    """Add up counts, alone or by name; what is no number is the same in both."""
+    if isinstance(a, dict):
+        return {key: add(a[key], b[key]) for key in a}
+    return a + b if isinstance(a, int) else a
+
+
+class TokenStream:
+    """Reads a split of a source: the token files of all shards as one, of which a piece is read
+    when it is asked for and no file stays open."""
+
+    def __init__(self, files: list[str], sizes: list[int], dtype: str) -> None:
+        self.files = files
+        self.dtype = np.dtype(dtype)
+        self.starts = [0, *itertools.accumulate(sizes)]
+        self[-1:]  # a folder that was cut short is found before a run
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(len(self))
+        pieces = [np.zeros(0, self.dtype)]
+        while start < stop:
+            shard = bisect.bisect(self.starts, start) - 1
+            n_tokens = min(stop, self.starts[shard + 1]) - start
+            offset = (start - self.starts[shard]) * self.dtype.itemsize
+            pieces.append(np.fromfile(self.files[shard], self.dtype, n_tokens, offset=offset))
+            if len(pieces[-1]) < n_tokens:
+                raise ValueError(f"{self.files[shard]}: shorter than the manifest says: prepare it")
+            start += n_tokens
+        return np.concatenate(pieces)
+
+
 class TokenData:
-    """Opens a folder that `prepare` made; its token files are memory-mapped."""
+    """Opens a folder that `prepare` made, whole or in shards."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        if not path.exists():
-            raise ValueError(f"{folder} has no manifest.json: run data.py prepare --out {folder}")
-        self.manifest = json.loads(path.read_text())
-        self.vocab_size: int = self.manifest["vocab_size"]
-        self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
+        self.shards = read_manifests(self.folder)
+        manifests = [*self.shards.values()]
+        sources = reduce(add, [manifest["sources"] for manifest in manifests])
+        self.manifest = manifests[0] | {"sources": sources}
+        self.vocab_size = self.manifest["vocab_size"]
+        self.sources = tuple(sources)
 
     @property
     def fingerprint(self) -> str:
@@ -666,7 +700,7 @@ class TokenData:
         return " ".join(f"{s}:{e['train']['tokens']}:{e['train']['crc']:08x}" for s, e in entries)
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.folder / self.manifest["tokenizer"])
+        return load_tokenizer(next(iter(self.shards)) / self.manifest["tokenizer"])
 
     def n_tokens(self, source: str, split: str) -> int:
         return self.manifest["sources"][source][split]["tokens"]
@@ -676,25 +710,18 @@ class TokenData:
         val = self.manifest["sources"][source]["val"]
         return val["bytes"] / val["tokens"]
 
-    def tokens(self, source: str, split: str) -> np.ndarray:
-        path = self.folder / f"{source}.{split}.bin"
-        dtype = np.dtype(self.manifest["sources"][source]["dtype"])
-        n_bytes = path.stat().st_size
-        if n_bytes != self.n_tokens(source, split) * dtype.itemsize:
-            raise ValueError(f"{path}: {n_bytes} bytes are not as the manifest says: prepare again")
-        return np.memmap(path, dtype, "r") if n_bytes else np.zeros(0, dtype)  # no empty map exists
-
-    def offsets(self, source: str, split: str) -> np.ndarray:
-        """Return int64 (documents + 1): document d is tokens[offsets[d]:offsets[d + 1]]."""
-        return np.memmap(self.folder / f"{source}.{split}.idx", np.int64, "r")
+    def tokens(self, source: str, split: str) -> TokenStream:
+        files = [f"{folder}/{source}.{split}.bin" for folder in self.shards]
+        sizes = [shard["sources"][source][split]["tokens"] for shard in self.shards.values()]
+        return TokenStream(files, sizes, self.manifest["sources"][source]["dtype"])
 
     def blend(self, weights: Blend) -> Blend:
         """Scale weights to sum to one; without any, take the report's or the sources' sizes."""
-        if not weights and set(self.sources) <= set(REPORT_BLEND):
+        if not weights and REPORT_BLEND.keys() >= set(self.sources):
             weights = {source: REPORT_BLEND[source] for source in self.sources}
         elif not weights:
             weights = {source: self.n_tokens(source, "train") for source in self.sources}
-        unknown = sorted(set(weights) - set(self.sources))
+        unknown = sorted(weights.keys() - self.sources)
         if unknown:
             raise ValueError(f"the blend names {unknown}, {self.folder} has {list(self.sources)}")
         total = sum(weights.values())
@@ -741,7 +768,7 @@ class Sampler:
     seq_len: int
     seed: int
     split: str = "train"
-    isolate: bool = False  # keep documents apart, see `batch`
+    isolate: bool = False  # keep documents apart, which end with </s>, see `batch`
     later: dict[int, Blend] = field(default_factory=dict)  # by the sample that each begins at
 
     def __post_init__(self) -> None:
@@ -749,15 +776,13 @@ class Sampler:
         blends = {0: self.blend, **self.later}
         sources = dict.fromkeys(itertools.chain(*blends.values()))
         self.tokens = {source: self.data.tokens(source, self.split) for source in sources}
-        self.offsets = {source: self.data.offsets(source, self.split) for source in sources}
         self.windows = {s: -(-(len(t) - 1) // self.seq_len) for s, t in self.tokens.items()}
         for source, tokens in self.tokens.items():
             if self.split == "train" and len(tokens) <= self.seq_len:
                 rule = f"fewer than one window of seq_len={self.seq_len} + 1: add text, or lower it"
                 raise ValueError(f"source {source!r} has {len(tokens)} tokens, {rule}")
-        firsts = sorted(blends)
-        shares = [shares_of(blends[first]) for first in firsts]
-        self.parts = list(zip(firsts, [*firsts[1:], sys.maxsize], shares, strict=True))
+        ends = itertools.pairwise([*sorted(blends), sys.maxsize])
+        self.parts = [(first, end, shares_of(blends[first])) for first, end in ends]
 
     def counts(self, i: int) -> Counts:
         """Return how many of the first i samples come from each source.
@@ -765,8 +790,7 @@ class Sampler:
         The first source of a blend gets its share of the samples, rounded down; the next one its
         share of what is left, and so on; the last one gets the rest. With weights 0.5, 0.3, 0.2 of
         a, b, c these are floor(0.5 i), floor(0.6 (i - a)) and i - a - b. From i to i + 1 one count
-        grows, by one: that is the source of sample i.
-        """
+        grows, by one: that is the source of sample i."""
         counts = dict.fromkeys(self.windows, 0)
         for first, end, shares in self.parts:
             left = max(0, min(i, end) - first)
@@ -787,13 +811,9 @@ class Sampler:
         return source, epoch, permute(place, n_windows, int.from_bytes(key, "big"))
 
     def describe(self, samples: Iterable[int]) -> str:
-        """Name the documents that samples are cut from, by source and number, for the log."""
-        said = []
-        for source, _, window in map(self.locate, samples):
-            ends = window * self.seq_len + np.array([0, self.seq_len])
-            first, last = np.searchsorted(self.offsets[source][1:-1], ends, side="right")
-            said.append(f"{source} documents {first}-{last}")
-        return "; ".join(said)
+        """Name the tokens that samples are cut from, by source and place, for the log."""
+        located = map(self.locate, samples)
+        return "; ".join(f"{source} from token {w * self.seq_len}" for source, _, w in located)
 
     def epochs(self, i: int) -> dict[str, float]:
         """Return how often each source has been gone through after i samples."""
@@ -810,17 +830,14 @@ class Sampler:
         T = self.seq_len
         start = window * T
         piece = self.tokens[source][start : start + T + 1].astype(np.int64)
-        row = {"tokens": np.zeros(T, np.int64), "targets": np.full(T, IGNORE)}
-        row["tokens"][: len(piece)] = piece[:T]
-        row["targets"][: len(piece) - 1] = piece[1:]
+        piece = np.pad(piece, (0, T + 1 - len(piece)), constant_values=IGNORE)
+        row = {"tokens": np.maximum(piece[:T], 0), "targets": piece[1:]}
         if self.isolate:
-            places = np.arange(start, start + T + 1)
-            documents = np.searchsorted(self.offsets[source], places, side="right") - 1
-            row["targets"][documents[1:] != documents[:-1]] = IGNORE
-            row["documents"] = documents[:-1]
-            begins = np.diff(documents[:-1], prepend=-1) != 0
-            first = np.maximum.accumulate(np.where(begins, np.arange(T), 0))
-            row["positions"] = np.arange(T) - first
+            ends = row["tokens"] == self.data.manifest["eos"]
+            row["targets"][ends] = IGNORE
+            row["documents"] = np.cumsum(ends) - ends
+            begins = np.roll(ends, 1)
+            row["positions"] = np.arange(T) - np.maximum.accumulate(np.arange(T) * begins)
         return row
 
 
@@ -834,7 +851,7 @@ REWARD_SYSTEM = (
     "helpful, detailed, and polite answers to the user's questions."
 )
 Messages = list[dict[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
-Rendered = tuple[np.ndarray, np.ndarray]  # ids, int32 (T), and which of them are trained, bool (T)
+Rendered = tuple[Array, Array]  # ids, int32 (T), and which of them are trained, bool (T)
 
 
 def check_messages(messages: Messages, answered: bool = False) -> None:
@@ -886,7 +903,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     return np.concatenate(ids, dtype=np.int32), np.repeat(trained, [*map(len, ids)])
 
 
-def render_reward(messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
+def render_reward(messages: Messages, tokenizer: Tokenizer) -> Array:
     """Render a conversation for the reward model, int32 (T), by default with REWARD_SYSTEM.
     Its head reads the hidden state of <extra_id_2>, which follows the assistant's scored turn."""
     check_messages(messages)
@@ -923,9 +940,9 @@ def aggregate(attributes: Any, weights: Sequence[float] = REWARD_WEIGHTS) -> Any
 class Example:
     """Holds one row in segments: a pair has two, chosen and rejected, any other row has one."""
 
-    ids: tuple[np.ndarray, ...]  # int32 (T) of each segment
-    trained: tuple[np.ndarray, ...]  # bool (T): the tokens that a loss counts
-    values: np.ndarray | None  # float32: a pair's two rewards, or a scored response's label
+    ids: tuple[Array, ...]  # int32 (T) of each segment
+    trained: tuple[Array, ...]  # bool (T): the tokens that a loss counts
+    values: Array | None  # float32: a pair's two rewards, or a scored response's label
     where: str  # FILE:LINE, or FILE: row NUMBER
 
     @property
@@ -941,7 +958,7 @@ class Example:
         return digest.hexdigest()
 
 
-Parsed = tuple[list[Messages], np.ndarray | None]  # the conversation or pair, values as in Example
+Parsed = tuple[list[Messages], Array | None]  # the conversation or pair, values as in Example
 Render = Callable[[Messages], Rendered]
 Examples = tuple[list[Example], Counts]
 # columns of NeMo's, ShareGPT's and UltraFeedback's files, and our names for them
@@ -968,7 +985,7 @@ def required(row: Record, name: str, kind: type = object) -> Any:
     return row[name]
 
 
-def numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+def numbers(values: Sequence[Any], names: Sequence[str]) -> Array:
     """Return values as float32, each checked to be a finite number."""
     for value, name in zip(values, names, strict=True):
         if type(value) not in (int, float) or not abs(value) < 3e38:
@@ -1188,7 +1205,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Return which rows share each window of `room` tokens, by their numbers. Rows come longest
     first, and each goes where it leaves least room."""
     windows = []
-    spaces: list[tuple[int, int]] = []  # sorted: (room left, window)
+    spaces = []  # sorted: (room left, window)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         tightest = bisect.bisect_left(spaces, (lengths[i],))
         if tightest < len(spaces):
@@ -1223,8 +1240,7 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
     IGNORE), documents (n s + k in segment k of the window's row s, -1 in padding): int64 (W, T)
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
-    if all rows have values, rewards (W, S, n) or labels (W, S, 5 or 9), float32, IGNORE for none
-    """
+    if all rows have values, rewards (W, S, n) or labels (W, S, 5 or 9), float32, IGNORE for none"""
     groups = [[i] for i in range(len(rows))]
     if packed:
         groups = best_fit([row.length for row in rows], window)
@@ -1253,44 +1269,28 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """Show what a prepared folder holds, or what the rows of a file become in a stage."""
+    """Show what a folder holds that `prepare` made."""
 
-    path: tyro.conf.Positional[Path]  # Folder that `prepare` made, or file of rows.
-    stage: Literal["sft", "reward", "dpo", "rpo"] = "sft"  # Stage that is to read the rows.
-    tokenizer: str = ""  # .model or tokenizer.json file for them. Empty: each byte is a token.
-    seq_len: int = 4096  # Largest number of tokens of a row.
-    samples: int = 3  # Number of rows to print.
+    folder: tyro.conf.Positional[Path]
 
 
 def show(cfg: ShowConfig) -> None:
-    """Log the weights and sizes of a folder's sources, or the first rows of a file: each segment's
-    text, what of it is trained, and the row's values."""
-    if cfg.path.is_dir():
-        data = TokenData(cfg.path)
-        sizes = json.dumps(data.manifest["sources"], indent=2)
-        return log.info(f"{cfg.path}: weights {data.blend({})}, sizes {sizes}")
-    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_bpe([], 263)
-    readers = dict(sft=sft_rows, reward=reward_rows, dpo=preference_rows)
-    readers["rpo"] = partial(preference_rows, rewards=True)
-    rows, _ = readers[cfg.stage](cfg.path, tokenizer, cfg.seq_len, skip_bad=True)
-    for row in rows[: cfg.samples]:
-        for ids, trained in zip(row.ids, row.trained, strict=True):
-            found = f"trained: {tokenizer.decode(ids[trained])!r}, values: {row.values}"
-            log.info(f"--- {row.where}\n{tokenizer.decode(ids)}\n{found}")
+    """Log the weights and sizes of a folder's sources."""
+    data = TokenData(cfg.folder)
+    sizes = json.dumps(data.manifest["sources"], indent=2)
+    log.info(f"{cfg.folder}: weights {data.blend({})}, sizes {sizes}")
 
 
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     commands = {"prepare": PrepareConfig, "show": ShowConfig}
-    default = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     try:
         cfg = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
         if isinstance(cfg, PrepareConfig):
-            signal.signal(signal.SIGPIPE, default)
             prepare(cfg)
         else:
             show(cfg)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         sys.exit(f"data.py: error: {e}")
     except KeyboardInterrupt:
         sys.exit("data.py: stopped: nothing is left of it, start the same again")
