@@ -40,7 +40,8 @@ from generate import Engine, EngineConfig, SamplingParams, chat_stops, load_engi
 from model import ModelConfig
 from parallel import MeshConfig, world_size
 from recipes.report import table
-from recipes.synthesize import SynthesizeConfig, listen, synthesize, with_rows
+from recipes.rows import with_rows
+from recipes.synthesize import SynthesizeConfig, listen, synthesize
 from recipes.tasks import Task, draw_task, draw_text, scored_row
 from train import PretrainConfig, pretrain, run, set_up_logging
 

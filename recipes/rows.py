@@ -209,6 +209,32 @@ def format_of(columns: frozenset[str]) -> Format:
     raise ValueError(f"columns {str(sorted(columns)):.200} are those of none of {rule}")
 
 
+# ---- rows that were made -------------------------------------------------------------------------
+
+
+def ranked_row(pair: Record | None, candidates: list[Any]) -> Record | None:
+    """Return the row of a pair with all rated candidates in its place, unless another one than the
+    chosen has the highest reward, or another one than the rejected the lowest."""
+    rewards = {one.chat.answer: one.reward for one in candidates if one.rating}
+    ends = [max(rewards.values(), default=0), min(rewards.values(), default=0)]
+    if not pair or [pair.get("chosen_reward"), pair.get("rejected_reward")] != ends:
+        return None
+    shared = {name: pair[name] for name in ("messages", "kind", "topic", "parents")}
+    return shared | {"responses": [*rewards], "rewards": [*rewards.values()]}
+
+
+def with_rows(made: Path, *names: str, advice: str = "") -> Path:
+    """Return the first of some files of rows. If there is no row in any of them, raise a ValueError
+    that says why, and what to do."""
+    files = [made / f"{name}.jsonl" for name in names]
+    if not any(file.stat().st_size for file in files):
+        counts = json.loads((made / "manifest.json").read_text())["counts"]
+        why = ", ".join(f"{times} x {reason}" for reason, times in counts.items() if times)
+        none = "there is no prompt: name files by --prompts, or raise --counts"
+        raise ValueError(f"{files[0]}: no row: {why or none}{advice}")
+    return files[0]
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 

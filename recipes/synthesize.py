@@ -50,6 +50,7 @@ from recipes.records import (
     wait_for_all,
 )
 from recipes.report import draw_histograms, table
+from recipes.rows import ranked_row, with_rows
 
 log = logging.getLogger("nemotron4")
 
@@ -146,8 +147,7 @@ class SynthesizeConfig(EngineConfig):
     seed: int = 0  # Seed of sampling and of every draw
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("min_helpfulness", "min_chosen", "min_gap"), (-1e6, 1e6))
-        ranges = least | {
+        ranges = dict.fromkeys(("min_helpfulness", "min_chosen", "min_gap"), (-1e6, 1e6)) | {
             "temperature": (0, 10), "top_p": (1e-6, 1), "max_tokens": (1, 1 << 20),
             "near": (0.1, 1), "longest": (1, 1 << 30), "concurrency": (1, 4096),
             "retries": (0, 100),
@@ -738,10 +738,11 @@ def synthesize(cfg: SynthesizeConfig) -> Path:
     random.Random(f"{cfg.seed}/split").shuffle(questions)
     split = round(len(questions) * pipeline.amounts.preference_share)
     sets = candidates_of(pipeline, questions[:split])
-    pairs = list(filter(None, map(partial(preference_row, pipeline), questions[:split], sets)))
+    found = list(map(partial(preference_row, pipeline), questions[:split], sets))
+    pairs = list(filter(None, found))
     everyone = chain.from_iterable(sets)
     files = {"sft": dialogues(pipeline, questions[split:]), "code_sft": genetic(pipeline)}
-    files["preference"] = pairs
+    files |= {"preference": pairs, "ranked": list(filter(None, map(ranked_row, found, sets)))}
     files["rpo"] = [row for row in pairs if "chosen_reward" in row]
     files["reward"] = [row_of(one.chat, label=one.rating) for one in everyone if one.rating]
     files["dropped"] = pipeline.dropped
@@ -803,18 +804,6 @@ def settled_config(pipeline: Pipeline) -> Record:
 
 
 # ---- the program ---------------------------------------------------------------------------------
-
-
-def with_rows(made: Path, *names: str, advice: str = "") -> Path:
-    """Return the first of some files of rows. If there is no row in any of them, raise a ValueError
-    that says why, and what to do."""
-    files = [made / f"{name}.jsonl" for name in names]
-    if not any(file.stat().st_size for file in files):
-        counts = json.loads((made / "manifest.json").read_text())["counts"]
-        why = ", ".join(f"{times} x {reason}" for reason, times in counts.items() if times)
-        none = "there is no prompt: name files by --prompts, or raise --counts"
-        raise ValueError(f"{files[0]}: no row: {why or none}{advice}")
-    return files[0]
 
 
 def listen() -> None:

@@ -16,17 +16,20 @@ from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SERVER
 
+import align
 import data
 import generate
 from model import SHAPES, Nemotron, init_weights
-from parallel import save_hf
+from parallel import MeshConfig, save_hf
 from recipes import records, report, verify
 from recipes import synthesize as pipeline
 from recipes.iterate import IterateConfig, score_of
 from recipes.records import Pipeline, Reply, prompt
+from recipes.rows import ranked_row
 from recipes.synthesize import Candidate, SynthesizeConfig, choose, load_library, synthesize
 
 ROOT = Path(pipeline.__file__).parents[1]
@@ -271,11 +274,32 @@ def test_every_stage_runs_and_every_file_loads_in_align(made, corpus):
             read, _ = data.sft_rows(path, tokenizer, n)
         elif "reward" in name:
             read, _ = data.reward_rows(path, tokenizer, n)
+        elif name == "ranked":
+            read = rows(made, name)  # the next test trains on them
         else:
             read, _ = data.preference_rows(path, tokenizer, n, rewards="rpo" in name)
         assert len(read) == info["rows"]
     report = (made / "report.md").read_text()
     assert "unfinished" in report and (made / "histograms.png").stat().st_size > 1000
+
+
+def test_all_rated_answers_of_a_prompt_are_a_row_with_the_pairs_ends(made):
+    rated = {}
+    for row in rows(made, "reward"):
+        *asked, answer = row["messages"]
+        reward = float(data.aggregate(row["label"]))
+        rated.setdefault(json.dumps(asked), {})[answer["content"]] = reward
+    ranked = {json.dumps(row["messages"]): row for row in rows(made, "ranked")}
+    for pair in rows(made, "rpo"):
+        asked = json.dumps(pair["messages"])
+        ends = [pair["rejected_reward"], pair["chosen_reward"]]
+        rewards = sorted(rated[asked].values())
+        assert (asked in ranked) == (ends == [rewards[0], rewards[-1]])
+        if asked in ranked:
+            row = ranked.pop(asked)
+            assert dict(zip(row["responses"], row["rewards"], strict=True)) == rated[asked]
+            assert row["parents"] == pair["parents"] and "chosen" not in row
+    assert not ranked
 
 
 def test_a_rerun_asks_nothing_and_changes_nothing(made, teacher):
@@ -674,6 +698,35 @@ def test_what_is_not_rated_is_neither_chosen_nor_rejected(teacher, tmp_path):
         assert row["chosen"] == "it is 0" and "chosen_reward" not in row
     assert pipeline.preference_row(p, asked, answers(None, good)) is None
     assert p.dropped[-1]["reason"] == "not rated"
+
+
+def test_rpo_trains_on_all_rated_answers_of_a_prompt(teacher, corpus, tmp_path):
+    p, made = Pipeline(config(teacher, tmp_path)), []
+    for ratings in ([2, 4, 1, 3], [1, None, 3], [4, None, 0, 2]):
+        found = candidates(*[f"it is {i}" for i in range(len(ratings))])
+        for one, rating in zip(found, ratings, strict=True):
+            one.rating = None if rating is None else [float(rating)] * 5
+        pair = pipeline.preference_row(p, question("How many?"), found)
+        made.append(ranked_row(pair, found))
+    assert [len(row["rewards"]) for row in made] == [4, 2, 3]
+    found[0].rating = [5.0] * 5  # better than what was chosen
+    found[0], found[3] = found[3], found[0]
+    assert ranked_row(pair, found) is None and ranked_row(None, found) is None
+    file = tmp_path / "ranked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    model = replace(SHAPES["nano"], dim=32, head_dim=8, ffn_dim=64, vocab_size=512)
+    how = dict(model=model, data=file, out=tmp_path / "run", batch=3, loss="rpo_bwd", beta=0.1)
+    how |= dict(tokenizer=str(corpus), mesh=MeshConfig(dtype="fp32"), seq_len=model.seq_len)
+    align.align("rpo", align.PreferenceConfig(**how))
+    (step,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    gap = np.mean([data.aggregate([3.0] * 5), data.aggregate([2.0] * 5), data.aggregate([4.0] * 5)])
+    assert step["pairs"] == 3 and step["reward_gap"] == pytest.approx(gap)
+    # KL to a policy that is its reference, which is uniform over a row's answers
+    losses = []
+    for row in made:
+        target = np.exp(row["rewards"]) / np.exp(row["rewards"]).sum()
+        losses.append((target * np.log(target * len(target))).sum())
+    assert step["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("scope, kept", [("single", 1), ("conversation", 0), ("revision", 1)])
