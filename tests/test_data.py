@@ -1019,6 +1019,95 @@ def test_a_folder_of_which_a_shard_is_missing_or_another_is_refused(tmp_path):
         sharded([source], tok, 2, tok)
 
 
+@pytest.mark.slow
+def test_tasks_write_at_once_and_one_that_is_killed_is_run_again(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(6):
+        texts = [f"{i} {j} {MORE[0] * 4}" for j in range(600)]
+        jsonl(folder / f"{i}.jsonl", *[{"text": text} for text in texts])
+    tok = prepared(write_corpus(tmp_path / "few", words(30), "txt"), tmp_path / "tok").folder
+    out = tmp_path / "out"
+    program = [sys.executable, "data.py", "prepare", f"web={folder}", "--out", out]
+    program += ["--tokenizer", tok, "--workers", "1", "--shard"]
+    tasks = [subprocess.Popen([*program, f"{i}/3"], cwd=ROOT) for i in (1, 2, 3)]
+    file = out / "00002-of-00003.partial" / "web.train.bin"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    tasks[1].kill()
+    assert [task.wait() for task in tasks] == [0, -9, 0]
+    assert file.exists()
+    with pytest.raises(ValueError, match=r"2 shards of 3, without \[2\]"):
+        TokenData(out)
+    subprocess.run([*program, "2/3"], cwd=ROOT, check=True)
+    assert sorted(path.name[:5] for path in out.iterdir()) == ["00001", "00002", "00003"]
+    whole = prepared(folder, tmp_path / "whole", tokenizer=str(tok), val_fraction=0.01)
+    for split in ("train", "val"):
+        parts = [data_.tokens("web", split)[:] for data_ in (TokenData(out), whole)]
+        assert np.array_equal(*parts)
+
+
+def hollow_shards(out, n_tokens, n_shards):
+    """A folder of sources with so many tokens, most of them holes on the disk, in uneven shards:
+    where a shard begins, and before it ends, are 32 tokens that are found nowhere else."""
+    starts = {source: [0] for source in n_tokens}
+    for i in range(1, n_shards + 1):
+        folder = out / f"{i:05d}-of-{n_shards:05d}"
+        folder.mkdir(parents=True)
+        entries = {}
+        for source, total in n_tokens.items():
+            size = total - starts[source][-1] if i == n_shards else total // n_shards + 17 * i
+            starts[source].append(starts[source][-1] + size)
+            train = dict(documents=size // 500, tokens=size, bytes=4 * size, crc=i)
+            none = dict.fromkeys(train, 0)
+            entries[source] = dict(train=train, val=none, dropped={}, dtype="uint32")
+            with (folder / f"{source}.train.bin").open("wb") as file:
+                for begin, values in ((0, 64 * i), (size - 32, 64 * i + 32)):
+                    file.seek(4 * begin)
+                    file.write(np.arange(values, values + 32, dtype=np.uint32))
+        manifest = dict(vocab_size=256_000, eos=3, tokenizer="tokenizer.model", sources=entries)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return starts
+
+
+def test_nine_trillion_tokens_in_shards_are_read_as_they_are(tmp_path):
+    n_tokens = {"english": 63 * 10**11, "multilingual": 135 * 10**10, "code": 135 * 10**10}
+    starts = hollow_shards(tmp_path / "in", n_tokens, 32)
+    first, second, late = (
+        {"english": e, "multilingual": 0.15, "code": 0.85 - e} for e in (0.7, 0.6, 0.5)
+    )
+    later = {1_953_125_000: second, 2_126_735_360: late}
+    how = dict(seq_len=4096, seed=0, isolate=True, later=later)
+    sampler = Sampler(TokenData(tmp_path / "in"), first, **how)
+    assert sum(sampler.windows.values()) > 2**31 - 1 > max(sampler.windows.values()) // 2
+    for source, begins in starts.items():
+        assert sampler.windows[source] == -(-(n_tokens[source] - 1) // 4096)
+        for shard in (1, 7, 31):  # of the shards that end and begin here
+            window, place = divmod(begins[shard] - 16, 4096)
+            row = sampler.row(source, 0, window)["tokens"][place : place + 32]
+            own = [
+                *range(64 * shard + 48, 64 * shard + 64),
+                *range(64 * shard + 64, 64 * shard + 80),
+            ]
+            assert row.tolist() == own[: len(row)] and len(row) > 0
+        last = sampler.row(source, 0, sampler.windows[source] - 1)
+        assert last["tokens"].max() == 64 * 32 + 63  # the padded end of the last shard
+    end = 2_200_000_000  # of 9T tokens
+    counts = sampler.counts(end)
+    n_first = 1_953_125_000
+    shares = ((n_first, 0.7), (2_126_735_360 - n_first, 0.6), (end - 2_126_735_360, 0.5))
+    assert sum(counts.values()) == end
+    assert abs(counts["english"] - sum(n * share for n, share in shares)) < 3
+    assert sampler.epochs(end)["code"] > 1 > sampler.epochs(end)["english"] > 0.9
+    again = Sampler(TokenData(tmp_path / "in"), first, **how)  # as a run that is resumed
+    samples = [0, n_first - 1, n_first, 2**31, end]
+    for key, array in sampler.batch(samples).items():
+        assert array.dtype == np.int64 and np.array_equal(array, again.batch(samples)[key])
+    epochs = {sampler.locate(i)[:2] for i in range(end, end + 40)}
+    assert epochs >= {("code", 1), ("english", 0)}
+
+
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "1/0", "", "1/2\n"])
 def test_a_shard_that_cannot_be_is_refused(shard):
     with pytest.raises(
