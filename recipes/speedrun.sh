@@ -6,7 +6,7 @@
 #     SCALE=node TEXTS=texts/ CHATS=chats.jsonl RATED=helpsteer2.jsonl PROMPTS=prompts.jsonl \
 #         QUESTIONS=questions.jsonl recipes/speedrun.sh   # 126M parameters on 8 GPUs, on files of yours
 #
-# It needs pip install -e '.[report,eval]'.
+# A question is a line with `messages` and `answer`. It needs pip install -e '.[report]'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/speedrun} SHARE=${SHARE:-1} SCALE=${SCALE:-laptop}
@@ -39,7 +39,8 @@ def tasks(n, held_out=False):
     return [draw_task(rng, rng.random() < 0.2, held_out) for _ in range(max(200, round(n * share)))]
 
 def rated(task):  # the right answer, and two that have faults
-    return [scored_row(task, text) for text in {task.answer, task.flawed(rng), task.flawed(rng, n=2)}]
+    texts = dict.fromkeys((task.answer, task.flawed(rng), task.flawed(rng, n=2)))
+    return [scored_row(task, text) for text in texts]
 
 write("texts", ({"text": draw_text(rng)} for _ in range(max(3000, round(70_000 * share)))))
 write("words", ({"text": f"{task.prompt}\n{task.answer}"} for task in tasks(3_000)))
@@ -47,7 +48,7 @@ write("chats", (scored_row(task, task.flawed(rng, ("chatter", "form")) if rng.ra
                            else task.answer) for task in tasks(16_000)))
 write("rated", sum(map(rated, tasks(5_000)), []))
 write("prompts", ({"prompt": task.prompt} for task in tasks(1_000)))
-write("questions", ({"question": task.prompt, "answer": task.answer} for task in tasks(200, True)))
+write("questions", ({"messages": task.chat("")[:1], "answer": task.answer} for task in tasks(200, True)))
 ROWS
 else # rates for models that are far smaller than the report's
     run="torchrun --nproc_per_node 8"
@@ -81,8 +82,15 @@ python -m recipes.synthesize --model "$policy" --reward "$OUT/reward" --recipe p
     --counts preference_share 0 turns 1 "${answer[@]}" --out "$OUT/again_data"
 $run align.py general_sft --init "$OUT/base" --data "$OUT/again_data/sft.jsonl" "${tune[@]}" --out "$OUT/again"
 
-# 5. marks on questions that nothing was trained on, and the runs in one picture
+# 5. all answer questions that nothing was trained on; how many are right to the letter, and the runs' curves
 for model in sft dpo rpo_1 again; do
-    python -m recipes.evaluate "$OUT/$model" --jsonl "$QUESTIONS" --limit "$(share 200 20)" --out "$OUT/$model.json"
+    [[ -e $OUT/$model.jsonl ]] || python generate.py sample "$OUT/$model" --file "$QUESTIONS" \
+        --out "$OUT/$model.jsonl" --temperature 0 --max-tokens 40
 done
+python - "$OUT"/{sft,dpo,rpo_1,again}.jsonl <<'MARKS' | tee "$OUT/marks.txt"
+import json, sys
+for path in sys.argv[1:]:
+    rows = [json.loads(line) for line in open(path)]
+    print(path, sum(row["text"].strip() == row["answer"] for row in rows), "right of", len(rows))
+MARKS
 python -m recipes.report "$OUT"/{base,sft,dpo,rpo_1,again} --out "$OUT/report.png"
