@@ -152,6 +152,14 @@ class MeshConfig:
         """List the stages of a pipeline rank."""
         return [stage for stage in range(self.n_stages) if self.rank_of(stage) == rank]
 
+    def micro_batches(self, n: int) -> int:
+        """Return the fewest micro-batches, from n on, that the pipeline's schedule can take."""
+        if self.vp == 1 and self.schedule == "1f1b":
+            return max(n, self.pp)
+        while n % max(1, n // self.pp):  # torch's interleaved schedules go in rounds
+            n += 1
+        return n
+
     def check(self, model: ModelConfig, world: int, batch: int, micro_batch: int) -> None:
         """Raise ValueError, with the numbers and the rule, for what `world` processes cannot run.
         batch: sequences of a step, over all of them; micro_batch: computed at once by each."""
@@ -161,30 +169,28 @@ class MeshConfig:
             if n % self.tp:
                 raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
         if self.n_stages > model.n_layers:
-            stages = f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages"
-            raise ValueError(f"{stages}, but only n_layers={model.n_layers}: one layer a stage")
+            raise ValueError(
+                f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages, but only "
+                f"n_layers={model.n_layers}: one layer a stage"
+            )
         share = batch // dp
         if batch % dp:
-            whom = f"{dp} data-parallel processes: use a multiple of {dp}"
-            raise ValueError(f"batch={batch} sequences do not divide among {whom}")
+            raise ValueError(f"batch={batch} sequences do not divide among {dp} data-parallel ones")
         if share % micro_batch:
             raise ValueError(
                 f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
                 f"(batch={batch} over {dp}): use a divisor of {share}"
             )
-        n_micro = share // micro_batch
         plain = self.schedule == "1f1b"
-        interleaved = self.vp > 1 or not plain
-        if self.pp == 1 and interleaved:
-            both = f"vp={self.vp}, schedule={self.schedule}"
-            raise ValueError(f"{both} with pp=1: they belong to a pipeline")
-        if n_micro < self.pp:
-            has = f"each data-parallel process has {n_micro}: raise batch or lower micro_batch"
-            raise ValueError(f"pp={self.pp} needs at least as many micro-batches, but {has}")
-        rounds = n_micro // self.pp
-        if interleaved and n_micro % rounds:
-            rule = f"rounds (n // pp={self.pp}), which interleaving needs: use those of {self.pp}"
-            raise ValueError(f"{n_micro} micro-batches are not a multiple of their {rounds} {rule}")
+        if self.pp == 1 and (self.vp > 1 or not plain):
+            raise ValueError(f"vp={self.vp}, schedule={self.schedule} with pp=1: set pp")
+        n = share // micro_batch
+        least = max(self.pp, self.micro_batches(n))
+        if n < least:
+            raise ValueError(
+                f"pp={self.pp}: {n} micro-batches for each data-parallel process, the next number "
+                f"that its schedule takes is {least}: change batch or micro_batch"
+            )
         if self.schedule == "zbv" and self.vp != 2:
             raise ValueError(f"schedule=zbv has two stages per rank, but vp={self.vp}: set vp=2")
         if not plain and (self.compile or self.recompute == "selective"):
@@ -196,8 +202,7 @@ class MeshConfig:
 
 def split_layers(cfg: ModelConfig, n_stages: int) -> list[range]:
     """List the layers of each stage: equally many where they divide, as in the report. Else a layer
-    at a time goes to the stage with the least work; the head counts as work, the embedding as none.
-    """
+    at a time goes to the stage with the least work; the head is work, the embedding is none."""
     head = 6 * (cfg.n_attributes or cfg.vocab_size) * cfg.dim
     head_in_layers = head / (flops_per_token(cfg) - head) * cfg.n_layers
     work = [0.0] * (n_stages - 1) + [head_in_layers]
@@ -857,10 +862,8 @@ def open_checkpoint(folder: Path, shapes: dict[str, torch.Size]) -> Source:
             with naming(path):
                 index = dcp.FileSystemReader(path.parent).read_metadata()
             for name in index.state_dict_metadata.keys() & shapes.keys():
-                found = index.state_dict_metadata[name].size
-                if found != shapes[name]:
-                    made = f"config.json makes it {list(shapes[name])}"
-                    raise ValueError(f"{folder}: {name} is {list(found)}, {made}")
+                if index.state_dict_metadata[name].size != shapes[name]:
+                    raise ValueError(f"{folder}: config.json gives {name} another shape")
                 source[name] = partial(read_pieces, path.parent, index, name)
     for name in shapes.keys() - source.keys():
         raise OSError(f"{folder}: {name} of config.json's model is missing")
@@ -1029,8 +1032,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             return ModelConfig(**found["model"])
         return config_from_hf(found)
     except Exception as e:  # there is no end to what a stranger's file may hold
-        what = f"it has no {e}" if isinstance(e, KeyError) else e
-        raise ValueError(f"{path} describes no model of this kind: {what}") from None
+        raise ValueError(f"{path} describes no model of this kind: {e!r}") from None
 
 
 def open_hf(folder: Path) -> Source:
@@ -1061,9 +1063,9 @@ def open_hf(folder: Path) -> Source:
         if kind not in ("F64", "F32", "F16", "BF16"):
             todo = f"convert it, with its scales, or read it as nemo:{folder}"
             raise ValueError(f"{folder}: {name} is {kind}: {todo}")
-        if lazy.get_shape() != shapes[name]:
-            made = f"config.json makes it {shapes[name]}"
-            raise ValueError(f"{folder}: {name} is {lazy.get_shape()}, {made}")
+        shape = lazy.get_shape()
+        if shape != shapes[name]:
+            raise ValueError(f"{folder}: {name} is {shape}, config.json makes it {shapes[name]}")
     return {name: found[hf_name(name, cfg)].__getitem__ for name in full_shapes(cfg)}
 
 
@@ -1141,8 +1143,7 @@ def save_hf(
     source: Source | None = None,
 ) -> None:
     """Write a folder that transformers opens, in files of at most file_bytes. dtype None keeps the
-    weights'. With a source they are read from there, a file's at a time: the model may be on meta.
-    """
+    weights'. With a source they are read there, a file's at a time: the model may be on meta."""
     cfg = model.cfg
     if cfg.lora_rank:
         raise ValueError(f"lora_rank={cfg.lora_rank}: parallel.py export merges a run's adapters")

@@ -394,10 +394,21 @@ MAY_CHANGE |= {"log_every"}
 LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
-def free_folder(name: str) -> Path:
-    """Return runs/NAME, or the first new one of runs/NAME-2, -3 ..."""
+def settings_in(folder: Path) -> dict[str, Any]:
+    """Read a run's config.json; nothing if it is not there, or not yet whole."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "config.json").read_text())
+    return {}
+
+
+def free_folder(name: str, agent: str) -> Path:
+    """Return runs/NAME, or the first new one of runs/NAME-2, -3 ...; or, when an agent (a torchrun)
+    starts its processes again, the one that they began."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
+    folders = map(Path("runs").joinpath, names)
+    ours = lambda folder: again and settings_in(folder).get("agent") == agent  # noqa: E731
+    return next(folder for folder in folders if not folder.exists() or ours(folder))
 
 
 def start(
@@ -405,7 +416,8 @@ def start(
 ) -> tuple[RunConfig, Runner]:
     """Build the model of a run, with the weights of init, and then its folder, so that a start that
     fails leaves none. preset: a name for it; data: the training data's fingerprint."""
-    out = cfg.out or from_rank_0(lambda: free_folder(preset))
+    agent = f"{os.uname().nodename} {os.getppid()}"
+    out = cfg.out or from_rank_0(lambda: free_folder(preset, agent))
     cfg = replace(cfg, out=out, mesh=replace(cfg.mesh, dtype=cfg.mesh.compute_dtype))
     settings = json.loads(json.dumps(asdict(cfg), default=str)) | {"data_fingerprint": data}
     from_rank_0(lambda: check_folder(cfg.out, settings))
@@ -418,7 +430,7 @@ def start(
         runner.load_weights(init)
     if from_rank_0(lambda: data) != data:
         raise ValueError(f"rank {dist.get_rank()} reads other data than rank 0: share one copy")
-    settings["started"] = from_rank_0(time.time_ns)
+    settings |= {"started": from_rank_0(time.time_ns), "agent": agent}
     dist.barrier()  # everyone has looked before anyone writes
     if dist.get_rank() == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
@@ -446,13 +458,11 @@ def check_same_model(theirs: ModelConfig, mine: ModelConfig, where: str | Path) 
 def wait_for_folder(folder: Path, started: int) -> None:
     """Wait until this rank sees the config.json of this start, or say that it is not shared."""
     given_up = time.monotonic() + LONGEST_LAG
-    while time.monotonic() < given_up:
-        with suppress(OSError, ValueError, KeyError):
-            if json.loads((folder / "config.json").read_text())["started"] == started:
-                return
+    while settings_in(folder).get("started") != started:
+        if time.monotonic() > given_up:
+            rank = dist.get_rank()
+            raise ValueError(f"{folder}: rank {rank} does not see what rank 0 wrote: share --out")
         time.sleep(1)
-    rank = dist.get_rank()
-    raise ValueError(f"{folder}: rank {rank} does not see what rank 0 wrote: share --out")
 
 
 def compare_tokenizers(init: str, ours: Tokenizer) -> None:
@@ -466,17 +476,12 @@ def compare_tokenizers(init: str, ours: Tokenizer) -> None:
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but this run, of which only MAY_CHANGE may differ."""
-    file = folder / "config.json"
+    before = settings_in(folder)
     others = [p for p in folder.glob("*") if p.suffix != ".tmp" and p.name != ".lock"]
-    if not file.exists() and others:
+    if others and "data_fingerprint" not in before:
         raise ValueError(f"{folder} is not empty and holds no run: choose another --out")
-    begun = any((folder / "checkpoints").glob("step_*")) or (folder / "metrics.jsonl").exists()
-    if not (file.exists() and begun):
+    if not any((folder / "checkpoints").glob("step_*")) and not (folder / "metrics.jsonl").exists():
         return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as e:
-        raise ValueError(f"{file} is broken ({e}): mend it, or choose another --out") from e
     now = dict(settings)
     for config in (before, now):  # so that only what differs of the model is told
         config |= {f"model.{name}": value for name, value in config.pop("model", {}).items()}
@@ -750,8 +755,7 @@ def evaluator(runner: Runner, sets: list[EvalSet]) -> Callable[[int], dict[str, 
     def evaluate(step: int) -> dict[str, float | None]:
         values = {}
         for held_out in sets:
-            loss = runner.eval(held_out.batches(), held_out.loss_fn)
-            values |= held_out.values(loss.item())
+            values |= held_out.values(runner.eval(held_out.batches(), held_out.loss_fn).item())
         return values
 
     return evaluate
@@ -780,11 +784,10 @@ def micro_batches(
 
 def open_data(cfg: PretrainConfig) -> TokenData:
     """Open the prepared folder; the default one is made on first use, from Python's own files."""
-    default = PretrainConfig.data
-    if cfg.data == default and not default.exists():
+    if cfg.data == PretrainConfig.data and not cfg.data.exists():
         if dist.get_rank() == 0:
-            log.info(f"preparing {default} from Python's own library and documentation, once")
-            prepare(PrepareConfig(out=default, vocab_size=cfg.model.vocab_size, val_fraction=0.05))
+            log.info(f"preparing {cfg.data} from Python's own library and documentation, once")
+            prepare(PrepareConfig(out=cfg.data, vocab_size=cfg.model.vocab_size, val_fraction=0.05))
         dist.barrier()
     data = TokenData(cfg.data)
     if data.vocab_size != cfg.model.vocab_size:

@@ -723,6 +723,40 @@ def test_a_mesh_of_a_cpu_computes_in_fp32_if_not_told_otherwise(on_ranks, axes):
     assert runs == on_ranks(2, train_three_steps, config(dtype="fp32", **axes))
 
 
+def one_step_each(cfg, counts):
+    """[(loss, gradient norm)] of a step of so many micro-batches."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    found = []
+    for n in counts:
+        batches = my_batches(dataclasses.replace(cfg, batch=n * cfg.micro_batch), runner, n)
+        loss = runner.step(batches, lm_loss).item()
+        found.append((loss, runner.clip_grad_norm(1e9).item()))
+        for p in runner.params().values():
+            p.grad = None
+    return found
+
+
+@pytest.mark.parametrize(
+    "n, axes",
+    [
+        (2, {"pp": 2, "vp": 2, "schedule": "zbv"}),
+        (2, {"pp": 2, "vp": 2}),
+        pytest.param(2, {"pp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 4, "schedule": "zero_bubble"}, marks=pytest.mark.slow),
+        pytest.param(3, {"pp": 3, "vp": 2, "n_layers": 6}, marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 4, "vp": 2, "n_layers": 8}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_schedule_takes_every_number_of_micro_batches_that_the_mesh_says(on_ranks, n, axes):
+    cfg = config(micro_batch=1, **axes)
+    counts = sorted({cfg.mesh.micro_batches(i) for i in range(1, 2 * n + 3)})
+    assert counts[0] == (n if axes == {"pp": 2} else 1)
+    one = axes | {"pp": 1, "vp": 1, "schedule": "1f1b"}
+    (alone,) = on_ranks(1, one_step_each, config(micro_batch=1, **one), counts)
+    for rank in on_ranks(n, one_step_each, cfg, counts):
+        assert torch.allclose(torch.tensor(rank), torch.tensor(alone), rtol=1e-5)
+
+
 IMPOSSIBLE = [
     (3, {}, "batch=8 sequences do not divide among 3"),
     (2, {"micro_batch": 3}, "micro_batch=3 does not divide the 4 sequences"),
@@ -735,11 +769,11 @@ IMPOSSIBLE = [
     (2, {"pp": 2, "vp": 4}, "pp=2 x vp=4 = 8 stages"),
     (1, {"vp": 2}, "vp=2, schedule=1f1b with pp=1"),
     (1, {"schedule": "zbv"}, "schedule=zbv with pp=1"),
-    (4, {"pp": 4, "micro_batch": 4}, "pp=4 needs at least as many micro-batches, but .* has 2"),
+    (4, {"pp": 4, "micro_batch": 4}, "pp=4: 2 micro-batches for each .* takes is 4"),
     (
         2,
         {"pp": 2, "vp": 2, "batch": 10, "micro_batch": 2},
-        "5 micro-batches are not a multiple of their 2 rounds",
+        "pp=2: 5 micro-batches for each .* takes is 6",
     ),
     (2, {"pp": 2, "schedule": "zbv"}, "two stages per rank, but vp=1"),
     (2, {"pp": 2, "schedule": "zero_bubble", "recompute": "selective"}, "recompute=selective"),

@@ -440,6 +440,22 @@ def test_a_folder_with_another_runs_config_is_refused(on_ranks, corpus, tmp_path
     (tmp_path / "b" / "thesis.txt").write_text("precious")
     assert "holds no run" in error_of(on_ranks, dataclasses.replace(cfg, out=tmp_path / "b"))
     assert (tmp_path / "b" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "nemotron"}')
+    assert "holds no run" in error_of(on_ranks, dataclasses.replace(cfg, out=tmp_path / "hf"))
+
+
+def test_a_restart_goes_on_in_the_folder_that_its_own_torchrun_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / "runs" / name for name in ("nano", "nano-2", "nano-3")]
+    for folder, agent in zip(folders, ("other", "ours", "third"), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"agent": agent}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.free_folder("nano", "ours").name == "nano-4"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.free_folder("nano", "ours").name == "nano-2"
+    assert train.free_folder("nano", "a fourth").name == "nano-4"
 
 
 def test_a_non_finite_loss_stops_before_the_update(on_ranks, corpus, tmp_path):
@@ -555,6 +571,32 @@ def torchrun(cfg, n, *more, before=""):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(args, cwd=ROOT, env=env, **pipes)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_without_out_in_its_own_folder(corpus, tmp_path):
+    script = tmp_path / "dies_once.py"
+    script.write_text(
+        "import os, sys, dataclasses, pathlib, train; sys.path.insert(0, sys.argv[2])\n"
+        "import test_train as t; train.set_up_logging()\n"
+        "c = t.config(pathlib.Path(sys.argv[1]), None, steps=6, save_every=2)\n"
+        "poll = train.Checkpoints.poll\n"
+        "def die_once(self):\n"
+        "    poll(self)\n"
+        "    late = (self.root / 'step_000004').exists()\n"
+        "    if late and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os._exit(9)\n"
+        "train.Checkpoints.poll = die_once\n"
+        "train.run(lambda: train.pretrain('tiny', c))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += [script, corpus, ROOT / "tests"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else old addresses stay
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "continuing from step 4 of runs/tiny" in done.stdout, done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+    assert [row["step"] for row in rows(tmp_path / "runs" / "tiny")] == [1, 2, 3, 4, 5, 6]
 
 
 def ranks_of(process):
