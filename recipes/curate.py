@@ -2,6 +2,8 @@
 evaluations hold, score the quality, and write folders that `data.py prepare` reads.
 
     python -m recipes.curate recipes/curate.toml --out data/curated
+    python data.py prepare code=data/curated/documents/code --out data/tokens \\
+        --tokenizer data/mine --shard 3/128
 
 datatrove runs it, on this machine, Slurm or Ray: pip install -e '.[curate]'.
 """

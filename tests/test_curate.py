@@ -358,14 +358,23 @@ def test_the_documents_do_not_depend_on_the_number_of_tasks(tmp_path, corpus):
 
 @needs_datatrove
 @pytest.mark.slow
-def test_prepare_reads_the_folders_that_come_out(tmp_path, corpus):
+def test_tasks_make_shards_of_the_documents_whatever_wrote_them(tmp_path, corpus):
     found = curated(tmp_path, "out", tasks=3)
     folder = tmp_path / "out" / "documents"
     sources = tuple(f"{name}={folder / name}" for name in ("prose", "rows"))
-    data.prepare(data.PrepareConfig(sources, tmp_path / "tokens", vocab_size=300))
-    entries = data.TokenData(tmp_path / "tokens").manifest["sources"]
-    counts = [entry["train"]["documents"] + entry["val"]["documents"] for entry in entries.values()]
-    assert sum(counts) == len(found)
+    whole = tmp_path / "whole"
+    data.prepare(data.PrepareConfig(sources, whole, vocab_size=300))
+    for shard in ("2/2", "1/2"):
+        how = dict(tokenizer=str(whole), shard=shard)
+        data.prepare(data.PrepareConfig(sources, tmp_path / "tokens", **how))
+    in_shards, expected = (data.TokenData(path) for path in (tmp_path / "tokens", whole))
+    n_documents = 0
+    for source in ("prose", "rows"):
+        for split in ("train", "val"):
+            parts = [data_.tokens(source, split)[:] for data_ in (in_shards, expected)]
+            assert np.array_equal(*parts)
+            n_documents += in_shards.manifest["sources"][source][split]["documents"]
+    assert n_documents == len(found)
 
 
 @needs_datatrove
