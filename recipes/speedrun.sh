@@ -14,7 +14,7 @@ part() { python -c "print($1 * $SHARE)"; }
 share() { python -c "print(max($2, round($1 * $SHARE)))"; } # of a count, at least so many
 mkdir -p "$OUT"
 
-if [[ $SCALE == laptop ]]; then # 0.9M parameters with every detail of the 340B
+if [[ $SCALE == laptop ]]; then # 0.8M parameters with every detail of the 340B
     run=python
     base=(nano --model.dim 128 --model.n-layers 4 --model.n-heads 4 --model.n-kv-heads 2 --model.head-dim 32
         --model.ffn-dim 512 --model.vocab-size 384 --model.seq-len 192 --model.init-std 0.09
@@ -55,8 +55,8 @@ else # rates for models that are far smaller than the report's
     base=(small --steps "$(share 10000 8)")
     words=32768
     sources=(text="$TEXTS")
-    tune=(--seq-len 2048 --micro-batch 4 --lr 1e-5)
-    prefer=(--seq-len 2048 --micro-batch 4 --lr 1e-6 --beta 0.1)
+    tune=(--seq-len 1024 --micro-batch 4 --lr 1e-5)
+    prefer=(--seq-len 1024 --micro-batch 4 --lr 1e-6 --beta 0.1)
     answer=(--max-tokens 512 --slots 128)
 fi
 
