@@ -133,7 +133,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def wait_for(condition, job, seconds=100):
+def wait_for(condition, job, seconds=200):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and job.poll() is None
