@@ -1011,6 +1011,9 @@ def test_a_folder_of_which_a_shard_is_missing_or_another_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"5 shards of 5, without \[1, 2, 3, 4\]: add them"):
         sharded([source], out, 5, tok, (5,))
     shutil.rmtree(out / "00005-of-00005")
+    with pytest.raises(ValueError, match=r"5 shards of 4, without \[\]"):
+        sharded([source], out, 8, tok, (2,))
+    shutil.rmtree(out / "00002-of-00008")
     shutil.rmtree(out / "00002-of-00004")
     (web / "more.txt").write_text("more")  # another run of files would be left out or come twice
     with pytest.raises(ValueError, match="shards are of other files, options or tokenizers"):
