@@ -60,6 +60,7 @@ from parallel import (
     from_rank_0,
     init_mesh,
     local_part,
+    naming,
     read_config,
     step_folders,
     world_size,
@@ -592,10 +593,18 @@ def row_order(n: int, seed: int, first: int, batch: int) -> list[int]:
     return out
 
 
-def window_multiple(cfg: AlignConfig, dp: int) -> int:
-    """Return the number of windows that a step's are a multiple of, so that every process has its
-    micro-batches, and every pipeline its rounds."""
-    return dp * cfg.micro_batch * cfg.mesh.pp
+def check_mesh(cfg: AlignConfig) -> None:
+    """Refuse a mesh on which not even full windows could be computed."""
+    windows = cfg.mesh.dp(world_size()) * cfg.micro_batch * cfg.mesh.pp
+    cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
+
+
+def count_windows(cfg: AlignConfig, dp: int, rows: Sequence[Example]) -> tuple[int, int]:
+    """Return how many windows hold rows, and how many the mesh computes: each process has as many
+    micro-batches as the others, and as many as its pipeline's schedule can take."""
+    held = len(pack(rows, cfg.model.seq_len, cfg.packed)["tokens"])
+    at_once = dp * cfg.micro_batch
+    return held, at_once * cfg.mesh.micro_batches(math.ceil(held / at_once))
 
 
 def batches_of(
@@ -607,7 +616,8 @@ def batches_of(
 ) -> list[Batch]:
     """Pack rows into windows, and return this process's micro-batches. Which rows share a window
     depends on these rows alone. reference: (rows, K), of which a batch gets its own, (B, S, K)."""
-    windows = pack(rows, cfg.model.seq_len, cfg.packed, window_multiple(cfg, runner.dp))
+    computed = count_windows(cfg, runner.dp, rows)[1]
+    windows = pack(rows, cfg.model.seq_len, cfg.packed, computed)
     if reference is not None:
         there = windows["rows"][..., None] >= 0
         windows["reference"] = np.where(there, reference[windows["rows"]], 0)
@@ -622,9 +632,7 @@ def batches_of(
 
 def say_how_full(cfg: AlignConfig, runner: Runner, rows: Sequence[Example]) -> None:
     """Log how many windows of a step hold rows, of those that the mesh computes all the same."""
-    multiple = window_multiple(cfg, runner.dp)
-    held = len(pack(rows, cfg.model.seq_len, cfg.packed, 1)["tokens"])
-    computed = multiple * math.ceil(held / multiple)
+    held, computed = count_windows(cfg, runner.dp, rows)
     found = f"a step has {computed:,} windows, of which {held:,} hold rows"
     if 2 * held < computed:
         log.warning(f"{found}: raise --batch, or start fewer processes or pipeline stages")
@@ -702,12 +710,10 @@ def read_reference(file: Path, weights: str, dtype: str) -> dict[str, list[float
     """Read a file of reference log-probabilities, if it exists: a row's key → its own."""
     if not file.exists():
         return {}
-    try:
+    with naming(file):
         found = json.loads(file.read_text())
         theirs = f"{found['weights']} in {found['dtype']}"
         log_probs = found["log_probs"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} holds no log-probabilities ({e!r}): remove it") from e
     if theirs != f"{weights} in {dtype}":
         rule = f"this run starts from {weights} in {dtype}: remove it, or set another file"
         raise ValueError(f"{file} is of the weights {theirs}, {rule}")
@@ -739,9 +745,10 @@ def check_start(cfg: PreferenceConfig, values: dict[str, float]) -> None:
     due = values["at_reference"]
     loss = values["preference_loss"]
     if off > nats or abs(loss - due) > 1e-6 + cfg.beta * 4 * nats * max(1.0, abs(due)):
-        found = f"policy and reference differ by {off:.4g} nats an answer, the loss is {loss:.6f}"
-        wrong = f"where {due:.6f} is due: wrong --reference, or a wrong rendering"
-        raise ValueError(f"before the first step {found} {wrong}")
+        raise ValueError(
+            f"before the first step policy and reference differ by {off:.4g} nats an answer, the "
+            f"loss is {loss:.6f} where {due:.6f} is due: wrong --reference, or a wrong rendering"
+        )
     log.info(f"self-test: policy = reference within {off:.2g} nats, loss {loss:.6f} as it must be")
 
 
@@ -805,8 +812,7 @@ def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
     n_rows = max(1, round(len(rows) * cfg.epochs))
     steps = math.ceil(n_rows / cfg.batch)  # the last one takes what is left
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
-    windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
-    cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
+    check_mesh(cfg)
     data = hashlib.blake2b("".join(row.key for row in rows).encode(), digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
     log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
@@ -835,8 +841,6 @@ def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in ("demo", "iterate"):
-        sys.exit(f"align.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     set_up_logging()
     run(lambda: align(*choose_config(sys.argv[1:], PRESETS, "Align a model: preset, options.")))
 

@@ -27,6 +27,7 @@ from align import (
     PreferenceConfig,
     RowSet,
     Sums,
+    check_mesh,
     check_rows,
     check_start,
     eval_set,
@@ -37,11 +38,10 @@ from align import (
     show_row,
     tokenizer_of,
     values_of,
-    window_multiple,
     with_model,
 )
 from data import Example, Messages, Tokenizer, messages_of, read_rows, render_answer, required
-from parallel import Batch, Runner, from_rank_0, init_mesh, run, step_folders, world_size
+from parallel import Batch, Runner, from_rank_0, init_mesh, run, step_folders
 from recipes.demo import with_preset
 from recipes.online import before_each_step
 from train import choose_config, evaluator, fit, set_up_logging, start
@@ -172,8 +172,7 @@ def align_by_kto(preset: str, cfg: KtoConfig) -> Path:
     total = max(1, round(len(rows) * cfg.epochs))
     steps = math.ceil(total / cfg.batch)
     cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
-    windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
-    cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
+    check_mesh(cfg)
     keys = "".join(row.key for row in rows).encode()
     data = hashlib.blake2b(keys, digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)

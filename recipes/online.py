@@ -34,11 +34,11 @@ from align import (
     PreferenceConfig,
     Sums,
     batches_of,
+    check_mesh,
     n_known,
     preference_objective,
     row_order,
     tokenizer_of,
-    window_multiple,
     with_model,
 )
 from data import Example, Tokenizer, write_whole
@@ -337,8 +337,7 @@ def online(preset: str, cfg: OnlineConfig) -> Path:
     held_out = read(cfg.val) if cfg.val else []
     rounds = math.ceil(len(prompts) * cfg.epochs * cfg.samples / (cfg.batch * cfg.updates))
     cfg = replace(cfg, steps=min(cfg.steps or rounds * cfg.updates, rounds * cfg.updates))
-    windows = window_multiple(cfg, cfg.mesh.dp(world_size()))
-    cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
+    check_mesh(cfg)
     keys = b"".join(prompt.ids.tobytes() for prompt in prompts)
     data = hashlib.blake2b(keys, digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)

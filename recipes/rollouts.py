@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from align import AlignConfig, batches_of, n_known, window_multiple
+from align import AlignConfig, batches_of, check_mesh, n_known
 from data import (
     Example,
     Messages,
@@ -158,7 +158,7 @@ def judge_of(folder: Path, cfg: AlignConfig, mesh: DeviceMesh, slots: int) -> En
     if not model.n_attributes:
         raise ValueError(f"{folder} is a language model: name a reward model, which marks")
     tokenizer = model_tokenizer(EngineConfig(folder), model)
-    cfg.mesh.check(model, world_size(), window_multiple(cfg, cfg.mesh.dp(world_size())), 1)
+    check_mesh(replace(cfg, model=model))
     runner = Runner(model, cfg.mesh, mesh, cfg.micro_batch, cfg.seed)
     runner.load_weights(folder)
     return engine_of(runner, tokenizer, slots)

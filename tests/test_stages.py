@@ -232,6 +232,25 @@ def test_windows_without_a_row_are_counted_and_many_are_warned_of(base, tmp_path
     assert not [message for message in warnings if "hold rows" in message]
 
 
+@pytest.mark.parametrize(
+    "dp, axes, computed",
+    [
+        (8, {"pp": 12, "vp": 8}, 32),  # four for each process: fewer than there are stages
+        (64, {"pp": 12, "vp": 8}, 64),
+        (1, {"pp": 12, "vp": 8}, 28),
+        (1, {"pp": 4, "vp": 2}, 28),
+        (1, {"pp": 10, "vp": 2}, 28),
+        (8, {"pp": 12}, 96),  # plain 1F1B needs one for each stage
+        (8, {}, 32),
+    ],
+)
+def test_a_mesh_computes_no_more_windows_than_its_schedule_needs(dp, axes, computed):
+    cfg = align.SftConfig(data=Path("x"), init="x", micro_batch=1, mesh=MeshConfig(**axes))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, seq_len=64))
+    with mock.patch.object(align, "pack", lambda rows, *how: {"tokens": rows}):  # one a window
+        assert align.count_windows(cfg, dp, [None] * 28) == (28, computed)
+
+
 def test_a_stage_without_weights_to_start_from_is_refused_before_a_model_is_built(base):
     with pytest.raises(ValueError, match="--init RUN or --init hf:FOLDER"):
         align.align("sft", stage(base, "sft", "unused", init="", tokenizer=str(base)))
@@ -240,7 +259,7 @@ def test_a_stage_without_weights_to_start_from_is_refused_before_a_model_is_buil
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weights": 1, "dtype": "fp32"}'])
 def test_a_broken_file_of_references_is_named(text, tmp_path):
     (tmp_path / "reference.json").write_text(text)
-    with pytest.raises(ValueError, match="reference.json"):
+    with pytest.raises(OSError, match="reference.json is damaged"):
         align.read_reference(tmp_path / "reference.json", "1", "fp32")
 
 
