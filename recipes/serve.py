@@ -3,6 +3,8 @@
     python -m recipes.serve runs/nano --port 8000
     torchrun --nproc_per_node 4 -m recipes.serve runs/big --mesh.tp 4
 
+At / is a page to chat with it, chat.html.
+
 The engine runs in a thread of its own (`generate.Driver`). An `ActiveRequest` submits its prompts
 and receives what the engine reports; a `ResponseWriter` a sample puts that into OpenAI's format.
 """
@@ -431,7 +433,7 @@ def serve(cfg: ServeConfig) -> None:
         return
     state = ServerState(driver, cfg)
     listener.listen()  # from the next line on, who connects is answered
-    log.info(f"http://{cfg.host}:{listener.getsockname()[1]}/v1 serves {state.name}")
+    log.info(f"http://{cfg.host}:{listener.getsockname()[1]}/v1 serves {state.name}, / a chat page")
     if not cfg.api_key and cfg.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(f"anybody who reaches {cfg.host} can use this server: set --api-key")
     driver.thread.start()

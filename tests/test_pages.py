@@ -71,6 +71,22 @@ def test_options_that_the_pages_give_to_the_core_and_the_server_are_known():
                 train.choose_config(shlex.split(arguments), train.PRESETS, "")
 
 
+def test_the_submissions_of_the_340b_fit_their_machines_and_follow_each_other():
+    text = (ROOT / ".github/CLUSTER.md").read_text()
+    said = re.findall(r"--nodes (\d+) recipes/slurm\.sh train\.py (nemotron4_340b.*)", text)
+    done = []
+    for nodes, arguments in said:
+        _, config = train.choose_config(shlex.split(arguments), train.PRESETS, "")
+        schedule = config.schedule()
+        last = config.steps or schedule.steps
+        for segment in schedule.segments:
+            if sum(done[-1:]) <= segment.first_step < last:
+                config.mesh.check(config.model, 8 * int(nodes), segment.batch, config.micro_batch)
+        assert schedule.ends_a_segment(last)  # where the batch grows, which is kept
+        done.append(last)
+    assert done == [63_578, 95_367, 1_006_656]
+
+
 def test_the_example_of_the_front_page_trains_with_a_schedule_of_its_own(tmp_path, corpus):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     code = code.split("config =")[0]
