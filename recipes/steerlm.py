@@ -187,8 +187,7 @@ class SteerConfig(SampleConfig):
     """Sample answers that have the wanted attributes; write JSON lines in the prompts' order."""
 
     attributes: str = ""
-    """Wanted attributes, such as helpfulness=4,verbosity=1; others: 4, or 0 for toxicity, humor and
-    creativity."""
+    """Wanted attributes, as helpfulness=4,verbosity=1; others: 4, toxicity, humor, creativity 0."""
 
 
 def sample(cfg: SteerConfig) -> None:
