@@ -87,7 +87,7 @@ def test_the_submissions_of_the_340b_fit_their_machines_and_follow_each_other():
     assert done == [63_578, 95_367, 1_006_656]
 
 
-def test_the_example_of_the_front_page_trains_with_a_schedule_of_its_own(tmp_path, corpus):
+def test_the_example_of_the_front_page_trains_with_a_schedule_of_its_own():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     code = code.split("config =")[0]
     names: dict = {}
