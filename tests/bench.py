@@ -6,6 +6,7 @@ python tests/bench.py generate 40M                 prefill and decode against tr
 python tests/bench.py train 40M                    a training step against transformers' Nemotron
 python tests/bench.py where 40M                    what the time of our training step goes to
 python tests/bench.py dpo 40M                      a DPO step against TRL's trainer
+python tests/bench.py online 40M                   a round of GRPO against TRL's trainer
 python tests/bench.py growth --out growth.png      cost of a token against length, batch, ...
 python tests/bench.py scale                        start, step, save, load on 4 to 6,144 ranks
 python tests/bench.py slice 340b --device cuda     true blocks: MFU; head and loss by themselves
@@ -57,6 +58,7 @@ import generate
 import model
 import parallel
 import train
+from recipes import online
 
 SHAPES = {
     "nano": replace(model.SHAPES["nano"], seq_len=128),  # tries the harness out, measures nothing
@@ -469,6 +471,108 @@ def preference(shape: str, o: argparse.Namespace) -> list[Result]:
     row = replace(cfg, seq_len=tokens // (2 * PAIRS))
     rates, flops = rates_of(o.device), model.flops_per_token(row)
     return table_of(in_turns(runs, o.rounds), tokens, flops, rates, f"dpo {shape}")
+
+
+# ---- online alignment ----------------------------------------------------------------------------
+
+ASKED, ANSWERS, LONGEST = 8, 8, 64  # prompts of a round, answers to each, tokens of an answer
+
+
+def write_policy(folder: Path, cfg: model.ModelConfig, stop: float) -> None:
+    """A policy's Hugging Face folder, with prompts. After each token an answer ends with a
+    probability of about `stop`: by a part of the state that is always there and that only the
+    stop token reads."""
+    tokenizer = data.train_bpe(["0123456789"] * 50, 263)
+    policy = model.Nemotron(cfg)
+    model.init_weights(policy, 0)
+    always = torch.randn(cfg.dim, generator=torch.Generator().manual_seed(0))
+    policy.norm.bias.data.copy_(always)
+    others = [i for i in range(cfg.vocab_size) if i != tokenizer.special("<extra_id_1>")]
+    head = policy.head.weight.data
+    head -= torch.outer(head @ always, always) / always.square().sum()
+    logit = math.log(max(stop, 1e-9) * len(others) / (1 - stop))
+    head[tokenizer.special("<extra_id_1>")] = logit * always / always.square().sum()
+    parallel.save_hf(policy, folder)
+    tokenizer.save(folder)
+    rows = [{"prompt": f"{i:04d}"} for i in range(512)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def digits(row: Result, text: str) -> float:
+    """The reward of an answer: how many digits it has."""
+    return float(len(re.findall(r"\d", text)))
+
+
+def ours_online(turn: Turn, folder: Path, policy: Path) -> None:
+    """recipes.online itself, told when to begin a round of one step."""
+    batch, never = ASKED * ANSWERS, {k: v for k, v in NEVER.items() if k != "steps"}
+    run = online.OnlineConfig(
+        algorithm="grpo", kl=0.04, init=f"hf:{policy}", data=policy / "prompts.jsonl", lr=1e-6,
+        out=folder / "run", seq_len=256, micro_batch=8, batch=batch, samples=ANSWERS,
+        max_tokens=LONGEST, slots=batch, verifier="bench:digits", epochs=1e5,
+        mesh=parallel.MeshConfig(dtype="fp32"), **never,
+    )  # fmt: skip
+
+    def fit(cfg: Any, runner: Any, batches: Any, *rest: Any) -> None:
+        train.fit(cfg, runner, lambda step: (turn(), batches(step))[1], *rest)
+
+    sys.path.insert(0, str(Path(__file__).parent))  # for the verifier's name
+    with patch("recipes.online.fit", fit):
+        online.online("own", run)
+
+
+def their_online(turn: Turn, folder: Path, policy: Path) -> None:
+    """TRL's GRPOTrainer from the same folder, with the same prompts as tokens, reward and loss."""
+    import datasets
+    import transformers
+    import trl
+
+    ours = data.load_tokenizer(policy)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(policy / "tokenizer.json"), pad_token="<pad>", eos_token="<extra_id_1>"
+    )
+    prompts = []
+    for _, row in data.read_jsonl(policy / "prompts.jsonl"):
+        ids, _ = data.render_chat(data.messages_of(row["prompt"], "user"), ours)
+        prompts.append({"prompt": ours.decode(ids)})
+        assert words(prompts[-1]["prompt"])["input_ids"] == ids.tolist()
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            turn()
+
+    how = dict(per_device_train_batch_size=ASKED * ANSWERS, num_generations=ANSWERS, beta=0.04)
+    how |= dict(max_completion_length=LONGEST, loss_type="bnpo", temperature=1.0, bf16=False)
+    how |= dict(learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0)
+    how |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no")
+    how |= dict(logging_steps=1, disable_tqdm=True, max_steps=1 << 30)
+    trainer = trl.GRPOTrainer(
+        transformers.NemotronForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        reward_funcs=lambda completions, **_: [digits({}, text) for text in completions],
+        args=trl.GRPOConfig(str(folder / "out"), use_cpu=not torch.cuda.is_available(), **how),
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=words,
+        callbacks=[Turns()],
+    )
+    trainer.train()
+
+
+def rounds_online(shape: str, o: argparse.Namespace) -> list[Result]:
+    """A round, from prompts to the updated weights: answers that all have LONGEST tokens, and ones
+    that end by chance, expected to have a quarter of that. Counted are the answers' tokens."""
+    cfg, rows = replace(SHAPES[shape], vocab_size=263, seq_len=256), []
+    for stop in (0.0, 4 / LONGEST):
+        with tempfile.TemporaryDirectory() as policy:
+            write_policy(Path(policy), cfg, stop)
+            how = {"policy": Path(policy)}
+            runs = {"ours fp32": ("ours_online", how, 1), "trl fp32": ("their_online", how, 1)}
+            mean = sum((1 - stop) ** i for i in range(LONGEST))
+            print(f"online {shape}: {ASKED} x {ANSWERS} answers of {mean:.0f} tokens", flush=True)
+            found = in_turns(runs, o.rounds)
+        rates, flops = rates_of(o.device), model.flops_per_token(replace(cfg, seq_len=LONGEST))
+        what = f"online {shape}, {mean:.0f} tokens"
+        rows += table_of(found, ASKED * ANSWERS * mean, flops, rates, what)
+    return rows
 
 
 # ---- growth --------------------------------------------------------------------------------------
@@ -1167,17 +1271,18 @@ def print_scale(found: dict[int, Result]) -> None:
 CONTENDERS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
-        ours_train, forward_backward, ours_dpo, ours_generate,
-        their_train, their_dpo, their_generate,
+        ours_train, forward_backward, ours_dpo, ours_generate, ours_online,
+        their_train, their_dpo, their_generate, their_online,
     )
 }  # fmt: skip
 WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
     "tokenize": tokenize, "generate": decode, "train": training, "where": where, "dpo": preference,
-    "growth": growth, "scale": scale, "slice": slices, "attention": attention,
+    "online": rounds_online, "growth": growth, "scale": scale, "slice": slices,
+    "attention": attention,
 }  # fmt: skip
 ALL = {
-    "cpu": "tokenize generate:40M generate:125M train:40M train:125M where:40M dpo:40M growth "
-    "scale",
+    "cpu": "tokenize generate:40M generate:125M train:40M train:125M where:40M dpo:40M online:40M "
+    "growth scale",
     "cuda": "slice:340b slice:15b attention:340b attention:15b train:125M train:1B where:1B "
     "generate:125M generate:1B dpo:125M",
 }
