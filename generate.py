@@ -99,8 +99,6 @@ class InferenceLinear(nn.Module):
         one that was read from a float8 folder gets the same numbers again."""
         weight = self.weight.float()
         rows = weight.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        if self.reduce_group is not None:  # each has some of every row's columns
-            dist.all_reduce(rows, dist.ReduceOp.MAX, self.reduce_group)
         largest = rows.max()
         dist.all_reduce(largest, dist.ReduceOp.MAX, tp)
         scale = largest / 448 * (rows / largest).log2().ceil().exp2()  # float8 ends at 448
@@ -807,7 +805,6 @@ class Engine:
 
     def quantize(self) -> None:
         """Keep the blocks' matrices in float8; embedding and head stay as they are."""
-        assert not self.busy
         for module in self.model.blocks.modules():
             if isinstance(module, InferenceLinear):
                 module.quantize(self.mesh["tp"].get_group())
@@ -1241,6 +1238,8 @@ def run_command(name: str, parse: Callable[[], Any], command: Callable[[Any], An
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in ("serve", "evaluate", "synthesize"):
+        sys.exit(f"generate.py {sys.argv[1]} is now `python -m recipes.{sys.argv[1]}`")
     configs = {name: config for name, (config, _) in COMMANDS.items()}
     parse = partial(tyro.extras.subcommand_cli_from_dict, configs, description=__doc__)
     run_command("generate.py", parse, lambda cfg: dict(COMMANDS.values())[type(cfg)](cfg))

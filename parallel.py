@@ -303,8 +303,7 @@ def run(main: Callable[[], None]) -> None:
         users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
         if not users:
             traceback.print_exc()
-        what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
-        sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {what}\n")
+        sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
         os._exit(2 if users else 1)
 
 
@@ -1001,7 +1000,6 @@ class Checkpoints:
             log.warning(f"{max(wrong)}: trying the checkpoint before")
         if folders:
             raise ValueError(f"{self.root}: no checkpoint is whole: remove them to start anew")
-        return None
 
 
 # ---- from a folder to weights --------------------------------------------------------------------
@@ -1189,6 +1187,8 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
     parse = partial(tyro.extras.subcommand_cli_from_dict, {"export": ExportConfig})
     run(lambda: export(parsed(partial(parse, description=__doc__))))

@@ -460,8 +460,7 @@ def wait_for_folder(folder: Path, started: int) -> None:
     given_up = time.monotonic() + LONGEST_LAG
     while settings_in(folder).get("started") != started:
         if time.monotonic() > given_up:
-            rank = dist.get_rank()
-            raise ValueError(f"{folder}: rank {rank} does not see what rank 0 wrote: share --out")
+            raise ValueError(f"{folder}: rank {dist.get_rank()} cannot see rank 0's: share --out")
         time.sleep(1)
 
 
@@ -884,6 +883,8 @@ def choose_config(
 ) -> tuple[str, Any]:
     """Parse `preset --name value ...` into (preset, config)."""
     if argv and not argv[0].startswith("-") and argv[0] not in presets:
+        if argv[0] in ("report", "demo", "iterate"):
+            sys.exit(f"{argv[0]} is now `python -m recipes.{argv[0]}`")
         raise ValueError(f"no preset {argv[0]!r}: there are {', '.join(presets)}")
     table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
     parse = partial(tyro.extras.overridable_config_cli, table, args=argv, description=description)
@@ -892,8 +893,7 @@ def choose_config(
 
 def main() -> None:
     set_up_logging()
-    about = "Pretrain a preset, changed by options."
-    run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, about)))
+    run(lambda: pretrain(*choose_config(sys.argv[1:], PRESETS, "Pretrain: preset, options.")))
 
 
 if __name__ == "__main__":

@@ -254,9 +254,9 @@ def import_nemo(c: ImportConfig) -> None:
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=FILE_BYTES)
     for array in {rows.array.name: rows.array for rows in named.values()}.values():
         log.info(f"{array.name}: {array.dtype} {[*array.shape]} in {len(array.data)} chunks")
-    n = sum(rows.shape.numel() for rows in named.values())
     files = plan.filename_to_tensors
-    log.info(f"{n:,} parameters, {plan.metadata['total_size']:,} bytes in {len(files)} files")
+    size = f"{plan.metadata['total_size']:,} bytes in {len(files)} files"
+    log.info(f"{sum(rows.shape.numel() for rows in named.values()):,} parameters, {size}")
     if c.dry_run:
         for file, names in files.items():
             log.info(f"{c.out / file}: {sum(named[name].nbytes for name in names):,} bytes")
@@ -266,7 +266,7 @@ def import_nemo(c: ImportConfig) -> None:
     folder = c.out.with_name(f"{c.out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     hold(folder)
-    for unfinished in folder.glob("*.tmp"):  # of an import that was killed
+    for unfinished in folder.glob("*.tmp"):  # by a kill
         unfinished.unlink()
     source = " ".join(map(str, [c.folder.resolve(), *c.parts, cfg.vocab_size]))
     write_weights(folder, files, named, source)

@@ -4,19 +4,21 @@ Conversations, prompts with responses, pairs and HelpSteer2's ratings are read a
 what has to be made into them: one pair of several answers, a mean of several ratings.
 
 python -m recipes.rows helpsteer3.jsonl.gz pairs.jsonl
+python -m recipes.rows pairs.jsonl --stage dpo   # what a stage makes of the first rows
 python align.py dpo --init runs/sft --data pairs.jsonl
 """
 
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -29,11 +31,15 @@ from data import (
     in_our_names,
     messages_of,
     numbers,
+    preference_rows,
     read_preference,
     read_records,
     read_scored,
     required,
+    reward_rows,
+    sft_rows,
     split_turns,
+    train_bpe,
 )
 from generate import run_command
 
@@ -48,8 +54,10 @@ class RowsConfig:
 
     file: tyro.conf.Positional[Path]
     """JSON Lines, also packed by gzip, a .json list or parquet, as it was published."""
-    out: tyro.conf.Positional[Path]
-    """File for the rows, as JSON lines."""
+    out: tyro.conf.Positional[Path | None] = None
+    """File for the rows, as JSON lines; none: FILE holds rows that a stage reads, and is shown."""
+    stage: Literal["sft", "reward", "dpo", "rpo"] = "sft"
+    """Stage that is to read the rows that are shown."""
     split: str = ""  # Value of the rows' column `split`, which some files have; default: any
     skip_bad: bool = False  # Count and leave out what cannot be read, do not stop at the first
 
@@ -269,8 +277,23 @@ def lines(cfg: RowsConfig, counts: Counter) -> Iterator[str]:
             yield line
 
 
+def show(cfg: RowsConfig) -> None:
+    """Log the first three rows of a file: each segment, what of it is trained, and the values."""
+    readers = dict(sft=sft_rows, reward=reward_rows, dpo=preference_rows)
+    readers["rpo"] = partial(preference_rows, rewards=True)
+    tokenizer = train_bpe([], 263)  # each byte is a token
+    rows, _ = readers[cfg.stage](cfg.file, tokenizer, sys.maxsize, skip_bad=True)
+    for row in rows[:3]:
+        for ids, trained in zip(row.ids, row.trained, strict=True):
+            found = f"trained: {tokenizer.decode(ids[trained])!r}, values: {row.values}"
+            log.info(f"--- {row.where}\n{tokenizer.decode(ids)}\n{found}")
+
+
 def convert(cfg: RowsConfig) -> None:
-    """Write the converted rows to a file that appears when it is complete."""
+    """Write the converted rows to a file that appears when it is complete, or show a file's."""
+    if not cfg.out:
+        show(cfg)
+        return
     if cfg.out.exists():
         raise ValueError(f"{cfg.out} exists: remove it, or choose another file")
     counts: Counter = Counter(bad=0)

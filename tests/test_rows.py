@@ -442,3 +442,17 @@ def test_a_file_of_each_format_trains_its_stages(base, tmp_path, kind, name, row
         first = json.loads(steps[0])
         strength = CONVERTED[name][1]["chosen_reward"] - CONVERTED[name][1]["rejected_reward"]
         assert 0 < first["loss"] / strength < 5
+
+
+def test_a_file_is_shown_as_the_rows_that_a_stage_would_train_on(tmp_path, caplog):
+    file = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "chosen_reward": 1.5}
+    file.write_text(json.dumps(pair | {"rejected_reward": 0.5}))
+    with caplog.at_level("INFO", "nemotron4"):
+        rows.convert(rows.RowsConfig(file, stage="rpo"))
+    shown = [message for message in caplog.messages if message.startswith("---")]
+    assert len(shown) == 2 and all("2 + 2?" in text and "pairs.jsonl:1" in text for text in shown)
+    trained = [re.search("trained: (.*), values: (.*)", text).groups() for text in shown]
+    assert "4" in trained[0][0] and "2 + 2" not in trained[0][0] and "5" in trained[1][0]
+    assert "1.5" in trained[0][1]
+    assert file.read_text() == json.dumps(pair | {"rejected_reward": 0.5})
