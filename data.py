@@ -21,6 +21,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import sys
 import sysconfig
 import zlib
@@ -1277,19 +1278,17 @@ class ShowConfig:
 def show(cfg: ShowConfig) -> None:
     """Log the weights and sizes of a folder's sources."""
     data = TokenData(cfg.folder)
-    sizes = json.dumps(data.manifest["sources"], indent=2)
-    log.info(f"{cfg.folder}: weights {data.blend({})}, sizes {sizes}")
+    log.info(f"{cfg.folder}: weights {data.blend({})}, sizes {data.manifest['sources']}")
 
 
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` just ends
     commands = {"prepare": PrepareConfig, "show": ShowConfig}
     try:
         cfg = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        if isinstance(cfg, PrepareConfig):
-            prepare(cfg)
-        else:
-            show(cfg)
+        command: Any = prepare if isinstance(cfg, PrepareConfig) else show
+        command(cfg)
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"data.py: error: {e}")
     except KeyboardInterrupt:

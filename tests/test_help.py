@@ -27,6 +27,7 @@ JOBS = {
     "generate.py": [*generate.COMMANDS],
     "recipes.iterate": [*iterate.LOOPS],
     "recipes.nemo": ["import", "export"],
+    "recipes.steerlm": ["annotate", "sft", "sample"],
 }
 RECIPES = ("curate", "demo", "evaluate", "kto", "nemo", "online", "plan", "report", "rewardbench")
 RECIPES += ("rows", "serve", "synthesize")

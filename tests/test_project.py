@@ -33,6 +33,7 @@ from recipes import (
     rewardbench,
     rows,
     serve,
+    steerlm,
     synthesize,
 )
 
@@ -63,7 +64,7 @@ CAPS = {
 RECIPE_CAP = 450
 TOKENS_PER_LINE = 7.5
 CORE_TOKENS = 45_000
-RECIPE_LINES = 7_700
+RECIPE_LINES = 8_060
 
 
 def files() -> dict[str, str]:
@@ -242,7 +243,7 @@ CONFIGS += (generate.SamplingParams, generate.EngineConfig, generate.SampleConfi
 CONFIGS += (generate.ChatConfig, generate.ScoreConfig, evaluate.EvaluateConfig)
 CONFIGS += (serve.ServeConfig, synthesize.SynthesizeConfig, rewardbench.RewardBenchConfig)
 CONFIGS += (curate.CurateConfig, online.OnlineConfig, kto.KtoConfig, rows.RowsConfig)
-CONFIGS += (nemo.ImportConfig, nemo.ExportConfig)
+CONFIGS += (nemo.ImportConfig, nemo.ExportConfig, steerlm.AnnotateConfig, steerlm.SteerConfig)
 
 
 def test_every_config_is_in_the_list():
