@@ -39,6 +39,7 @@ import tiktoken
 import tokenizers
 import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 log = logging.getLogger("nemotron4")
 
@@ -439,7 +440,6 @@ def embedded_english(on_bad: OnBad = refuse) -> Texts:
                 yield text
 
 
-read_jsonl = read_records  # the name that other modules know
 EMBEDDED = {"english": embedded_english, "code": embedded_code}
 
 # ---- prepare -------------------------------------------------------------------------------------
@@ -574,14 +574,13 @@ def prepare_source(
 ) -> Record:
     """Write one source's train and validation files, and return its entry of the manifest."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    eos = tokenizer.special("</s>")
     writers = {split: TokenWriter(f"{stem}.{split}") for split in ("train", "val")}
     dropped = dict(bad=0, empty=0, duplicate=0)
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dropped)
-    texts = clean(read(on_bad), seen, dropped)
+    texts = tqdm(clean(read(on_bad), seen, dropped), desc=stem.name, unit=" documents")
     for (_, n_bytes, digest), ids in encode_all(texts, tokenizer.encode, cfg.workers):
         split = "val" if digest < cfg.val_fraction * 2**64 else "train"
-        writers[split].write(np.append(ids, eos).astype(dtype), n_bytes)
+        writers[split].write(np.append(ids, tokenizer.special("</s>")).astype(dtype), n_bytes)
     entry = {split: writer.close() for split, writer in writers.items()}
     log.info(f"{stem.name}: {entry}; dropped: {dropped}")
     return dict(**entry, dropped=dropped, dtype=dtype.name)
@@ -609,9 +608,12 @@ def prepare(cfg: PrepareConfig) -> None:
         seen = connect("")  # a temporary file, so that memory stays bounded
         seen.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         writing = partial(prepare_source, cfg, tokenizer, seen)
-        entries = {name: writing(folder / name, read) for name, read in sources.items()}
-        manifest = dict(vocab_size=tokenizer.vocab_size, eos=tokenizer.special("</s>"))
-        manifest |= dict(tokenizer=file, sources=entries)
+        manifest = dict(
+            vocab_size=tokenizer.vocab_size,
+            eos=tokenizer.special("</s>"),
+            tokenizer=file,
+            sources={name: writing(folder / name, read) for name, read in sources.items()},
+        )
         if not whole:
             same = f"{names} {cfg.text_field} {cfg.val_fraction}".encode()
             manifest["same"] = zlib.crc32(same + (folder / file).read_bytes())
@@ -656,8 +658,7 @@ def add(a: Any, b: Any) -> Any:
 
 
 class TokenStream:
-    """Reads a split of a source: the token files of all shards as one, of which a piece is read
-    when it is asked for and no file stays open."""
+    """Reads a split of a source: the token files of all shards as one. No file stays open."""
 
     def __init__(self, files: list[str], sizes: list[int], dtype: str) -> None:
         self.files = files

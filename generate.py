@@ -47,8 +47,8 @@ from data import (
     aggregate,
     embedded_english,
     load_tokenizer,
-    read_jsonl,
     read_preference,
+    read_records,
     render_chat,
     render_reward,
 )
@@ -1025,7 +1025,7 @@ def sample_command(cfg: SampleConfig) -> None:
 
 def read_rows(file: str, text_field: str = "") -> list[tuple[str, dict]]:
     """Read a file of JSON lines, or stdin, which all processes share: the first one reads it."""
-    return from_rank_0(lambda: list(read_jsonl(file, text_field=text_field)))
+    return from_rank_0(lambda: list(read_records(file, text_field=text_field)))
 
 
 def submit_rows(

@@ -41,7 +41,7 @@ from data import (
     hold,
     load_tokenizer,
     prepare,
-    read_jsonl,
+    read_records,
     write_whole,
 )
 from model import SHAPES, ModelConfig, check_ranges, count_params, flops_per_token
@@ -540,7 +540,7 @@ class Metrics:
             self.tensorboard = TensorBoardLogger(str(cfg.out / "tensorboard"))
             path = cfg.out / "metrics.jsonl"
             path.touch()
-            rows = read_jsonl(path, lambda bad: log.warning(f"left out: {bad}"))
+            rows = read_records(path, lambda bad: log.warning(f"left out: {bad}"))
             kept = [row for _, row in rows if row.get("step") in range(start + 1)]
             self.tokens = kept[-1].get("tokens", 0) if kept else 0
             write_whole(path, map(json.dumps, kept))

@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from data import read_jsonl, write_whole
+from data import read_records, write_whole
 from generate import Engine, EngineConfig, SamplingParams, is_greedy, load_engine, run_command
 from recipes import rewardbench
 
@@ -80,7 +80,7 @@ def read_question(where: str, row: dict[str, Any]) -> dict[str, Any]:
 def local_task(path: Path, shots: int = 0) -> dict[str, Any]:
     """Describe a file of questions as an lm-eval task: multiple choice if its lines have choices,
     else an answer in one line that must match exactly."""
-    rows = [read_question(where, row) for where, row in read_jsonl(path)]
+    rows = [read_question(where, row) for where, row in read_records(path)]
     if not rows:
         raise ValueError(f"{path}: give each line a `question`, an `answer`; there is no line")
     closed = sum("choices" in row for row in rows)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import ATTRIBUTES, MARKER, Messages, hold, read_jsonl, render_chat, render_reward
+from data import ATTRIBUTES, MARKER, Messages, hold, read_records, render_chat, render_reward
 from generate import EngineConfig, SamplingParams, Sequence, attributes_of, chat_stops, load_engine
 from parallel import step_folders, world_size
 from recipes.verify import Decontaminator, read_evaluations
@@ -309,7 +309,7 @@ class Pipeline:
         wait_for_all()
         leave_out = partial(log.warning, "%s; it is asked for again")
         for file in files:
-            for where, record in read_jsonl(file, on_bad=leave_out):
+            for where, record in read_records(file, on_bad=leave_out):
                 if all(isinstance(record.get(key), kind) for key, kind in SHAPE.items()):
                     self.keep(record)
                 else:

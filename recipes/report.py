@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from data import read_jsonl
+from data import read_records
 from train import run, set_up_logging
 
 log = logging.getLogger("nemotron4")
@@ -41,7 +41,7 @@ def read_metrics(folder: Path) -> Rows:
     if not path.exists():
         raise ValueError(f"{folder}: no metrics.jsonl: not a run's folder")
     rows = []
-    for where, row in read_jsonl(path):
+    for where, row in read_records(path):
         for name, kind in DRAWN.items():
             if name not in row or not isinstance(row[name], kind):
                 raise ValueError(f"{where}: no {name}: not a row of this program's metrics")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from data import aggregate, messages_of, read_jsonl, render_reward, required
+from data import aggregate, messages_of, read_records, render_reward, required
 from generate import Engine, SamplingParams, Sequence, read_rows, run_command, submit_rows
 
 log = logging.getLogger("nemotron4")
@@ -185,7 +185,7 @@ def say(table: dict[str, str]) -> None:
 def rewardbench(cfg: RewardBenchConfig) -> None:
     """Read the scores; a tie is a loss."""
     wins: dict[str, list[bool]] = {}
-    for where, row in read_jsonl(cfg.file):
+    for where, row in read_records(cfg.file):
         try:
             gap = row["chosen_scores"]["reward"] - row["rejected_scores"]["reward"]
         except (KeyError, TypeError) as e:

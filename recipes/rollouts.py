@@ -29,7 +29,7 @@ from data import (
     Tokenizer,
     check_messages,
     messages_of,
-    read_jsonl,
+    read_records,
     render_chat,
     render_reward,
     required,
@@ -69,7 +69,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, seq_len: int, skip_bad: bool)
     verifier's. A prompt that leaves no room for an answer is left out."""
     prompts = []
     long = 0
-    for where, row in read_jsonl(path):
+    for where, row in read_records(path):
         try:
             name = "messages" if "messages" in row else "prompt"
             messages = messages_of(required(row, name), "user")
@@ -336,7 +336,7 @@ def read_answers(run: Path, number: int) -> list[Answer]:
     file = answer_file(run, number)
     if not file.exists():
         raise ValueError(f"{file} is missing: the run was stopped in this round, and needs it")
-    return [Answer(**row) for _, row in read_jsonl(file)]
+    return [Answer(**row) for _, row in read_records(file)]
 
 
 # ---- what is logged ------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def draw(run: Path) -> None:
     except ImportError:
         log.warning("no picture: pip install -e '.[report]'")
         return
-    rows = [row for _, row in read_jsonl(run / "metrics.jsonl")]
+    rows = [row for _, row in read_records(run / "metrics.jsonl")]
     figure = Figure(figsize=(11, 7), layout="constrained")
     for panel, (title, names) in zip(figure.subplots(2, 2).flatten(), DRAWN.items(), strict=True):
         for name in names:

@@ -23,7 +23,7 @@ from data import (
     files_of,
     load_tokenizer,
     read_documents,
-    read_jsonl,
+    read_records,
     reader_of,
     write_whole,
 )
@@ -340,7 +340,7 @@ class Decontaminate:
 def labelled(said: Table) -> Iterator[tuple[str, bool]]:
     """Yield (line, whether it is good) of two folders, or of a judge's rows {text, score}."""
     if said["judged"]:
-        for where, row in read_jsonl(said["judged"]):
+        for where, row in read_records(said["judged"]):
             if type(row.get("text")) is not str or type(row.get("score")) not in (int, float):
                 raise ValueError(f"{where}: no `text` and `score`: give each row both")
             yield line_of(row["text"]), row["score"] >= said["good_from"]

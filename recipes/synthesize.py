@@ -31,7 +31,7 @@ from data import (
     embedded_english,
     messages_of,
     read_documents,
-    read_jsonl,
+    read_records,
     required,
     write_whole,
 )
@@ -404,7 +404,7 @@ def own_prompts(pipeline: Pipeline) -> Questions:
     if pipeline.cfg.recipe != "prompts":
         given += [("seeds.truths", row) for row in pipeline.library["truths"]]
     for path in pipeline.cfg.prompts:
-        given += read_jsonl(path)
+        given += read_records(path)
     return [given_prompt(*one) for one in given]
 
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data import read_jsonl
+from data import read_records
 from recipes import guard
 from recipes.ifeval import KEYWORDS, KINDS, LANGUAGES, REPEAT, Closed, DependsOn, Words, compatible
 
@@ -286,7 +286,7 @@ def strings_in(value: Any) -> list[str]:
 def read_evaluations(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """Return ("FILE:LINE", text) of each text in the JSONL files of evaluation items."""
     texts = []
-    for where, item in itertools.chain.from_iterable(map(read_jsonl, paths)):
+    for where, item in itertools.chain.from_iterable(map(read_records, paths)):
         texts += [(where, text) for text in strings_in(item)]
     return texts
 

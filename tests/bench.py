@@ -532,7 +532,7 @@ def their_online(turn: Turn, folder: Path, policy: Path) -> None:
         tokenizer_file=str(policy / "tokenizer.json"), pad_token="<pad>", eos_token="<extra_id_1>"
     )
     prompts = []
-    for _, row in data.read_jsonl(policy / "prompts.jsonl"):
+    for _, row in data.read_records(policy / "prompts.jsonl"):
         ids, _ = data.render_chat(data.messages_of(row["prompt"], "user"), ours)
         prompts.append({"prompt": ours.decode(ids)})
         assert words(prompts[-1]["prompt"])["input_ids"] == ids.tolist()

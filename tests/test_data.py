@@ -608,7 +608,7 @@ def test_json_lines_come_with_file_and_line_from_a_file_gzip_or_stdin(tmp_path, 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     for file in (tmp_path / "x.jsonl", tmp_path / "x.jsonl.gz", "-"):
         wanted = [(1, {"a": 1}), (4, {"b": "é"}), (5, {"c": []})]
-        assert list(data.read_jsonl(file)) == [(f"{file}:{n}", row) for n, row in wanted]
+        assert list(data.read_records(file)) == [(f"{file}:{n}", row) for n, row in wanted]
 
 
 def test_a_line_that_is_no_object_stops_the_reader_or_is_handed_over(tmp_path):
@@ -616,16 +616,16 @@ def test_a_line_that_is_no_object_stops_the_reader_or_is_handed_over(tmp_path):
     path.write_bytes(b'{"a": 1}\n[1]\n{"a": \n"\xff"\n{"a": "\\ud800"}\n{"a": 2}\n')
     rule = r"x\.jsonl:2: not JSON, an object a line \(but a list\): mend the line$"
     with pytest.raises(data.BadDocument, match=rule):
-        list(data.read_jsonl(path))
+        list(data.read_records(path))
     bad: list[str] = []
-    assert [row for _, row in data.read_jsonl(path, bad.append)] == [{"a": 1}, {"a": 2}]
+    assert [row for _, row in data.read_records(path, bad.append)] == [{"a": 1}, {"a": 2}]
     assert [str(b).split(":")[1] for b in bad] == ["2", "3", "4", "5"]
 
 
 def test_lines_of_text_are_read_where_the_caller_names_their_field(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes('Say hé.\r\n{"prompt": "x", "n": 2}\n[1]\n'.encode())
-    rows = [row for _, row in data.read_jsonl(path, text_field="prompt")]
+    rows = [row for _, row in data.read_records(path, text_field="prompt")]
     assert rows == [{"prompt": "Say hé."}, {"prompt": "x", "n": 2}, {"prompt": "[1]"}]
 
 
@@ -690,10 +690,10 @@ def test_a_byte_order_mark_is_never_content(tmp_path, monkeypatch):
     assert list(data.read_documents(data.files_of(tmp_path), "text")) == [
         *("one", "two", "two", "three", "four")
     ]
-    found = [row for _, row in data.read_jsonl(tmp_path / "b.jsonl", text_field="prompt")]
+    found = [row for _, row in data.read_records(tmp_path / "b.jsonl", text_field="prompt")]
     assert found == [json.loads(row)] * 2  # rows, no prompts
     (tmp_path / "e.txt").write_text(mark + "say hi\n" + mark + row)
-    found = [row for _, row in data.read_jsonl(tmp_path / "e.txt", text_field="prompt")]
+    found = [row for _, row in data.read_records(tmp_path / "e.txt", text_field="prompt")]
     assert found == [{"prompt": "say hi"}, json.loads(row)]
 
 
@@ -718,7 +718,7 @@ def test_a_lone_surrogate_is_named_by_its_line_however_it_is_written(tmp_path, t
     for text in (b"\\ud800", b"\\uD83E x", b"\xed\xa0\x80", b"x\\udfff"):
         path.write_bytes(json.dumps(TALK).encode() + b'\n{"text": "' + text + b'"}\n')
         bad = []
-        list(data.read_jsonl(path, bad.append))
+        list(data.read_records(path, bad.append))
         assert [str(b).split(": ")[0][-2:] for b in bad] == [":2"]
 
 
