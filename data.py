@@ -463,6 +463,8 @@ class PrepareConfig:
     """Part I/N of the files: N such tasks, anywhere, write a folder. Each drops its own repeats."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}: at least 0, below 1")
         number, n_shards = self.part
         if not 1 <= number <= n_shards or n_shards > 1 and not (self.sources and self.tokenizer):
             raise ValueError(f"shard={self.shard!r}: I/N, as 3/128, with sources and --tokenizer")
@@ -544,28 +546,24 @@ def encode_all(
 
 
 class TokenWriter:
-    """Appends to STEM.bin (tokens, </s> after each document) and STEM.idx (int64: its offsets)."""
+    """Appends documents to STEM.bin: tokens, </s> after each document."""
 
     def __init__(self, stem: str) -> None:
-        self.files = [open(f"{stem}.{end}", "wb") for end in ("bin", "idx")]
-        self.files[1].write(bytes(8))
+        self.file = open(f"{stem}.bin", "wb")
         self.counts = dict(documents=0, tokens=0, bytes=0, crc=0)
 
     def write(self, document: Array, n_bytes: int) -> None:
-        counts = self.counts
-        counts["documents"] += 1
-        counts["tokens"] += len(document)
-        counts["bytes"] += n_bytes
-        counts["crc"] = zlib.crc32(document, counts["crc"])
-        self.files[0].write(document)
-        self.files[1].write(np.int64(counts["tokens"]))
+        self.counts["documents"] += 1
+        self.counts["tokens"] += len(document)
+        self.counts["bytes"] += n_bytes
+        self.counts["crc"] = zlib.crc32(document, self.counts["crc"])
+        self.file.write(document)
 
     def close(self) -> Counts:
-        """Flush both files to disk, and return the split's entry of the manifest."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        """Flush the file to disk, and return the split's entry of the manifest."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
         return self.counts
 
 
@@ -577,12 +575,14 @@ def prepare_source(
     writers = {split: TokenWriter(f"{stem}.{split}") for split in ("train", "val")}
     dropped = dict(bad=0, empty=0, duplicate=0)
     on_bad = partial(count_bad, skip_bad=cfg.skip_bad, counts=dropped)
-    texts = tqdm(clean(read(on_bad), seen, dropped), desc=stem.name, unit=" documents")
+    texts = iter(tqdm(clean(read(on_bad), seen, dropped), desc=stem.name, unit=" documents"))
     for (_, n_bytes, digest), ids in encode_all(texts, tokenizer.encode, cfg.workers):
         split = "val" if digest < cfg.val_fraction * 2**64 else "train"
         writers[split].write(np.append(ids, tokenizer.special("</s>")).astype(dtype), n_bytes)
     entry = {split: writer.close() for split, writer in writers.items()}
-    log.info(f"{stem.name}: {entry}; dropped: {dropped}")
+    n = f"{entry['train']['documents']:,} documents, {entry['val']['documents']:,} for validation"
+    tokens = f"{entry['train']['tokens'] + entry['val']['tokens']:,} tokens"
+    log.info(f"{stem.name}: {n}, {tokens}; dropped: {dropped}")
     return dict(**entry, dropped=dropped, dtype=dtype.name)
 
 

@@ -1012,7 +1012,7 @@ def test_the_commands_are_import_and_export(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nemo.py", "import", "nowhere", "hf"])
     with pytest.raises(SystemExit) as ended:
         nemo.main()
-    assert ended.value.code == 2 and "error: nowhere" in capsys.readouterr().err
+    assert ended.value.code == 2 and "'nowhere'" in capsys.readouterr().err
 
 
 # ---- folders in float8 ---------------------------------------------------------------------------
