@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
         """Turn a text into int32 ids; control tokens spelt out in it stay text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into a text, with control tokens spelt out and broken UTF-8 replaced."""
+        """Turn ids into a text: control tokens spelt out, bad UTF-8 replaced, others left out."""
 
     def save(self, folder: Path) -> str:
         """Write the file that `load_tokenizer` reads into the folder, and return its name."""
@@ -120,7 +120,7 @@ class HuggingFace(Tokenizer):
         return np.array(self.encoder.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        ids = list(map(int, ids))
+        ids = [int(i) for i in ids if i < self.vocab_size]
         if self.encoding:
             return self.encoding.decode(ids)
         return self.standard.decode(ids, skip_special_tokens=False)
@@ -150,10 +150,10 @@ class SentencePiece(Tokenizer):
 
     def encode(self, text: str) -> Array:
         text.encode()  # a ValueError for a lone surrogate
-        return np.array(self.encoder.encode(text), dtype=np.int32)
+        return np.array(self.encoder.encode(text), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode(list(map(int, ids)))
+        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -277,6 +277,16 @@ def test_no_text_yields_a_control_id_and_every_text_comes_back(other_peoples_tok
     assert n_known > 500 or kind == "normalising"
 
 
+@pytest.mark.parametrize("kind", ["own", "llama", "unigram", "sentencepiece"])
+def test_an_id_beyond_the_vocabulary_as_a_padded_model_may_sample_has_no_text(
+    other_peoples_tokenizers, kind
+):
+    tok = data.train_bpe([], 263) if kind == "own" else other_peoples_tokenizers[kind]
+    ids = tok.encode("the hi").tolist()
+    beyond = np.array([tok.vocab_size, *ids, tok.vocab_size + 500])
+    assert tok.decode(beyond) == tok.decode(ids) == "the hi"
+
+
 def test_a_tokenizer_files_truncation_padding_and_template_change_no_text(other_peoples_tokenizers):
     for kind in ("llama", "byte_level", "unigram"):
         tok = other_peoples_tokenizers[kind]
