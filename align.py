@@ -594,7 +594,7 @@ def row_order(n: int, seed: int, first: int, batch: int) -> list[int]:
 
 
 def check_mesh(cfg: AlignConfig) -> None:
-    """Refuse a mesh on which not even full windows could be computed."""
+    """Raise ValueError for a mesh that cannot run a step, however many windows it has."""
     windows = cfg.mesh.dp(world_size()) * cfg.micro_batch * cfg.mesh.pp
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
 

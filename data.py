@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
         """Turn a text into int32 ids; control tokens spelt out in it stay text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into a text: control tokens spelt out, bad UTF-8 replaced, others left out."""
+        """Make text of ids: control tokens spelt out, bad UTF-8 replaced, unknown ids left out."""
 
     def save(self, folder: Path) -> str:
         """Write the file that `load_tokenizer` reads into the folder, and return its name."""

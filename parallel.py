@@ -175,7 +175,7 @@ class MeshConfig:
             )
         share = batch // dp
         if batch % dp:
-            raise ValueError(f"batch={batch} sequences do not divide among {dp} data-parallel ones")
+            raise ValueError(f"batch={batch} sequences do not divide among {dp} dp processes")
         if share % micro_batch:
             raise ValueError(
                 f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
@@ -183,7 +183,9 @@ class MeshConfig:
             )
         plain = self.schedule == "1f1b"
         if self.pp == 1 and (self.vp > 1 or not plain):
-            raise ValueError(f"vp={self.vp}, schedule={self.schedule} with pp=1: set pp")
+            raise ValueError(
+                f"vp={self.vp}, schedule={self.schedule} with pp=1: they need a pipeline"
+            )
         n = share // micro_batch
         least = max(self.pp, self.micro_batches(n))
         if n < least:

@@ -460,7 +460,7 @@ def wait_for_folder(folder: Path, started: int) -> None:
     given_up = time.monotonic() + LONGEST_LAG
     while settings_in(folder).get("started") != started:
         if time.monotonic() > given_up:
-            raise ValueError(f"{folder}: rank {dist.get_rank()} cannot see rank 0's: share --out")
+            raise ValueError(f"{folder}: rank {dist.get_rank()} cannot see it: share --out")
         time.sleep(1)
 
 

@@ -721,7 +721,7 @@ def pretrain_elsewhere(cfg, rank, what):
 @pytest.mark.parametrize(
     "what, words",
     [
-        ("out", "elsewhere: rank 1 cannot see rank 0's: share --out"),
+        ("out", "elsewhere: rank 1 cannot see it: share --out"),
         ("data", "rank 1 reads other data than rank 0: share one copy"),
     ],
 )
