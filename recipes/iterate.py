@@ -16,6 +16,7 @@ from statistics import mean
 from align import PreferenceConfig, SftConfig, align, dpo, general_sft, rpo_1
 from data import aggregate, hold, write_whole
 from parallel import world_size
+from recipes.backends import identity
 from recipes.demo import (
     OWN_ANSWERS,
     STAGE,
@@ -29,7 +30,7 @@ from recipes.demo import (
     with_preset,
     write_prompts,
 )
-from recipes.records import Pipeline, identity
+from recipes.records import Pipeline
 from recipes.synthesize import SynthesizeConfig, own_prompts, rate, synthesize, with_rows
 from train import choose_config
 

@@ -37,12 +37,12 @@ from data import (
 )
 from generate import EngineConfig, check_ranges, run_command
 from recipes import verify
+from recipes.backends import Reply
 from recipes.records import (
     Pipeline,
     Question,
     Questions,
     Record,
-    Reply,
     digest_of,
     hash_of,
     prompt,
@@ -115,7 +115,8 @@ class SynthesizeConfig(EngineConfig):
 
     model: Path = Path()
     """Writer of prompts, of both sides of dialogues, and of verdicts."""
-    endpoint: str = ""  # URL of a server, say vLLM, NIM, recipes.serve; key: OPENAI_API_KEY
+    endpoint: tuple[str, ...] = ()
+    """URLs of servers, say vLLM, NIM, recipes.serve, that share the work; key: OPENAI_API_KEY."""
     answerers: tuple[str, ...] = ()  # Models that answer preference prompts; default: the model
     reward: str = ""  # Reward model that ranks, filters and labels; without one, the model rates
     judge: Literal["reward", "text"] = "reward"
@@ -141,7 +142,7 @@ class SynthesizeConfig(EngineConfig):
     min_chosen: float = 0.0  # Least reward of a chosen answer that no ground truth judged
     min_gap: float = 0.0  # Least difference of chosen and rejected: rewards, or the judge's margins
     near: float = 0.7  # Similarity (Jaccard) from which a prompt repeats another
-    concurrency: int = 16  # Requests under way at the endpoint
+    concurrency: int = 16  # Requests under way, at all endpoints together
     retries: int = 12
     """Repetitions of a request that fails, each after a longer pause (a minute in all for 12)."""
     seed: int = 0  # Seed of sampling and of every draw

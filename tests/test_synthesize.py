@@ -25,10 +25,11 @@ import data
 import generate
 from model import SHAPES, Nemotron, init_weights
 from parallel import MeshConfig, save_hf
-from recipes import records, report, verify
+from recipes import backends, records, report, verify
 from recipes import synthesize as pipeline
+from recipes.backends import Reply
 from recipes.iterate import IterateConfig, score_of
-from recipes.records import Pipeline, Reply, prompt
+from recipes.records import Pipeline, prompt
 from recipes.rows import ranked_row
 from recipes.synthesize import Candidate, SynthesizeConfig, choose, load_library, synthesize
 
@@ -208,7 +209,8 @@ def nano(tmp_path_factory, corpus):
 
 def config(teacher, out, **more):
     more.setdefault("min_helpfulness", 2.0)
-    return SynthesizeConfig(model=Path("teacher"), endpoint=teacher.url, out=out, **more)
+    how = dict(endpoint=(teacher.url,)) | more
+    return SynthesizeConfig(model=Path("teacher"), out=out, **how)
 
 
 class Says:
@@ -428,7 +430,50 @@ def test_a_dead_endpoint_keeps_what_was_there(made, teacher, tmp_path):
     with pytest.raises(ValueError, match="the same command goes on from here"):
         synthesize(cfg)
     assert any(cfg.out.glob("records/*.jsonl"))
-    assert contents(synthesize(replace(cfg, endpoint=teacher.url, retries=6))) == contents(made)
+    assert contents(synthesize(replace(cfg, endpoint=(teacher.url,), retries=6))) == contents(made)
+
+
+def test_endpoints_share_the_work_and_one_that_dies_leaves_its_requests_to_the_others(
+    teacher, tmp_path, caplog
+):
+    """The records are those of one endpoint: nothing depends on who answered."""
+    teachers = [Teacher(busy=busy) for busy in (0.0, 0.3, 0.0)]
+    dying = teachers[2]
+    answer = dying.reply
+
+    def answer_some(body):
+        if sum(dying.calls.values()) == 20:
+            dying.server_close()
+            raise ConnectionAbortedError  # this request, too, is lost
+        return answer(body)
+
+    dying.reply = answer_some
+    dying.handle_error = lambda *_: None
+    urls = tuple(teacher.url for teacher in teachers)
+    data.log.addHandler(caplog.handler)
+    asked = [question(f"Hello {i}") for i in range(200)]
+    for folder, endpoints in (("one", (teacher.url,)), ("many", urls)):
+        Pipeline(config(dying, tmp_path / folder, endpoint=endpoints)).answers("stage", asked)
+    data.log.removeHandler(caplog.handler)
+    one, many = ((tmp_path / f / "records/stage.jsonl").read_bytes() for f in ("one", "many"))
+    assert one == many
+    calls = [sum(teacher.calls.values()) for teacher in teachers]
+    assert calls[2] == 20 and min(calls[:2]) > 40
+    named = [record.getMessage() for record in caplog.records if "others get" in record.message]
+    assert urls[2] in named[0] and urls[0] not in "".join(named)
+    for teacher in teachers:
+        teacher.shutdown()
+        teacher.server_close()
+
+
+def test_when_every_endpoint_fails_the_run_ends_with_the_reason_of_the_last(tmp_path):
+    gone = Teacher()
+    gone.shutdown()
+    gone.server_close()
+    urls = (gone.url, gone.url.replace("/v1", "/v2"))
+    p = Pipeline(replace(config(gone, tmp_path, retries=0), endpoint=urls))
+    with pytest.raises(ValueError, match="Connection refused: the same command goes on"):
+        p.answers("stage", [question("Hello")])
 
 
 @pytest.mark.parametrize(
@@ -444,7 +489,7 @@ def test_a_dead_endpoint_keeps_what_was_there(made, teacher, tmp_path):
         (dict(min_gap=float("nan")), "min_gap=nan"),
         (dict(min_chosen=float("inf")), "min_chosen=inf"),
         (dict(min_helpfulness=float("nan")), "min_helpfulness=nan"),
-        (dict(model=Path("nowhere"), endpoint=""), "a model is a folder"),
+        (dict(model=Path("nowhere"), endpoint=()), "a model is a folder"),
         (dict(prompts=(Path("missing.jsonl"),)), "missing.jsonl"),
         (dict(documents=(Path("missing.txt"),)), "missing.txt"),
     ],
@@ -508,7 +553,7 @@ def test_a_teacher_at_an_endpoint_and_models_in_this_process_work_together(teach
     out = synthesize(config(teacher, tmp_path / "out", min_helpfulness=-99.0, **both))
     lines = (out / "records" / "responses.jsonl").read_text().splitlines()
     models = Counter(json.loads(line)["model"] for line in lines)
-    assert models["teacher"] == models[records.identity(nano[0])] > 20
+    assert models["teacher"] == models[backends.identity(nano[0])] > 20
     rated = rows(out, "reward")
     assert len({tuple(row["label"]) for row in rated}) == len({*map(str, rated)}) > 20
     assert len(rows(out, "preference")) >= len(rows(out, "rpo")) > 5
@@ -599,12 +644,12 @@ def test_an_odd_answer_is_dropped_and_counted_and_what_is_no_answer_ends_the_run
     again = Pipeline(p.cfg)
     again.answers("stage", asked)
     assert again.used.keys() == p.used.keys() and len(again.used) == len(asked)
-    assert again.counts == p.counts and again.model.client is not p.model.client
+    assert again.counts == p.counts and again.model.servers != p.model.servers
     for status, body in ((200, {"detail": "no such route"}), (200, "<html>"), (401, {})):
         odd.odd["again"] = status, body
         with pytest.raises(ValueError, match=rf"{odd.url}: teacher.*goes on from here"):
             p.ask("stage", [question("again")])
-    rated = records.load_backend(p.cfg, "teacher", rates=True)
+    rated = backends.load_backend(p.cfg, "teacher", rates=True)
     with pytest.raises(ValueError, match="gives no log-probabilities of attributes"):
         p.ask("stage", [question("rated")], rated)
     odd.shutdown()
@@ -831,7 +876,7 @@ def test_what_is_wrong_with_a_file_of_templates_is_named(teacher, tmp_path, text
             replace(
                 with_templates(tmp_path / "own.toml", text),
                 model=Path("teacher"),
-                endpoint=teacher.url,
+                endpoint=(teacher.url,),
                 out=tmp_path / "out",
                 recipe="demo",
             )
@@ -843,7 +888,7 @@ def test_other_weights_have_another_identity(tmp_path):
     names = set()
     for tail in (b"1", b"2"):  # with the same embedding before them
         (tmp_path / "model.safetensors").write_bytes(bytes(4 << 20) + tail * (4 << 20))
-        names.add(records.identity(tmp_path))
+        names.add(backends.identity(tmp_path))
     assert len(names) == 2
 
 
@@ -854,7 +899,7 @@ def test_a_runs_identity_depends_on_its_tensors_alone(tmp_path):
     for tensors, metadata in ((1, 1), (1, 2), (2, 2)):  # DCP's metadata differ from save to save
         (part / "__0_0.distcp").write_bytes(bytes([tensors]) * 100)
         (part / ".metadata").write_bytes(bytes([metadata]) * 100)
-        names.append(records.identity(tmp_path))
+        names.append(backends.identity(tmp_path))
     assert names[0] == names[1] != names[2]
 
 
@@ -908,7 +953,7 @@ def test_the_token_limit_has_the_name_that_the_server_asks_for(made, tmp_path):
 @pytest.mark.parametrize("url", ["not-a-url", "localhost:8000/v1", "ftp://x/v1", "http://"])
 def test_an_endpoint_that_is_no_url_is_refused_before_anything_is_asked(tmp_path, url):
     with pytest.raises(ValueError, match="a URL such as http"):
-        Pipeline(SynthesizeConfig(model=Path("x"), endpoint=url, out=tmp_path / "out"))
+        Pipeline(SynthesizeConfig(model=Path("x"), endpoint=(url,), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
