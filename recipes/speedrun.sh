@@ -82,7 +82,7 @@ python -m recipes.synthesize --model "$policy" --reward "$OUT/reward" --recipe p
     --counts preference_share 0 turns 1 "${answer[@]}" --out "$OUT/again_data"
 $run align.py general_sft --init "$OUT/base" --data "$OUT/again_data/sft.jsonl" "${tune[@]}" --out "$OUT/again"
 
-# 5. all answer questions that nothing was trained on; how many are right to the letter, and the runs' curves
+# 5. all answer questions that nothing was trained on; how many are right to the letter
 for model in sft dpo rpo_1 again; do
     [[ -e $OUT/$model.jsonl ]] || python generate.py sample "$OUT/$model" --file "$QUESTIONS" \
         --out "$OUT/$model.jsonl" --temperature 0 --max-tokens 40
@@ -93,4 +93,7 @@ for path in sys.argv[1:]:
     rows = [json.loads(line) for line in open(path)]
     print(path, sum(row["text"].strip() == row["answer"] for row in rows), "right of", len(rows))
 MARKS
-python -m recipes.report "$OUT"/{base,sft,dpo,rpo_1,again} --out "$OUT/report.png"
+
+# 6. the report card: what each stage cost, learnt and answers
+python -m recipes.card "$OUT"/{base,sft,reward,dpo,rpo_1,again} --questions "$QUESTIONS" \
+    --max-tokens 40 --out "$OUT/card.md"
