@@ -140,21 +140,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
+def boundaries(documents: Tensor) -> Tensor:
+    """Return where each of the packed documents (B, T) begins in the flat batch, and its end, as
+    int32 (n + 1). Done on a CPU's ids, as on a GPU's, how many there are would be waited for."""
+    changes = F.pad(documents.diff(dim=1), (1, 0), value=1)  # not 0 where one begins
+    return F.pad(changes.flatten().nonzero().flatten(), (0, 1), value=changes.numel()).int()
+
+
 def visible_keys(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor | None:
     """Return which keys each query may attend to, once for all layers. `attend` reads it.
 
     Plain causal attention: None. With a cache of S slots, where slot = position: a bool mask
-    (B, 1, T, S). With documents (B, T), ids that attention does not cross: on a CPU a bool mask
-    (B, 1, T, T); on a GPU the documents' boundaries, int32 (n + 1), for a variable-length kernel.
+    (B, 1, T, S). With documents (B, T), ids that attention does not cross: a bool mask
+    (B, 1, T, T). Their `boundaries` stay as they are, for a GPU's variable-length kernel.
     """
     if cache is not None:
+        if len(positions) == 1 and positions.shape[1] in (1, cache.n_keys):
+            return None  # one row that reads all, or that begins
         slots = torch.arange(cache.n_keys, device=positions.device)
         return (positions[:, :, None] >= slots)[:, None]
-    if documents is None:
-        return None
-    if documents.is_cuda:
-        changes = documents.diff(dim=1, prepend=documents[:, :1] - 1)  # not 0 where one begins
-        return F.pad(changes.flatten().nonzero().flatten(), (0, 1), value=changes.numel()).int()
+    if documents is None or documents.ndim == 1:
+        return documents
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
@@ -164,11 +170,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     The one place that picks a kernel: torch's variable-length one for packed documents on a GPU;
     else flash-attn if installed, or scaled_dot_product_attention, which picks its own backend.
     """
-    if visible is not None and visible.dtype == torch.int32:
+    if visible is not None and visible.ndim == 1:
         return attend_within_documents(q, k, v, visible)
     if visible is None and flash_attn and q.is_cuda and q.dtype in HALF_PRECISION:
         return flash_attn.flash_attn_func(q, k, v, causal=True)
-    one_token = visible is not None and q.shape[1] == 1
+    one_token = q.shape[1] == 1
     # (B, H, T, E); in decoding (B, K, H / K, E): the query heads of a key-value head stand as its
     # tokens, so that k and v are not repeated
     queries = q.view(q.shape[0], k.shape[2], -1, q.shape[3]) if one_token else q.transpose(1, 2)
@@ -177,18 +183,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         k.transpose(1, 2),
         v.transpose(1, 2),
         visible,
-        is_causal=visible is None,
+        is_causal=visible is None and not one_token,
         enable_gqa=queries.shape[1] != k.shape[2],
     )
     return (out.view_as(q) if one_token else out.transpose(1, 2)).to(q.dtype)
 
 
 def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """Attend on a GPU without crossing a document: boundaries as visible_keys returns them."""
-    if q.dtype not in HALF_PRECISION:
-        raise ValueError(
-            f"packed documents on a GPU need bf16 or fp16, not {q.dtype}: set --mesh.dtype bf16"
-        )
+    """Attend on a GPU, in bf16 or fp16, without crossing a document."""
     T = q.shape[1]  # no document is longer
     # (B * T, H, E); torch 2.11's kernel knows no grouped queries
     flat = [t.repeat_interleave(q.shape[2] // t.shape[2], dim=2).flatten(0, 1) for t in (q, k, v)]

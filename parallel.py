@@ -8,6 +8,7 @@ same numbers on every mesh. `python -m recipes.plan` predicts memory and speed o
 """
 
 import ctypes
+import gc
 import io
 import json
 import logging
@@ -57,6 +58,7 @@ from model import (
     Nemotron,
     RewardHead,
     at_least_fp32,
+    boundaries,
     check_ranges,
     config_from_hf,
     count_params,
@@ -102,7 +104,7 @@ class MeshConfig:
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
     """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline."""
-    timeout: int = 1800  # Seconds after which a process that does not answer ends the job.
+    timeout: int = 1800  # Seconds without an answer that end the job; within a step 600 at most.
 
     def __post_init__(self) -> None:
         """Refuse a field's value that no layout can have."""
@@ -139,8 +141,8 @@ class MeshConfig:
 
     def dp(self, world: int) -> int:
         """Count the processes that see different sequences."""
-        shape = self.shape(world)
-        return shape["dp_replicate"] * shape["dp_shard"]
+        self.shape(world)
+        return world // (self.pp * self.tp)
 
     def rank_of(self, stage: int) -> int:
         """Return the pipeline rank that holds a stage: a loop over the ranks, or for zbv a V."""
@@ -173,20 +175,16 @@ class MeshConfig:
                 f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages, but only "
                 f"n_layers={model.n_layers}: one layer a stage"
             )
-        share = batch // dp
-        if batch % dp:
-            raise ValueError(f"batch={batch} sequences do not divide among {dp} dp processes")
-        if share % micro_batch:
-            raise ValueError(
-                f"micro_batch={micro_batch} does not divide the {share} sequences of each process "
-                f"(batch={batch} over {dp}): use a divisor of {share}"
-            )
+        at_once = dp * micro_batch
+        if batch % at_once:
+            rule = f"a multiple of {dp} dp processes x micro_batch={micro_batch} = {at_once}"
+            raise ValueError(f"batch={batch} sequences: must be {rule}")
         plain = self.schedule == "1f1b"
         if self.pp == 1 and (self.vp > 1 or not plain):
             raise ValueError(
                 f"vp={self.vp}, schedule={self.schedule} with pp=1: they need a pipeline"
             )
-        n = share // micro_batch
+        n = batch // at_once
         least = max(self.pp, self.micro_batches(n))
         if n < least:
             raise ValueError(
@@ -220,9 +218,8 @@ def world_size() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors, as torch does on a GPU. By default it hands a
-    large tensor's memory back to the kernel and gets it again zeroed page by page, which is a
-    quarter of a step's time on a CPU. Nothing happens without glibc."""
+    """Let glibc keep the memory of freed tensors. By default it goes back to the kernel and comes
+    again zeroed page by page: a quarter of a step's time on a CPU. Nothing is done without it."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large allocations come from the heap too
@@ -242,6 +239,7 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         torch.cuda.set_device(number)
     else:
         keep_freed_memory()
+    gc.set_threshold(100_000, 20)  # a first checkpoint's plan is a million objects
     if not dist.is_initialized():
         # gloo would connect everyone to everyone: past 500 ranks that is too many open files
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -252,7 +250,8 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         who = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, **who)
     mesh = init_device_mesh(device, tuple(cfg.shape(world_size()).values()), mesh_dim_names=AXES)
-    for axis in AXES:  # the groups of the axes would start with torch's default
+    timeout = min(timeout, timedelta(minutes=10))  # no step waits as long as a start or a save
+    for axis in AXES:  # their groups would have torch's default
         dist.distributed_c10d._set_pg_timeout(timeout, mesh[axis].get_group())
     return mesh
 
@@ -298,14 +297,19 @@ def run(main: Callable[[], None]) -> None:
         log.warning(f"stopped {str(e) or 'outside of the steps: the last checkpoint stays'}")
         os._exit(130)
     except Exception as e:
-        if rank:  # what all ranks find, rank 0 says: as it ends, torchrun ends the others
+        if rank:  # what all find, rank 0 says: as it ends, torchrun ends the others of its machine
             time.sleep(3)
+        times = 0
+        with suppress(ValueError, RuntimeError):  # without torchrun, or when its store has ended
+            store = next(dist.rendezvous("env://?world_size=1", timeout=timedelta(seconds=5)))[0]
+            times = store.add(f"{e} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1)
         raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
         ours = isinstance(e, ValueError) and raised_in.startswith(str(Path(__file__).parent))
         users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
-        if not users:
-            traceback.print_exc()
-        sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
+        if rank == 0 or times < 2:
+            if not users:
+                traceback.print_exc()
+            sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
         os._exit(2 if users else 1)
 
 
@@ -369,7 +373,13 @@ class TokenLogProbs(torch.autograd.Function):
         logsumexp = row_max + row_sum.log()
         target_logit = target_logit * here
         if tp is not None:
-            logsumexp, target_logit = over_ranks(logsumexp, target_logit, tp.get_group())
+            # each rank has its words alone: sum the exponentials, shifted by their maximum
+            highest = logsumexp.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, tp.get_group())
+            sums = torch.stack([(logsumexp - highest).exp(), target_logit])
+            dist.all_reduce(sums, group=tp.get_group())
+            logsumexp = highest + sums[0].log()
+            target_logit = sums[1]
         ignored = labels == IGNORE
         ctx.save_for_backward(states, weight, column, here, ignored, row_max, logsumexp)
         # a clone, as a pipeline stage may not return a view
@@ -403,16 +413,6 @@ class TokenLogProbs(torch.autograd.Function):
                 exponentials = logits.sub_(row_max[part, None]).exp_().to(states.dtype)
                 d_weight += products(part, exponentials)
         return d_states.view(*grad.shape, -1), d_weight.to(weight.dtype), None, None
-
-
-def over_ranks(logsumexp: Tensor, target_logit: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Combine what each tensor-parallel rank has of its words into that of the whole vocabulary:
-    the log of the summed exponentials, shifted by their maximum, and the target's logit."""
-    highest = logsumexp.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    sums = torch.stack([(logsumexp - highest).exp(), target_logit])
-    dist.all_reduce(sums, group=group)
-    return highest + sums[0].log(), sums[1]
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------
@@ -460,25 +460,24 @@ class Column(styles.ColwiseParallel):
 
 
 def tp_plan() -> dict[str, styles.ParallelStyle]:
-    """Return Megatron's tensor and sequence parallelism as data: module name → style. Residuals and
-    norms are sharded over tokens, matrices over heads, ffn or vocabulary. Every parameter is in it,
-    so that all share one mesh."""
+    """Return Megatron's tensor and sequence parallelism as data: module name → style, for every
+    parameter. Residuals and norms are sharded over tokens, matrices over heads, ffn, vocabulary."""
     tokens = Shard(1)
     every = Replicate()
-    rest = (None,) * 4  # attention's other arguments are whole on every rank
-    gather_first = styles.PrepareModuleInput(
-        input_layouts=(tokens, *rest), desired_input_layouts=(every, *rest)
-    )
-    gather = styles.PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(every,))
     column = Column()
     row = styles.RowwiseParallel(output_layouts=tokens)
+
+    def gather(*rest: None) -> styles.PrepareModuleInput:
+        before, after = ((layout, *rest) for layout in (tokens, every))
+        return styles.PrepareModuleInput(input_layouts=before, desired_input_layouts=after)
+
     return {
         "embed": styles.RowwiseParallel(input_layouts=every, output_layouts=tokens),
-        "blocks.*.attn": gather_first,
+        "blocks.*.attn": gather(*[None] * 4),  # its other arguments are whole on every rank
         "blocks.*.attn.w[qkv]": column,
         "blocks.*.attn.wo": row,
         "blocks.*.*_norm": styles.SequenceParallel(),
-        "blocks.*.mlp": gather,
+        "blocks.*.mlp": gather(),
         "blocks.*.mlp.up": column,
         "blocks.*.mlp.down": row,
         "norm": styles.SequenceParallel(),
@@ -698,27 +697,51 @@ class Runner:
                 dist.all_reduce(x, group=self.mesh[axis].get_group())
         return x
 
-    def load(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """Move micro-batches to the device. Returns what the global loss is divided by, and 0."""
+    def load(self, batches: list[Batch]) -> None:
+        """Move micro-batches to the device, and count what the global loss is divided by."""
         self.micro.clear()
         for batch in batches:
             tensors = {}
             for name in batch.keys() - {"count"}:
-                tensors[name] = torch.as_tensor(batch[name]).to(self.device, non_blocking=True)
+                tensor = torch.as_tensor(batch[name])
+                if name == "documents" and self.device.type == "cuda":
+                    tensor = boundaries(tensor)
+                tensors[name] = tensor.to(self.device, non_blocking=True)
             self.micro.append(tensors)
         own = sum(batch["count"] for batch in batches)
         count = torch.tensor(own, dtype=torch.float64, device=self.device)
-        return self.reduce(count, "dp_replicate", "dp_shard"), torch.zeros_like(count)
+        self.count = self.reduce(count, "dp_replicate", "dp_shard")
+        self.total = torch.zeros_like(count)  # loss of this rank, until it is that of all
 
-    def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
+    def loss_of(self, out: Tensor, i: Tensor | int) -> Tensor:
+        """Compute and note the loss of micro-batch i, from what the last stage makes of it."""
+        loss = self.loss_fn(out, self.micro[int(i)]) / self.count
+        self.total.add_(loss.detach())
+        return loss
+
+    def step(self, batches: list[Batch], loss_fn: LossFn, train: bool = True) -> Tensor:
         """Do forward and backward of this rank's micro-batches. Returns the global loss everywhere.
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
-        return self.run(batches, loss_fn, train=True)
+        self.load(batches)
+        self.loss_fn = loss_fn
+        n = len(batches)
+        if self.last > 0:  # forward alone in rounds: a bubble of an eighth, few states at once
+            size = n if train else max(1, 8 * self.cfg.pp // self.cfg.vp)
+            for first in range(0, n, size):
+                self.run_schedule(range(first, min(n, first + size)), train)
+        else:
+            stage = self.stages[0]
+            for i in range(n):
+                stage.set_requires_gradient_sync(i == n - 1)
+                loss = self.loss_of(stage(None, i), i)
+                if train:
+                    loss.backward()
+        return self.reduce(self.total, "dp_replicate", "dp_shard", "pp")
 
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Return the global loss of these micro-batches, by forward alone."""
-        total = self.run(batches, loss_fn, train=False)
+        total = self.step(batches, loss_fn, train=False)
         # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
         for stage in self.stages.values():
             for unit in fsdp_units(stage):
@@ -727,37 +750,13 @@ class Runner:
             stage.clear_runtime_states()  # of all that it handed on
         return total
 
-    def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
-        """Go through all stages, forward and, to train, backward; return the global loss."""
-        count, total = self.load(batches)
-
-        def loss_of(out: Tensor, i: Tensor | int) -> Tensor:
-            loss = loss_fn(out, self.micro[int(i)]) / count
-            total.add_(loss.detach())
-            return loss
-
-        n = len(batches)
-        if self.last > 0:  # forward alone in rounds: a bubble of an eighth, few states at once
-            size = n if train else max(1, 8 * self.cfg.pp // self.cfg.vp)
-            for first in range(0, n, size):
-                self.run_schedule(range(first, min(n, first + size)), loss_of, train)
-        else:
-            stage = self.stages[0]
-            for i in range(n):
-                stage.set_requires_gradient_sync(i == n - 1)
-                loss = loss_of(stage(None, i), i)
-                if train:
-                    loss.backward()
-        return self.reduce(total, "dp_replicate", "dp_shard", "pp")
-
-    def run_schedule(self, micro: range, loss_of: Callable, train: bool) -> None:
+    def run_schedule(self, micro: range, train: bool) -> None:
         """Run torch's pipeline schedule over some micro-batches. It splits tensors alone: target
         and the extra argument of each stage are the micro-batches' numbers."""
-        self.loss_of = loss_of  # the schedule outlives this step's loss
         key = (len(micro), train)
         if key not in self.schedules:
-            late = lambda out, i: self.loss_of(out, i)  # noqa: E731
-            self.schedules[key] = make_schedule(self.cfg, self.pipelines[train], *key, late)
+            stages = self.pipelines[train]
+            self.schedules[key] = make_schedule(self.cfg, stages, *key, self.loss_of)
         numbers = torch.tensor(micro)
         first = (numbers,) if 0 in self.stages else ()
         last = {"target": numbers} if self.last in self.stages else {}
@@ -816,7 +815,7 @@ class Runner:
 
 def step_folders(root: Path) -> list[Path]:
     """List the checkpoints, oldest first. One that is still being written has another name."""
-    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
+    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal()]
     return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
@@ -882,6 +881,15 @@ class Writer(dcp.filesystem._FileSystemWriter):  # the public one would copy onc
             raise e.__context__ or e from None
 
 
+class Planner(dcp.DefaultSavePlanner):
+    """Planner of who writes which piece, once: the next save's plan is the same. torch's own would
+    compare all pieces, which cannot overlap here: ten seconds, at 512 ranks to a part."""
+
+    def _create_global_plan(self, all_plans: Any) -> Any:
+        plan = dcp.default_planner.create_default_global_save_plan
+        return plan(self._dedup_save_plans(all_plans))
+
+
 class Checkpoints:
     """Checkpoints of a run, of which a reader sees a whole one or none, and knows a damaged one.
 
@@ -905,8 +913,6 @@ class Checkpoints:
         timeout = timedelta(seconds=mesh.timeout)
         self.group, _ = dist.new_subgroups(n, timeout=timeout, backend="gloo")
         self.writing: Path | None = None
-        self.future = None  # of this rank's writing
-        self.state = {}
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         """Write a checkpoint; in the background, return as soon as the tensors are copied."""
@@ -921,7 +927,7 @@ class Checkpoints:
         self.future = dcp.async_save(
             tensors,
             storage_writer=Writer(self.writing / f"part_{self.rank // self.group.size():04d}"),
-            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),  # the next plan is the same
+            planner=Planner(flatten_state_dict=False, enable_plan_caching=True),
             process_group=self.group,
         )
         if not self.background:
@@ -937,36 +943,35 @@ class Checkpoints:
             return f"rank {dist.get_global_rank(self.group, rank)}: {failures[rank][0]}"
         return ""
 
-    def failures(self, write: Callable[[], Any]) -> list[str]:
-        """Do what may fail on every rank, and return what went wrong on each."""
+    def any_failure(self, write: Callable[[], Any]) -> str:
+        """Do what may fail on every rank, and return what went wrong on one of them, or ""."""
         found = [""] * dist.get_world_size()
         dist.all_gather_object(found, self.failure(write))
-        return found
+        return max(found)
 
-    def check(self, failures: list[str]) -> None:
+    def check(self, failure: str) -> None:
         """Remove, after a failure, what is half written, as it may be what fills the disk."""
-        if any(failures):
+        if failure:
             shutil.rmtree(self.writing, ignore_errors=True)
-            raise OSError(f"{self.writing}: not saved, and removed: {max(failures)}")
+            raise OSError(f"{self.writing}: not saved, and removed: {failure}")
 
     def poll(self) -> None:
         """Go on with what is written. Asks no other rank, so it may be called at any time."""
         if self.writing is None:
             return
         if self.future.done():
-            self.check([self.failure(self.future.result)])
+            self.check(self.failure(self.future.result))
         # there are none once it has been renamed
         if self.rank == 0 and len([*self.writing.glob("*/.metadata")]) == self.n_parts:
-            self.check([self.failure(self.seal)])
+            self.check(self.failure(self.seal))
 
     def finish(self) -> None:
         """Wait until what is being written is a checkpoint, on every rank."""
         if self.writing is None:
             return
-        self.check(self.failures(self.future.result))
-        self.poll()
-        if self.rank == 0 and self.writing.exists():
-            raise ValueError(f"{self.writing} lacks some rank's files: all must share --out")
+        self.check(self.any_failure(self.future.result))
+        if self.rank == 0 and self.writing.exists():  # poll may have been here
+            self.check(self.failure(self.seal))
         dist.barrier()
         self.writing = None
 
@@ -996,10 +1001,10 @@ class Checkpoints:
         or None. A damaged one is named, then the one before it is taken."""
         folders = from_rank_0(lambda: step_folders(self.root))
         for folder in reversed(folders):
-            wrong = self.failures(partial(self.read, folder, tensors))
-            if not any(wrong):
+            wrong = self.any_failure(partial(self.read, folder, tensors))
+            if not wrong:
                 return self.state
-            log.warning(f"{max(wrong)}: trying the checkpoint before")
+            log.warning(f"{wrong}: trying the checkpoint before")
         if folders:
             raise ValueError(f"{self.root}: no checkpoint is whole: remove them to start anew")
 
@@ -1012,10 +1017,10 @@ def full_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in on_meta(cfg).named_parameters()}
 
 
-def nemo_of(folder: str | Path) -> tuple[ModelConfig, Source] | None:
+def nemo_of(folder: str | Path) -> tuple[ModelConfig, Source, Any] | None:
     """Open the model in nemo:FOLDER, NVIDIA's own form, which a recipe reads; None of others."""
     form, _, path = str(folder).partition(":")
-    return import_module("recipes.nemo").open_nemo(Path(path))[:2] if form == "nemo" else None
+    return import_module("recipes.nemo").open_nemo(Path(path)) if form == "nemo" else None
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -1036,8 +1041,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def open_hf(folder: Path) -> Source:
-    """Open the tensors of a Hugging Face folder, whose names and shapes must be exactly those of
-    the whole model."""
+    """Open a Hugging Face folder's tensors: by name and shape exactly those of the whole model."""
     cfg = read_config(folder)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -1053,20 +1057,19 @@ def open_hf(folder: Path) -> Source:
             raise ValueError(f"{path}: {e}: {todo}") from None
     if not found:
         raise ValueError(f"{folder}: no .safetensors file in it")
-    shapes = {hf_name(name, cfg): list(shape) for name, shape in full_shapes(cfg).items()}
-    if found.keys() != shapes.keys():
-        missing = sorted(shapes.keys() - found.keys())[:5]
-        unknown = sorted(found.keys() - shapes.keys())[:5]
-        raise ValueError(f"{folder} is not this model: missing {missing}, unknown {unknown}")
+    named = {name: hf_name(name, cfg) for name in full_shapes(cfg)}
+    shapes = {named[name]: list(shape) for name, shape in full_shapes(cfg).items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        shape = found[name].get_shape() if name in found else "missing"
+        rule = shapes.get(name, "unknown")
+        if shape != rule:
+            raise ValueError(f"{folder}: {name} is {shape}, config.json makes it {rule}")
     for name, lazy in found.items():
         kind = lazy.get_dtype()
         if kind not in ("F64", "F32", "F16", "BF16"):
             todo = f"convert it, with its scales, or read it as nemo:{folder}"
             raise ValueError(f"{folder}: {name} is {kind}: {todo}")
-        shape = lazy.get_shape()
-        if shape != shapes[name]:
-            raise ValueError(f"{folder}: {name} is {shape}, config.json makes it {shapes[name]}")
-    return {name: found[hf_name(name, cfg)].__getitem__ for name in full_shapes(cfg)}
+    return {name: found[theirs].__getitem__ for name, theirs in named.items()}
 
 
 def read_merged(matrix: Any, a: Any, b: Any, cfg: ModelConfig, wanted: Region) -> Tensor:
@@ -1081,7 +1084,7 @@ def open_weights(folder: str | Path) -> Source:
     of a run, its adapters merged into their matrices; for a run all ranks must ask together."""
     nemo = nemo_of(folder)
     if nemo:
-        return {name: rows.__getitem__ for name, rows in nemo[1].items()}
+        return nemo[1]
     root = Path(folder) / "checkpoints"
     if not root.exists():
         return open_hf(Path(folder))
@@ -1155,9 +1158,8 @@ def save_hf(
     plan = split_torch_state_dict_into_shards(on_disk, max_shard_size=file_bytes)
     with new_folder(Path(folder)) as partial:
         for file, names in plan.filename_to_tensors.items():
-            held = {}
-            for name in names:
-                held[name] = source[ours[name]](own_region(on_disk[name])).to("cpu", dtype)
+            read = lambda name: source[ours[name]](own_region(on_disk[name]))  # noqa: E731
+            held = {name: read(name).to("cpu", dtype) for name in names}
             save_file(held, partial / file, metadata={"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -1189,8 +1191,6 @@ def export(c: ExportConfig) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["plan"]:
-        sys.exit("parallel.py plan is now `python -m recipes.plan`")
     set_up_logging()
     parse = partial(tyro.extras.subcommand_cli_from_dict, {"export": ExportConfig})
     run(lambda: export(parsed(partial(parse, description=__doc__))))

@@ -403,6 +403,8 @@ class Rows:
         whole = found[0] if len(found) == 1 else torch.cat(found, len(lead))
         return whole.flatten(0, len(lead))
 
+    __call__ = __getitem__  # as parallel.py reads
+
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.array.dtype.itemsize

@@ -785,7 +785,7 @@ def one_kernel(
     for T in (min(512, cfg.seq_len), cfg.seq_len):  # the first is checked, the last is timed
         q, k, v = (torch.randn(1, T, n, cfg.head_dim, dtype=dtype, device=o.device) for n in heads)
         documents = torch.arange(T, device=o.device)[None] * 4 // T
-        starts = model.visible_keys(documents, documents, None) if packed else None
+        starts = model.boundaries(documents) if packed else None
         kernel = kernels(starts, T)[name]
         if not out:
             mask = torch.ones(T, T, dtype=torch.bool, device=o.device).tril()
@@ -1023,7 +1023,7 @@ def one_step(found: Result, runner: parallel.Runner) -> None:
     mesh = runner.cfg
     with timed(found, "start: schedules, s"):
         built = parallel.make_schedule(mesh, runner.pipeline_stages(), N_MICRO["schedule"])
-        round_ = max(1, 8 * mesh.pp // mesh.vp)  # as Runner.run divides a validation
+        round_ = max(1, 8 * mesh.pp // mesh.vp)  # as Runner.step divides a validation
         parallel.make_schedule(mesh, runner.pipeline_stages(), round_, train=False)
     actions = built.pipeline_order_with_comms
     found["schedule: own actions"] = len(actions[runner.mesh.get_local_rank("pp")])
@@ -1044,8 +1044,8 @@ def save_and_load(found: Result, runner: parallel.Runner, folder: Path) -> None:
     optimizer = train.make_optimizer(train.PretrainConfig(model=runner.model), runner)
     state = train.training_state(runner, optimizer)
     steps = {
-        "save: a rank's plan, s": (dcp.DefaultSavePlanner, "create_local_plan"),
-        "save: rank 0's plan, s": (dcp.DefaultSavePlanner, "create_global_plan"),
+        "save: a rank's plan, s": (parallel.Planner, "create_local_plan"),
+        "save: rank 0's plan, s": (parallel.Planner, "create_global_plan"),
         "save: rank 0's end, s": (parallel.Writer, "finish"),
         "load: reading it, s": (dcp.FileSystemReader, "read_metadata"),
         "load: finding pieces, s": (parallel, "create_read_items_for_chunk_list"),
@@ -1087,7 +1087,7 @@ def abstract_state(stages: list[parallel.Stage]) -> dict[str, torch.Tensor]:
 
 def plan_of(state: dict[str, torch.Tensor], first: bool = False) -> Any:
     """Make this rank's save plan with DCP's planner."""
-    planner = dcp.DefaultSavePlanner()
+    planner = parallel.Planner(flatten_state_dict=False)
     planner.set_up_planner(state, None, first)
     return planner.create_local_plan()
 
@@ -1120,7 +1120,7 @@ def plan_a_save(found: Result, stages: list[parallel.Stage], world: int, folder:
     state = abstract_state(stages)
     sent = [pickle.dumps(plan) for plan in plans_of(found, state)]
     found["save: plans to rank 0, MB"] = sum(map(len, sent)) / 1e6
-    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    planner = parallel.Planner(flatten_state_dict=False, enable_plan_caching=True)
     part = folder / "part_0000"
     part.mkdir()
     with timed(found, "save: rank 0's plan, s"):

@@ -374,12 +374,21 @@ def test_an_impossible_shape_is_refused_with_its_numbers(change, words):
         replace(TINY, **change)
 
 
+def test_boundaries_are_where_each_document_begins_and_the_end_and_stay_as_they_are():
+    from model import boundaries, visible_keys
+
+    documents = torch.tensor([[0, 0, 1, 1, 1], [1, 2, 2, 7, 7]])  # a row begins one in any case
+    starts = boundaries(documents)
+    assert starts.tolist() == [0, 2, 5, 6, 8, 10] and starts.dtype == torch.int32
+    assert visible_keys(documents, starts, None) is starts
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_every_attention_kernel_equals_float64(packed, head_dim):
-    from model import attend, visible_keys
+    from model import attend, boundaries, visible_keys
 
     g = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -388,7 +397,6 @@ def test_every_attention_kernel_equals_float64(packed, head_dim):
     documents = (torch.arange(256) // 100).expand(2, -1).contiguous() if packed else None
     positions = torch.arange(256).expand(2, -1)
     want = attend(q, k, v, visible_keys(positions, documents, None))
-    move = lambda t: None if t is None else t.cuda()  # noqa: E731
-    visible = visible_keys(move(positions), move(documents), None)
+    visible = boundaries(documents).cuda() if packed else None
     got = attend(*(t.cuda().bfloat16() for t in (q, k, v)), visible)
     assert (got.cpu().double() - want).abs().max() < 0.03

@@ -758,8 +758,8 @@ def test_a_schedule_takes_every_number_of_micro_batches_that_the_mesh_says(on_ra
 
 
 IMPOSSIBLE = [
-    (3, {}, "batch=8 sequences do not divide among 3"),
-    (2, {"micro_batch": 3}, "micro_batch=3 does not divide the 4 sequences"),
+    (3, {}, "batch=8 sequences: must be a multiple of 3 dp processes"),
+    (2, {"micro_batch": 3}, "2 dp processes x micro_batch=3 = 6"),
     (4, {"dp_replicate": 3}, "dp_replicate=3 x tp=1 = 3 does not divide the 4 processes"),
     (1, {"micro_batch": 0}, "micro_batch=0"),
     (4, {"pp": 0}, "pp=0"),

@@ -269,7 +269,6 @@ def test_every_option_is_read_somewhere():
         ("generate.py serve", "recipes.serve"),
         ("generate.py evaluate", "recipes.evaluate"),
         ("generate.py synthesize", "recipes.synthesize"),
-        ("parallel.py plan", "recipes.plan"),
         ("train.py report", "recipes.report"),
         ("align.py demo", "recipes.demo"),
         ("align.py iterate", "recipes.iterate"),

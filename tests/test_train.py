@@ -546,7 +546,7 @@ def test_the_command_reports_an_error_in_one_line_and_exits_non_zero(tmp_path):
     command = [sys.executable, "train.py", "nano", "--batch", "5", "--out", str(tmp_path / "a")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
-    assert "micro_batch=2 does not divide the 5 sequences" in done.stdout + done.stderr
+    assert "1 dp processes x micro_batch=2 = 2" in done.stdout + done.stderr
 
 
 # ---- staying alive -------------------------------------------------------------------------------
