@@ -297,19 +297,19 @@ def run(main: Callable[[], None]) -> None:
         log.warning(f"stopped {str(e) or 'outside of the steps: the last checkpoint stays'}")
         os._exit(130)
     except Exception as e:
-        if rank:  # what all find, rank 0 says: as it ends, torchrun ends the others of its machine
-            time.sleep(3)
-        times = 0
+        times = 0  # how often this error was found before, and now
         with suppress(ValueError, RuntimeError):  # without torchrun, or when its store has ended
             store = next(dist.rendezvous("env://?world_size=1", timeout=timedelta(seconds=5)))[0]
             times = store.add(f"{e} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1)
         raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
         ours = isinstance(e, ValueError) and raised_in.startswith(str(Path(__file__).parent))
         users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
-        if rank == 0 or times < 2:
+        if times < 2:
             if not users:
                 traceback.print_exc()
             sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
+        if times:  # as one ends, torchrun ends the others of its machine: first, all ask the store
+            time.sleep(3)
         os._exit(2 if users else 1)
 
 

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -736,11 +737,19 @@ def test_what_the_machines_do_not_share_is_noticed_before_the_first_step(
 
 
 @pytest.mark.slow
-def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "train.py"]
-    command += ["nano", "--batch", "7", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.count("batch=7") == 1 and done.returncode
+def test_what_all_ranks_of_two_machines_find_wrong_is_said_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    wrong = ["train.py", "nano", "--batch", "7", "--out", str(tmp_path / "run")]
+    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    machines = [
+        subprocess.Popen([*command, "--node_rank", number, *wrong], **pipes) for number in "01"
+    ]
+    texts = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert "".join(texts).count("batch=7") == 1 and all(machine.returncode for machine in machines)
 
 
 @pytest.mark.slow
