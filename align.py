@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -167,8 +168,7 @@ def last_scores(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def values_of(batch: dict[str, Tensor]) -> Tensor:
     """Return each row's values, (N, ...): the rewards of its answers, or its label."""
-    values = batch.get("rewards", batch.get("labels"))  # of several answers, or of one
-    return values[batch["rows"] >= 0]
+    return batch.get("rewards", batch.get("labels"))[batch["rows"] >= 0]
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -450,8 +450,7 @@ def preference_objective(cfg: PreferenceConfig, rewards: bool) -> Objective:
         sums = pair_sums(policy[:, :2], reference[:, :2], tokens[:, :2], cfg.beta, gap)
         sums["preference_loss"] = row_loss(policy, reference, b).sum()
         sums["sft_loss"] = -policy[:, 0].sum()
-        # for `check_start`
-        sums["at_reference"] = row_loss(reference, reference, b).sum()
+        sums["at_reference"] = row_loss(reference, reference, b).sum()  # for `check_start`
         sums["abs_drift"] = (policy - reference).abs().amax(1).sum()
         return sums["preference_loss"] + cfg.sft_weight * sums["sft_loss"], sums
 
@@ -472,8 +471,7 @@ def objective_of(cfg: AlignConfig, rows: list[Example], name: str) -> Objective:
         return ranking_objective(aggregate)
     if cfg.loss == "regression":
         return regression_objective(cfg.n_attributes)
-    # helpfulness is the first of the last five
-    return ranking_objective(lambda attributes: attributes[..., -5], cfg.loss)
+    return ranking_objective(lambda attributes: attributes[..., -5], cfg.loss)  # helpfulness
 
 
 class MetricSums:
@@ -599,12 +597,11 @@ def check_mesh(cfg: AlignConfig) -> None:
     cfg.mesh.check(cfg.model, world_size(), windows, cfg.micro_batch)
 
 
-def count_windows(cfg: AlignConfig, dp: int, rows: Sequence[Example]) -> tuple[int, int]:
-    """Return how many windows hold rows, and how many the mesh computes: each process has as many
+def count_windows(cfg: AlignConfig, dp: int, held: int) -> int:
+    """Return how many windows the mesh computes where so many hold rows: each process has as many
     micro-batches as the others, and as many as its pipeline's schedule can take."""
-    held = len(pack(rows, cfg.model.seq_len, cfg.packed)["tokens"])
     at_once = dp * cfg.micro_batch
-    return held, at_once * cfg.mesh.micro_batches(math.ceil(held / at_once))
+    return at_once * cfg.mesh.micro_batches(math.ceil(held / at_once))
 
 
 def batches_of(
@@ -616,8 +613,8 @@ def batches_of(
 ) -> list[Batch]:
     """Pack rows into windows, and return this process's micro-batches. Which rows share a window
     depends on these rows alone. reference: (rows, K), of which a batch gets its own, (B, S, K)."""
-    computed = count_windows(cfg, runner.dp, rows)[1]
-    windows = pack(rows, cfg.model.seq_len, cfg.packed, computed)
+    pad = partial(count_windows, cfg, runner.dp)
+    windows = pack(rows, cfg.model.seq_len, cfg.packed, pad)
     if reference is not None:
         there = windows["rows"][..., None] >= 0
         windows["reference"] = np.where(there, reference[windows["rows"]], 0)
@@ -632,7 +629,8 @@ def batches_of(
 
 def say_how_full(cfg: AlignConfig, runner: Runner, rows: Sequence[Example]) -> None:
     """Log how many windows of a step hold rows, of those that the mesh computes all the same."""
-    held, computed = count_windows(cfg, runner.dp, rows)
+    held = len(pack(rows, cfg.model.seq_len, cfg.packed)["tokens"])
+    computed = count_windows(cfg, runner.dp, held)
     found = f"a step has {computed:,} windows, of which {held:,} hold rows"
     if 2 * held < computed:
         log.warning(f"{found}: raise --batch, or start fewer processes or pipeline stages")
@@ -691,12 +689,11 @@ def reference_log_probs(
     dtype = cfg.mesh.compute_dtype
     file = cfg.reference or path.with_name(f"{path.name}.reference-{weights}-{dtype}.json")
     known = from_rank_0(lambda: read_reference(file, weights, dtype))
-    keys = [row.key for row in rows]
-    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+    missing = {row.key: row for row in rows if row.key not in known}
     log.info(f"{file}: {len(rows) - len(missing):,} known, {len(missing):,} to compute")
     computed = compute_log_probs(cfg, runner, list(missing.values()))
     known |= zip(missing, computed, strict=True)
-    log_probs = np.array([known[key] for key in keys])
+    log_probs = np.array([known[row.key] for row in rows])
     if not np.isfinite(log_probs).all():
         raise ValueError(f"{path}: the reference gives a log-probability that is not finite")
     if missing and dist.get_rank() == 0:
@@ -795,16 +792,19 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
 
 def read_sets(cfg: AlignConfig, tokenizer: Tokenizer, read: Callable) -> dict[str, list[Example]]:
     """Read the rows of --data, those of --val, and those of a reward model's --pairs."""
+    shared_rows = import_module("recipes.mapped").shared_rows
     sets = {}
     for name in ("data", "val", "pairs"):
         if path := getattr(cfg, name, None):
             how: Any = {"loss": "regular"} if name == "pairs" else {}
-            sets[name] = read(replace(cfg, **how), path, tokenizer)
+            sets[name] = shared_rows(replace(cfg, **how), path, tokenizer, read)
     return sets
 
 
-def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
-    """Run a stage, whose rows `read` reads, to its last step; return its folder. preset: a name."""
+def align(
+    preset: str, cfg: AlignConfig, read: Callable = read_rows_of, make: Callable = row_set
+) -> Path:
+    """Run a stage of rows that `read` reads and `make` makes a RowSet of; return its folder."""
     cfg = with_model(cfg)
     tokenizer = tokenizer_of(cfg)
     sets = read_sets(cfg, tokenizer, read)
@@ -816,7 +816,7 @@ def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
     data = hashlib.blake2b("".join(row.key for row in rows).encode(), digest_size=8).hexdigest()
     cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
     log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
-    row_sets = {name: row_set(cfg, runner, found, name) for name, found in sets.items()}
+    row_sets = {name: make(cfg, runner, found, name) for name, found in sets.items()}
     train_set = row_sets.pop("data")
     sums = MetricSums(train_set.objective, runner)
 
@@ -832,7 +832,7 @@ def align(preset: str, cfg: AlignConfig, read: Callable = read_rows_of) -> Path:
 
     say_how_full(cfg, runner, [rows[i] for i in numbers(0)])
     begun = from_rank_0(lambda: step_folders(cfg.out / "checkpoints"))
-    if isinstance(cfg, PreferenceConfig) and not begun:
+    if train_set.reference is not None and not begun:
         runner.eval(batches(0), sums.loss_fn)
         check_start(cfg, sums.take())
     evaluate = evaluator(runner, [eval_set(k, cfg, runner, v) for k, v in row_sets.items()])

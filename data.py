@@ -1235,10 +1235,10 @@ def place(rows: Iterable[Example], into: Arrays) -> None:
             start = end
 
 
-def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: int = 1) -> Arrays:
-    """Put rows of one kind into W windows of T = window tokens, several in each or, if not, one.
-    Empty windows follow up to a multiple of `multiple`. With S rows in the fullest window and n
-    segments in a row, the arrays are:
+def pack(rows: Sequence[Example], window: int, packed: bool = True, pad: Callable = int) -> Arrays:
+    """Put rows of one kind into windows of T = window tokens, several in each or, if not, one.
+    Empty ones follow, up to W = pad(number of those with rows). With S rows in the fullest window
+    and n segments in a row, the arrays are:
     tokens, positions (from 0 in each segment), targets (the next token where that is trained, else
     IGNORE), documents (n s + k in segment k of the window's row s, -1 in padding): int64 (W, T)
     rows: number of row s, -1 for none (W, S); ends: last token of each segment (W, S, n)
@@ -1247,7 +1247,7 @@ def pack(rows: Sequence[Example], window: int, packed: bool = True, multiple: in
     if packed:
         groups = best_fit([row.length for row in rows], window)
     n_segments = len(rows[0].ids)
-    n_windows = -(-len(groups) // multiple) * multiple
+    n_windows = pad(len(groups))
     slots = (n_windows, max(map(len, groups)))
     empty = dict(tokens=0, targets=IGNORE, positions=0, documents=-1)
     out = {name: np.full((n_windows, window), value) for name, value in empty.items()}

@@ -7,11 +7,10 @@ the same on every mesh, and costs a forward pass before each step.
     python -m recipes.kto --init runs/sft --data answers.jsonl
 """
 
-import hashlib
 import logging
-import math
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,22 @@ from torch import Tensor
 
 from align import (
     AlignConfig,
-    MetricSums,
     Objective,
-    PreferenceConfig,
     RowSet,
     Sums,
-    check_mesh,
+    align,
     check_rows,
-    check_start,
-    eval_set,
     n_rows,
     reference_log_probs,
     response_sums,
-    row_order,
-    show_row,
-    tokenizer_of,
     values_of,
-    with_model,
 )
 from data import Example, Messages, Tokenizer, messages_of, read_rows, render_answer, required
-from parallel import Batch, Runner, from_rank_0, init_mesh, run, step_folders
+from model import check_ranges
+from parallel import Batch, Runner, run
 from recipes.demo import with_preset
 from recipes.online import before_each_step
-from train import choose_config, evaluator, fit, set_up_logging, start
+from train import choose_config, set_up_logging
 
 log = logging.getLogger("nemotron4")
 
@@ -60,12 +52,7 @@ class KtoConfig(AlignConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.as_preference()  # raises what is wrong with beta
-
-    def as_preference(self) -> PreferenceConfig:
-        """Return these settings as those of the stage whose reference is kept in the same way."""
-        shared = {field.name: getattr(self, field.name) for field in fields(AlignConfig)}
-        return PreferenceConfig(**shared, beta=self.beta, reference=self.reference)
+        check_ranges(self, {"beta": (1e-12, 1e12)})
 
 
 def kto() -> KtoConfig:
@@ -142,10 +129,13 @@ def kto_objective(beta: float) -> Objective:
         """Sum the loss of a micro-batch, and what `check_start` compares beside what is logged."""
         log_ratio, stranger = log_ratios(log_probs, batch).T
         chosen = values_of(batch)[:, 0] > 0
-        loss = kto_loss(log_ratio, chosen, batch["kl"], beta).sum()
-        margin = beta * (log_ratio.detach() - batch["kl"]) * torch.where(chosen, 1, -1)
+        kl = batch.get(
+            "kl", torch.zeros_like(log_ratio.sum())
+        )  # before the first step there is none
+        loss = kto_loss(log_ratio, chosen, kl, beta).sum()
+        margin = beta * (log_ratio.detach() - kl) * torch.where(chosen, 1, -1)
         n = torch.ones_like(margin).sum()
-        sums = {"rows": n, "chosen": chosen.sum(), "kl": n * batch["kl"]}
+        sums = {"rows": n, "chosen": chosen.sum(), "kl": n * kl}
         right = margin > 1e-5  # less is rounding, of a policy that still is the reference
         sums |= {"accuracy": right.sum(), "beta_margin": margin.sum()}
         sums |= {"preference_loss": loss, "at_reference": n / 2}
@@ -157,49 +147,21 @@ def kto_objective(beta: float) -> Objective:
     return Objective(measure, n_rows, names, "rows")
 
 
-def row_set(cfg: KtoConfig, runner: Runner, rows: list[Example], path: Path) -> RowSet:
+class HeldOut(RowSet):
+    """Holds rows to validate on, whose divergence is that of the moment."""
+
+    def batches(self, cfg: AlignConfig, runner: Runner, numbers: Sequence[int]) -> list[Batch]:
+        return with_kl(runner, super().batches(cfg, runner, numbers))
+
+
+def row_set(cfg: KtoConfig, runner: Runner, rows: list[Example], name: str) -> RowSet:
     """Return rows with the reference's log-probabilities, by the weights that the runner holds."""
-    reference = reference_log_probs(cfg.as_preference(), runner, rows, path)
-    return RowSet(rows, kto_objective(cfg.beta), reference)
-
-
-def align_by_kto(preset: str, cfg: KtoConfig) -> Path:
-    """Run the stage from its rows to its last step; return its folder. preset: a name for it."""
-    cfg = with_model(cfg)
-    tokenizer = tokenizer_of(cfg)
-    rows = kto_rows(cfg, cfg.data, tokenizer)
-    held_out = kto_rows(cfg, cfg.val, tokenizer) if cfg.val else []
-    total = max(1, round(len(rows) * cfg.epochs))
-    steps = math.ceil(total / cfg.batch)
-    cfg = replace(cfg, steps=min(cfg.steps or steps, steps))
-    check_mesh(cfg)
-    keys = "".join(row.key for row in rows).encode()
-    data = hashlib.blake2b(keys, digest_size=8).hexdigest()
-    cfg, runner = start(preset, cfg, init_mesh(cfg.mesh), data, tokenizer)
-    log.info(f"{cfg.steps:,} steps of {cfg.batch} rows; the first:\n{show_row(rows[0], tokenizer)}")
-    train_set = row_set(cfg, runner, rows, cfg.data)
-    sums = MetricSums(train_set.objective, runner)
-    sets = []
-    if held_out:
-        plain = eval_set("val", cfg, runner, row_set(cfg, runner, held_out, cfg.val))
-        sets.append(plain._replace(batches=lambda: with_kl(runner, plain.batches())))
-
-    def numbers(step: int) -> list[int]:
-        first = step * cfg.batch
-        return row_order(len(rows), cfg.seed, first, min(cfg.batch, total - first))
-
-    def batches(step: int) -> list[Batch]:
-        return train_set.batches(cfg, runner, numbers(step))
-
-    def describe(step: int) -> str:
-        return ", ".join(rows[i].where for i in numbers(step))
-
-    if not from_rank_0(lambda: bool(step_folders(cfg.out / "checkpoints"))):
-        runner.eval(with_kl(runner, batches(0)), sums.loss_fn)
-        check_start(cfg.as_preference(), sums.take())
-    before_each_step(runner, partial(with_kl, runner))
-    fit(cfg, runner, batches, sums.loss_fn, evaluator(runner, sets), describe, sums.take)
-    return cfg.out
+    training = name == "data"
+    if training:
+        before_each_step(runner, partial(with_kl, runner))
+    reference = reference_log_probs(cfg, runner, rows, cfg.data if training else cfg.val)
+    kind = RowSet if training else HeldOut
+    return kind(rows, kto_objective(cfg.beta), reference)
 
 
 def main() -> None:
@@ -207,7 +169,7 @@ def main() -> None:
     args = with_preset("kto")
     set_up_logging()
     about = " ".join(KtoConfig.__doc__.split())
-    run(lambda: align_by_kto(*choose_config(args, {"kto": kto}, about)))
+    run(lambda: align(*choose_config(args, {"kto": kto}, about), read=kto_rows, make=row_set))
 
 
 if __name__ == "__main__":

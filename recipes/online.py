@@ -59,6 +59,7 @@ from recipes.rollouts import (
     Answer,
     Prompt,
     Sampler,
+    cut,
     draw,
     figures,
     judge_of,
@@ -120,6 +121,12 @@ class OnlineConfig(AlignConfig):
         if self.shorten:
             raise ValueError("shorten: belongs to rows with answers, these are prompts")
 
+    @property
+    def learns_at_once(self) -> bool:
+        """Tell whether the one step of a round is by the weights that sampled: GRPO's ratio is 1
+        then, and what a token's log-probability was is what it is."""
+        return self.algorithm == "grpo" and self.updates == 1
+
 
 # ---- what is learnt ------------------------------------------------------------------------------
 
@@ -168,17 +175,22 @@ def policy_objective(cfg: OnlineConfig) -> Objective:
     kl = cfg.kl if cfg.algorithm == "grpo" else 0.0
 
     def measure(log_probs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
-        """Sum the loss of a micro-batch; `clipped` counts the tokens that no longer learn."""
+        """Sum the loss of a micro-batch; `clipped` counts the tokens that no longer learn. Where no
+        `old` is known, the policy that sampled is the one that learns."""
         trained = batch["targets"] != IGNORE
         advantage = batch["labels"][..., 0].gather(1, batch["documents"].clamp(min=0))
-        loss = policy_loss(log_probs, batch["old"], advantage, clip)
+        now = log_probs.detach()
+        old = batch.get("old", now)
+        loss = policy_loss(log_probs, old, advantage, clip)
         estimate = kl_estimate(log_probs, batch["reference"]) if kl else torch.zeros_like(loss)
-        ratio = (log_probs - batch["old"]).detach().exp()
+        ratio = (now - old).exp()
         clipped = ((ratio - 1) * advantage.sign() > (torch.inf if clip is None else clip)) & trained
         total = torch.where(trained, loss + kl * estimate, 0).sum()
-        return total, {"trained_tokens": trained.sum(), "clipped": clipped.sum()}
+        sums = {"trained_tokens": trained.sum(), "clipped": clipped.sum()}
+        sums["kl"] = (now - batch["reference"])[trained].sum()
+        return total, sums | {"entropy": -now[trained].sum()}
 
-    names = ("trained_tokens", "clipped")
+    names = ("trained_tokens", "clipped", "kl", "entropy")
     return Objective(measure, partial(n_known, name="targets"), names, "trained_tokens")
 
 
@@ -228,12 +240,13 @@ class Rounds:
         how = SamplingParams(cfg.max_tokens, cfg.temperature, n=cfg.samples)
         answers = self.sampler.ask(prompts, f"round {number}", how)
         rows = [answer.example() for answer in answers]
-        policy = token_log_probs(cfg, self.runner, rows)
+        if not cfg.learns_at_once:
+            for answer, found in zip(answers, token_log_probs(cfg, self.runner, rows), strict=True):
+                answer.policy = found
         with weights_of(self.runner, self.initial):
             reference = token_log_probs(cfg, self.runner, rows)
-        for answer, ours, theirs in zip(answers, policy, reference, strict=True):
-            answer.policy = ours
-            answer.reference = theirs
+        for answer, found in zip(answers, reference, strict=True):
+            answer.reference = found
         seconds = time.monotonic() - begun
         shown = max(answers, key=lambda answer: answer.scores["reward"])
         asked = prompts[shown.place].messages[-1]["content"]
@@ -257,18 +270,18 @@ class Rounds:
         shape = (-1, cfg.samples)
         rewards = torch.tensor([a.scores["reward"] for a in answers]).double().view(shape)
         finished = torch.tensor([a.finished for a in answers]).view(shape)
-        drift = [np.array(a.policy) - np.array(a.reference) for a in answers]
-        away = [np.abs(d).sum() / a.length for a, d in zip(answers, drift, strict=True)]
-        penalty = cfg.kl * torch.tensor(away).double().view(shape)
         self.values = figures(answers, cfg.samples)
         if cfg.algorithm in ("dpo", "rpo"):
             self.learn_from_pairs(answers, rewards)
             return
+        away = [0.0 if cfg.learns_at_once else a.divergence for a in answers]
+        penalty = cfg.kl * torch.tensor(away).double().view(shape)
         weights = advantages(cfg.algorithm, rewards, finished, penalty).flatten().tolist()
         kept = [i for i, weight in enumerate(weights) if weight or cfg.algorithm != "rs"]
         self.rows = [answers[i].example(weights[i]) for i in kept]
-        self.tokens["old"] = [answers[i].policy for i in kept]
         self.tokens["reference"] = [answers[i].reference for i in kept]
+        if not cfg.learns_at_once:
+            self.tokens["old"] = [answers[i].policy for i in kept]
         self.values["advantage_spread"] = float(np.std(weights))
 
     def learn_from_pairs(self, answers: list[Answer], rewards: Tensor) -> None:
@@ -299,7 +312,7 @@ class Rounds:
         chosen = range(n * i // self.cfg.updates, n * (i + 1) // self.cfg.updates) or [i % n]
         rows = [self.rows[k] for k in chosen]
         sums = None if self.sums is None else self.sums[list(chosen)]
-        out = batches_of(self.cfg, self.runner, rows, self.objective.count, sums)
+        out = cut(self.cfg, batches_of(self.cfg, self.runner, rows, self.objective.count, sums))
         for name, values in self.tokens.items():
             flat = torch.tensor([*chain.from_iterable(values[k] for k in chosen)])
             for batch in out:
@@ -323,7 +336,11 @@ def before_each_step(runner: Runner, complete: Callable[[list[Batch]], list[Batc
     """Let runner.step complete its micro-batches first, by the weights of that very step: `fit`
     asks for a step's batches before the update of the one before."""
     step = runner.step
-    runner.step = lambda batches, loss_fn: step(complete(batches), loss_fn)
+
+    def completed(batches: list[Batch], loss_fn: Callable, train: bool = True) -> Tensor:
+        return step(complete(batches) if train else batches, loss_fn, train)
+
+    runner.step = completed
 
 
 def online(preset: str, cfg: OnlineConfig) -> Path:

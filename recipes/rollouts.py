@@ -38,6 +38,7 @@ from data import (
 from generate import Engine, EngineConfig, SamplingParams, dtypes_of, model_tokenizer, named_scores
 from parallel import (
     DTYPES,
+    Batch,
     Runner,
     full_shapes,
     local_part,
@@ -185,6 +186,11 @@ class Answer:
     def length(self) -> int:
         return len(self.ids) - self.n_prompt
 
+    @property
+    def divergence(self) -> float:
+        """Return the mean |log π/π_ref| of the answer's tokens."""
+        return float(np.abs(np.subtract(self.policy, self.reference)).sum()) / self.length
+
     def example(self, weight: float = 0.0) -> Example:
         """Return a row of one segment, with a weight as its value."""
         trained = np.arange(len(self.ids)) >= self.n_prompt
@@ -272,6 +278,21 @@ def starts_of(rows: Sequence[Example], device: torch.device | None = None) -> Te
     return torch.tensor(lengths, device=device).cumsum(0)
 
 
+def cut(cfg: AlignConfig, batches: list[Batch]) -> list[Batch]:
+    """Cut the ends of windows in which no micro-batch has a token: answers are far shorter than
+    what a window can hold. A pipeline's windows have one length."""
+    if cfg.mesh.pp > 1:
+        return batches
+    used = [np.flatnonzero((batch["documents"] >= 0).any(0)) for batch in batches]
+    longest = max(int(places[-1]) + 1 if len(places) else 1 for places in used)
+    end = min(cfg.model.seq_len, -(-longest // 64) * 64)
+    out = []
+    for batch in batches:
+        names = ("tokens", "targets", "positions", "documents")
+        out.append(batch | {name: batch[name][:, :end] for name in names})
+    return out
+
+
 def token_log_probs(cfg: AlignConfig, runner: Runner, rows: list[Example]) -> list[list[float]]:
     """Run the runner's weights over rows of one segment; return the log-probability of the token
     after each of theirs, zero where nothing is trained."""
@@ -286,7 +307,7 @@ def token_log_probs(cfg: AlignConfig, runner: Runner, rows: list[Example]) -> li
     count = partial(n_known, name="targets")
     for i in range(0, len(rows), cfg.batch):
         batches = batches_of(cfg, runner, rows[i : i + cfg.batch], count)
-        runner.eval(batches, partial(collect, i))
+        runner.eval(cut(cfg, batches), partial(collect, i))
     found = runner.reduce(out, "dp_replicate", "dp_shard", "pp").cpu()
     return [part.tolist() for part in found.tensor_split(starts[1:-1].cpu())]
 
@@ -355,16 +376,21 @@ def figures(answers: list[Answer], samples: int) -> dict[str, float]:
     divergence from the reference and the entropy, in nats a token as the sampled tokens estimate
     them, length, and the share that came to an end."""
     lengths = [answer.length for answer in answers]
-    policy = sum(sum(answer.policy) for answer in answers) / sum(lengths)
-    reference = sum(sum(answer.reference) for answer in answers) / sum(lengths)
     rewards = np.array([answer.scores["reward"] for answer in answers])
-    return mean_scores(answers) | {
-        "reward_spread": float(rewards.reshape(-1, samples).std(1).mean()),
-        "kl": policy - reference,
-        "entropy": -policy,
-        "length": float(np.mean(lengths)),
-        "finished": sum(answer.finished for answer in answers) / len(answers),
-    }
+    known = {}
+    if answers[0].policy:  # else the step measures it
+        policy = sum(sum(answer.policy) for answer in answers) / sum(lengths)
+        reference = sum(sum(answer.reference) for answer in answers) / sum(lengths)
+        known = {"kl": policy - reference, "entropy": -policy}
+    return (
+        mean_scores(answers)
+        | known
+        | {
+            "reward_spread": float(rewards.reshape(-1, samples).std(1).mean()),
+            "length": float(np.mean(lengths)),
+            "finished": sum(answer.finished for answer in answers) / len(answers),
+        }
+    )
 
 
 DRAWN = {

@@ -1629,7 +1629,7 @@ def test_a_large_epoch_is_filled_in_a_moment():
 @pytest.mark.parametrize("kind", READERS)
 def test_windows_hold_every_row_exactly(kind, packed):
     rows = random_rows(40, kind)
-    batch = data.pack(rows, 64, packed=packed, multiple=4)
+    batch = data.pack(rows, 64, packed=packed, pad=lambda n: -(-n // 4) * 4)
     n = len(rows[0].ids)
     W, T = batch["tokens"].shape
     assert T == 64 and W % 4 == 0 and (W < 30 if packed else W == 40)
@@ -1668,7 +1668,7 @@ def test_one_pair_a_window_is_packing_without_company():
 
 
 def test_windows_without_a_row_carry_nothing():
-    batch = data.pack(random_rows(3), 64, packed=False, multiple=8)
+    batch = data.pack(random_rows(3), 64, packed=False, pad=lambda n: n + 5)
     assert batch["tokens"].shape == (8, 64) and (batch["rows"][3:] == -1).all()
     assert (batch["targets"][3:] == data.IGNORE).all() and (batch["documents"][3:] == -1).all()
 

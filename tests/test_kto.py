@@ -13,6 +13,7 @@ import torch
 from test_stages import TINY, said, same, write
 
 import data
+from align import align
 from model import Nemotron, init_weights
 from parallel import MeshConfig, save_hf
 from recipes import kto
@@ -102,7 +103,8 @@ def run_kto(base, out, axes, changes):
         seq_len=256, batch=8, lr=1e-3, eps=1e-6, out=Path(out), eval_every=2,
         mesh=MeshConfig(dtype="fp32", **axes),
     )  # fmt: skip
-    kto.align_by_kto("kto", KtoConfig(**options | changes))
+    cfg = KtoConfig(**options | changes)
+    align("kto", cfg, read=kto.kto_rows, make=kto.row_set)
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -249,6 +249,41 @@ def test_a_run_that_is_killed_goes_on_with_the_same_curve(base, on_ranks, tmp_pa
     same(on_ranks(1, run, str(base), str(tmp_path / "run"))[0], want)
 
 
+def test_one_step_a_round_looks_at_its_answers_once_less_and_windows_are_cut_to_the_same_end(
+    base, tmp_path
+):
+    how = dict(updates=1, steps=3, save_every=3, seq_len=200)
+    looks = mock.Mock(side_effect=online.token_log_probs)
+    with mock.patch.object(online, "token_log_probs", looks):
+        got = run(base, tmp_path / "once", **how)
+        once = looks.call_count
+        with (
+            mock.patch.object(OnlineConfig, "learns_at_once", False),
+            mock.patch.object(online, "cut", lambda cfg, batches: batches),
+            mock.patch.object(rollouts, "cut", lambda cfg, batches: batches),
+        ):
+            want = run(base, tmp_path / "twice", **how)
+    assert (once, looks.call_count - once) == (3, 6)
+    same(got, want, 1e-5)
+    assert got[0]["kl"] == pytest.approx(0, abs=1e-5) and got[2]["kl"] > 1e-4
+    assert got[0]["entropy"] > 1
+
+
+def test_no_token_is_cut_and_no_more_than_needed_is_kept(base):
+    cfg = config(base, "unused", seq_len=200)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(TINY, seq_len=200))
+    for fullest, end in ((3, 64), (64, 64), (65, 128), (195, 200), (0, 64)):
+        documents = np.full((2, 200), -1)
+        documents[1, :fullest] = 0
+        arrays = dict.fromkeys(("tokens", "targets", "positions"), np.arange(400).reshape(2, 200))
+        batch = dict(documents=documents, rows=np.zeros((2, 1), int), count=3) | arrays
+        (got,) = rollouts.cut(cfg, [batch])
+        assert np.array_equal(got["tokens"], batch["tokens"][:, :end]) and got["count"] == 3
+        assert (got["documents"] >= 0).sum() == fullest and got["rows"] is batch["rows"]
+    staged = dataclasses.replace(cfg, mesh=MeshConfig(pp=2))
+    assert rollouts.cut(staged, [batch])[0] is batch  # a pipeline's windows have one length
+
+
 def one_round(base, out, algorithm, axes, changes):
     """Three steps on the answers of one round, which are the same on every mesh."""
     how = dict(updates=3, steps=3, save_every=3, beta=0.2, sft_weight=0.01, seq_len=96) | changes

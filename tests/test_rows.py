@@ -3,12 +3,15 @@ become is written out by hand."""
 
 import gzip
 import json
+import math
 import random
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from test_stages import base, stage  # noqa: F401  base is a fixture
 
 import align
@@ -302,18 +305,29 @@ def test_a_split_is_chosen_and_files_of_no_row_or_that_exist_are_refused(tmp_pat
         rows.convert(rows.RowsConfig(path, tmp_path / "other.jsonl", split="test"))
 
 
-def test_a_preferences_strength_reaches_the_rows_that_are_packed(tmp_path, tokenizer):
-    given = [CONVERTED[name][0] for name in ("helpsteer2_first", "helpsteer2_second", "helpsteer3")]
-    path = write(tmp_path / "a.jsonl", *given)
+@pytest.mark.parametrize("loss", ["regular", "margin", "scaled"])
+def test_a_published_strength_is_the_margin_or_the_factor_of_the_reward_stages_loss(
+    tmp_path, tokenizer, loss
+):
+    names = ("helpsteer2_first", "helpsteer2_second", "helpsteer3")
+    path = write(tmp_path / "a.jsonl", *(CONVERTED[name][0] for name in names))
     rows.convert(rows.RowsConfig(path, tmp_path / "out.jsonl"))
-    for judged in (False, True):
-        found, _ = data.preference_rows(
-            tmp_path / "out.jsonl", tokenizer, 4096, rewards=True, judged=judged
-        )
-        rewards = data.pack(found, 2048)["rewards"]
-        assert sorted((rewards[..., 0] - rewards[..., 1]).ravel().tolist())[-3:] == [1, 2, 3]
+    shape = replace(align.SHAPES["nano"], seq_len=2048, n_attributes=5, vocab_size=263)
+    cfg = align.RewardConfig(loss=loss, data=tmp_path / "out.jsonl", model=shape)
+    found = align.read_rows_of(cfg, cfg.data, tokenizer)
     first = found[0].ids[0].tolist()
     assert first.count(5) == 4 and found[2].ids[0].tolist().count(5) == 2  # HelpSteer3's are text
+    batch = {name: torch.as_tensor(array) for name, array in data.pack(found, 2048, False).items()}
+    scores = torch.randn(3, 2048, 5, generator=torch.Generator().manual_seed(0)).double()
+    got, _ = align.objective_of(cfg, found, "data").measure(scores, batch)
+    want = 0.0
+    for window, strength in enumerate((2, 3, 1)):  # as the columns say
+        chosen, rejected = (scores[window, end, 0].item() for end in batch["ends"][window, 0])
+        margin = chosen - rejected
+        shift = strength if loss == "margin" else 0
+        factor = strength if loss == "scaled" else 1
+        want += factor * math.log1p(math.exp(shift - margin))
+    assert got.item() == pytest.approx(want, rel=1e-12)
 
 
 # ---- fuzz ----------------------------------------------------------------------------------------

@@ -1,0 +1,156 @@
+"""Share the rows of a large file: one process of a machine reads it, and all map what it becomes.
+
+The tokens of all rows lie in one array beside the file, FILE.rows-KEY.npy, and what else is known
+of each row in FILE.rows-KEY.json, which appears last. KEY names all that the rows depend on. The
+stages of align.py begin with this.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from data import Example, Tokenizer, write_whole
+
+log = logging.getLogger("nemotron4")
+
+LARGE = 1 << 24  # bytes of a file that takes seconds to read
+PATIENCE = 3600.0  # seconds to wait for the process that reads
+# what a stage's rows depend on beside its file, tokenizer and code
+SETTINGS = ("loss", "n_attributes", "seq_len", "skip_bad", "shorten")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Holds what a data.Example does, but makes ids and masks when they are asked for: of many rows
+    that are held few are looked at."""
+
+    tokens: np.ndarray  # int32, of all rows: each token's id, or ~id where it is trained
+    key: str
+    where: str
+    listed: list[float] | None
+    cuts: list[int]  # where each segment starts in tokens, and where the last one ends
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        return [self.tokens[start:end] for start, end in pairwise(self.cuts)]
+
+    @property
+    def ids(self) -> tuple[np.ndarray, ...]:
+        return tuple(np.maximum(part, ~part) for part in self.parts)
+
+    @property
+    def trained(self) -> tuple[np.ndarray, ...]:
+        return tuple(part < 0 for part in self.parts)
+
+    @property
+    def values(self) -> np.ndarray | None:
+        return None if self.listed is None else np.float32(self.listed)
+
+    @property
+    def length(self) -> int:
+        return self.cuts[-1] - self.cuts[0]
+
+
+class Rows(Sequence[Row]):
+    """Holds the rows that `write` wrote to a file."""
+
+    def __init__(self, file: Path) -> None:
+        """Map the tokens, of which a process reads those of its own rows, and read the rest."""
+        try:
+            self.index = json.loads(file.read_text(encoding="utf-8"))
+            tokens = np.load(file.with_suffix(".npy"), mmap_mode="r")
+        except (ValueError, EOFError) as e:
+            raise ValueError(f"{file} or its .npy is damaged ({e!r}): remove both") from None
+        self.tokens = tokens.view(np.ndarray)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: Any) -> Any:
+        return Row(self.tokens, *self.index[i])
+
+
+def write(rows: Sequence[Example], file: Path) -> None:
+    """Write rows so that a reader finds them whole or not at all, also if several write them."""
+    tokens = np.empty(sum(row.length for row in rows), np.int32)
+    index = []
+    end = 0
+    for row in rows:
+        cuts = [end]
+        for ids, trained in zip(row.ids, row.trained, strict=True):
+            start = end
+            end += len(ids)
+            tokens[start:end] = np.where(trained, ~ids, ids)
+            cuts.append(end)
+        values = None if row.values is None else row.values.tolist()
+        index.append((row.key, row.where, values, cuts))
+    unfinished = file.with_suffix(f".{os.getpid()}.npy")
+    try:
+        np.save(unfinished, tokens)
+        unfinished.rename(file.with_suffix(".npy"))
+    finally:
+        unfinished.unlink(missing_ok=True)
+    write_whole(file, json.dumps(index))
+
+
+def file_of(cfg: Any, path: Path, tokenizer: Tokenizer, read: Callable) -> Path:
+    """Name the file of what `read` makes of a source, by the source's size and times, and a hash of
+    settings, tokenizer and code: a researcher may have changed the template."""
+    own = path.stat()
+    source = f"{own.st_size:x}-{max(own.st_mtime_ns, own.st_ctime_ns):x}"
+    settings = [getattr(cfg, name, None) for name in SETTINGS]
+    known = f"{type(cfg).__name__} {read.__name__} {cfg.model.vocab_size} {settings}"
+    digest = hashlib.blake2b(known.encode(), digest_size=8)
+    for place in (Tokenizer, type(cfg), read, file_of):
+        digest.update(Path(sys.modules[place.__module__].__file__).read_bytes())
+    with TemporaryDirectory() as folder:
+        digest.update((Path(folder) / tokenizer.save(Path(folder))).read_bytes())
+    return path.with_name(f"{path.name}.rows-{source}-{digest.hexdigest()}.json")
+
+
+def remove_stale(file: Path, path: Path) -> None:
+    """Remove what was written of a source before it changed; who has mapped it keeps it."""
+    start = f"{path.name}.rows-"
+    kept = file.stem.rpartition("-")[0]
+    for other in path.parent.iterdir():
+        if other.name.startswith(start) and not other.name.startswith(kept):
+            other.unlink(missing_ok=True)
+
+
+def can_hold(folder: Path, size: int) -> bool:
+    """Tell whether a folder can be written to and has room for the tokens of `size` bytes."""
+    return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 8 * size
+
+
+def shared_rows(cfg: Any, path: Path, tokenizer: Tokenizer, read: Callable) -> Sequence[Any]:
+    """Return the rows that `read` reads for a stage. Those of a large file are mapped: one process
+    of each machine reads and writes them, unless an earlier run did, and the others wait for it.
+    Where the folder cannot take them, or the wait is too long, a process reads for itself."""
+    if not path.is_file() or path.stat().st_size < LARGE:
+        return read(cfg, path, tokenizer)
+    file = file_of(cfg, path, tokenizer, read)
+    begun = time.monotonic()
+    leads = not int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    while not file.exists():
+        if not can_hold(path.parent, path.stat().st_size) or time.monotonic() - begun > PATIENCE:
+            return read(cfg, path, tokenizer)
+        if leads:
+            remove_stale(file, path)
+            write(read(cfg, path, tokenizer), file)
+        else:
+            time.sleep(0.1)
+    rows = Rows(file)
+    log.info(f"{file}: {len(rows):,} rows, shared by the processes of a machine")
+    return rows
