@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from fcntl import LOCK_EX, flock
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -78,8 +79,7 @@ class Phase:
     lr: float  # Peak learning rate.
     min_lr: float  # Learning rate at the end of the cosine, which spans the whole phase.
     warmup: int = 0  # Samples of linear warm-up.
-    blend: dict[str, float] = field(default_factory=dict)
-    """Source weights; empty: the default blend."""
+    blend: dict[str, float] = field(default_factory=dict)  # Source weights; empty: the default.
     late_blend: dict[str, float] = field(default_factory=dict)
     """Source weights once the learning rate has fallen below late_below; empty: no change."""
     late_below: float = 0.0  # Learning rate below which late_blend begins.
@@ -184,8 +184,7 @@ class RunConfig:
     seed: int = 0  # Seed of the initial weights and of the data order.
     batch: int = 16
     """Sequences per optimizer step, over all processes: the result does not depend on the mesh."""
-    micro_batch: int = 4
-    """Sequences per forward pass of one process; affects memory and speed only."""
+    micro_batch: int = 4  # Sequences per forward pass of a process; affects memory and speed only.
     lr: float = 1e-4  # Peak learning rate.
     min_lr: float | None = 1e-5  # Learning rate at the end of the cosine; None: a constant rate.
     warmup: int = 0  # Samples of linear warm-up.
@@ -202,12 +201,10 @@ class RunConfig:
     eval_batches: int = 8  # Batches of validation data per source.
     log_every: int = 1
     """Steps between lines of the log; validations are always said, metrics.jsonl has each step."""
-    save_every: int = 500
-    """Steps between checkpoints; the last step and the end of a phase save too."""
+    save_every: int = 500  # Steps between checkpoints; the last and the end of a phase save too.
     save_in_background: bool = False  # Training goes on while a checkpoint is being written.
     keep: int = 2  # Newest checkpoints to keep, beside those where a phase ends or the batch grows.
-    profile: int = 0
-    """Steps to profile, from the third of this start on; the trace goes to OUT/trace."""
+    profile: int = 0  # Steps to profile, from the third of a start on; the trace is in OUT/trace.
 
     def __post_init__(self) -> None:
         """Refuse settings that no run can have."""
@@ -267,8 +264,7 @@ class PretrainConfig(RunConfig):
 
 
 def nano() -> PretrainConfig:
-    """Train on a laptop CPU in about two minutes: every detail of the architecture, on Python's own
-    library and documentation."""
+    """Train on a laptop CPU in minutes: every detail of the architecture, on Python's own files."""
     # optimizer of the 8T phase (see `pretraining`); rate, warm-up, batch and length fit this size
     return PretrainConfig(
         model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), steps=250, batch=8, micro_batch=2,
@@ -277,8 +273,7 @@ def nano() -> PretrainConfig:
 
 
 def nano_two_phase() -> PretrainConfig:
-    """Run the full recipe in miniature, under five minutes on a laptop: batch ramp, two phases,
-    three blends."""
+    """Run the full recipe in miniature, on a laptop: batch ramp, two phases, three blends."""
     # The proportions are the report's (see `pretraining`), the sizes ours. The embedded corpus has
     # no question-answering data: its source code takes that role in the second phase.
     ramp = ((240, 4), (480, 8), (1200, 12))
@@ -344,8 +339,7 @@ def nemotron4_340b() -> PretrainConfig:
 
 
 def nemotron4_15b() -> PretrainConfig:
-    """Pretrain the 15B (arXiv 2402.16819): tp 8, 96 to 288-way data parallel; its second phase is
-    that of the 340B."""
+    """Pretrain the 15B (arXiv 2402.16819): tp 8, up to 288-way data parallel; the 340B's phases."""
     mesh = MeshConfig(tp=8, recompute="selective")
     # the rate: NVIDIA's launch script and arXiv 2407.07263
     return on_many_gpus("nemotron4-15b", mesh, pretraining(lr=4.5e-4, batch=384))
@@ -390,7 +384,7 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
 # Settings that may change between two starts of one run: speed, reports, length, bad steps
 MAY_CHANGE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
 MAY_CHANGE |= {"save_in_background", "keep", "profile", "on_bad_step", "spike", "max_skips"}
-MAY_CHANGE |= {"log_every"}
+MAY_CHANGE.add("log_every")
 LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
@@ -783,11 +777,17 @@ def micro_batches(
 
 def open_data(cfg: PretrainConfig) -> TokenData:
     """Open the prepared folder; the default one is made on first use, from Python's own files."""
-    if cfg.data == PretrainConfig.data and not cfg.data.exists():
-        if dist.get_rank() == 0:
+
+    def make() -> None:
+        file = Path(__file__).open()
+        with suppress(OSError):  # of two first starts the second waits, where there are locks
+            flock(file, LOCK_EX)
+        if not cfg.data.exists():
             log.info(f"preparing {cfg.data} from Python's own library and documentation, once")
             prepare(PrepareConfig(out=cfg.data, vocab_size=cfg.model.vocab_size, val_fraction=0.05))
-        dist.barrier()
+
+    if cfg.data == PretrainConfig.data:
+        from_rank_0(make)
     data = TokenData(cfg.data)
     if data.vocab_size != cfg.model.vocab_size:
         todo = f"set --model.vocab-size {data.vocab_size}, or prepare with the model's tokenizer"

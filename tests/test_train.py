@@ -737,6 +737,26 @@ def test_what_the_machines_do_not_share_is_noticed_before_the_first_step(
 
 
 @pytest.mark.slow
+def test_of_two_first_starts_at_once_the_second_waits_for_the_firsts_data(tmp_path):
+    slowly = (
+        "import time, train\n"
+        "def prepare(cfg):\n"
+        "    time.sleep(3)\n"
+        "    cfg.out.mkdir(parents=True)  # fails where it is\n"
+        "    print('prepared')\n"
+        "train.prepare, train.TokenData = prepare, lambda folder: train.nano().model\n"
+        "train.init_mesh(train.MeshConfig())\n"
+        "train.open_data(train.nano())\n"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    where = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    starts = [subprocess.Popen([sys.executable, "-c", slowly], **pipes, **where) for _ in "ab"]
+    texts = [start.communicate(timeout=120)[0] for start in starts]
+    assert [start.returncode for start in starts] == [0, 0], texts
+    assert "".join(texts).count("prepared") == 1
+
+
+@pytest.mark.slow
 def test_what_all_ranks_of_two_machines_find_wrong_is_said_once(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
