@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from sqlite3 import Connection, connect
 from typing import Any, Protocol
@@ -650,11 +650,11 @@ def read_manifests(folder: Path) -> dict[Path, Record]:
     return manifests
 
 
-def add(a: Any, b: Any) -> Any:
-    """Add up counts, alone or by name; what is no number is the same in both."""
-    if isinstance(a, dict):
-        return {key: add(a[key], b[key]) for key in a}
-    return a + b if isinstance(a, int) else a
+def add_up(entries: list[Any]) -> Any:
+    """Add up counts, alone or by name; what is no number is the same in all."""
+    if isinstance(entries[0], dict):
+        return {key: add_up([entry[key] for entry in entries]) for key in entries[0]}
+    return sum(entries) if isinstance(entries[0], int) else entries[0]
 
 
 class TokenStream:
@@ -690,7 +690,7 @@ class TokenData:
         self.folder = Path(folder)
         self.shards = read_manifests(self.folder)
         manifests = [*self.shards.values()]
-        sources = reduce(add, [manifest["sources"] for manifest in manifests])
+        sources = add_up([manifest["sources"] for manifest in manifests])
         self.manifest = manifests[0] | {"sources": sources}
         self.vocab_size = self.manifest["vocab_size"]
         self.sources = tuple(sources)
