@@ -21,14 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-try:
-    import flash_attn
-except ImportError:  # it is optional, and exists for CUDA only
-    flash_attn = None
-
 IGNORE = -100  # the target of a token that no loss counts; data.py writes it
-HALF_PRECISION = (torch.bfloat16, torch.float16)
-Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 (B, T, 1, rope_dim / 2)
+Rope = tuple[Tensor, Tensor]  # cos and ± sin, fp32 (B, T, 1, rope_dim)
 
 
 def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
@@ -120,24 +114,23 @@ class LayerNorm1P(nn.LayerNorm):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_fp32(x)
-        gain = 1 + self.weight.to(wide.dtype)  # bf16 would keep 8 bits of it
-        bias = self.bias.to(wide.dtype)
-        return F.layer_norm(wide, self.normalized_shape, gain, bias, self.eps).to(x.dtype)
+        wide, weight, bias = map(at_least_fp32, (x, self.weight, self.bias))
+        return F.layer_norm(wide, self.normalized_shape, 1 + weight, bias, self.eps).to(x.dtype)
 
 
 def rope_angles(cfg: ModelConfig, positions: Tensor) -> Rope:
     """Return cos and sin for positions (B, T), in fp32: bf16 would merge neighbouring positions."""
     exponent = torch.arange(0, cfg.rope_dim, 2, device=positions.device).float() / cfg.rope_dim
     angle = positions[..., None, None].float() * cfg.rope_base**-exponent
+    angle = torch.cat([-angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rope_dim of each head of x (B, T, H, E): i pairs with i + rope_dim / 2."""
-    half = cos.shape[-1]
-    a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+    pairs, rest = x.tensor_split((cos.shape[-1],), dim=-1)
+    turned = torch.addcmul(pairs * cos, pairs.roll(cos.shape[-1] // 2, -1), sin)
+    return torch.cat([turned, rest], dim=-1).to(x.dtype)
 
 
 def boundaries(documents: Tensor) -> Tensor:
@@ -156,7 +149,7 @@ def visible_keys(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
     """
     if cache is not None:
         if len(positions) == 1 and positions.shape[1] in (1, cache.n_keys):
-            return None  # one row that reads all, or that begins
+            return None  # one row reads all of its keys, or begins
         slots = torch.arange(cache.n_keys, device=positions.device)
         return (positions[:, :, None] >= slots)[:, None]
     if documents is None or documents.ndim == 1:
@@ -168,12 +161,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Compute softmax(q kᵀ / sqrt(E)) v, softmax in fp32, for q (B, T, H, E), k and v (B, S, K, E).
 
     The one place that picks a kernel: torch's variable-length one for packed documents on a GPU;
-    else flash-attn if installed, or scaled_dot_product_attention, which picks its own backend.
+    else scaled_dot_product_attention, which picks its own backend.
     """
     if visible is not None and visible.ndim == 1:
         return attend_within_documents(q, k, v, visible)
-    if visible is None and flash_attn and q.is_cuda and q.dtype in HALF_PRECISION:
-        return flash_attn.flash_attn_func(q, k, v, causal=True)
     one_token = q.shape[1] == 1
     # (B, H, T, E); in decoding (B, K, H / K, E): the query heads of a key-value head stand as its
     # tokens, so that k and v are not repeated
@@ -337,7 +328,8 @@ class Nemotron(nn.Module):
         """Map token ids (B, T), or a later pipeline stage's input (B, T, D), to the head's output.
 
         positions (B, T) restart with each packed document; documents (B, T) are ids that attention
-        does not cross. cache: `n_keys` and `extend` (see Attention), for keys of earlier positions.
+        does not cross. cache: keys of earlier positions, by `extend` (see Attention); `n_keys`: one
+        more than the largest of positions, but for padding.
         head=False returns the states (B, T, D) that the head would read.
         """
         if positions is None:

@@ -95,6 +95,19 @@ def test_greedy_tokens_and_log_probs_are_those_of_one_forward_pass(slots, chunk)
             assert top[0][1] >= top[1][1] >= top[2][1]
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (8, 1), (4, 9), (63, 1), (1, 64)])
+def test_a_product_is_the_same_whichever_way_it_is_computed(shape):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 24, generator=g)
+    for x in (torch.randn(*shape, 24, generator=g), torch.randn(24, *shape, generator=g)):
+        x = x if x.shape[-1] == 24 else x.movedim(0, -1)  # as the product before leaves it
+        got = generate.product(x, weight)
+        want = x.double() @ weight.double().t()
+        assert got.shape == (*shape, 40) and torch.allclose(got.double(), want, atol=1e-5)
+        half = generate.product(x.bfloat16(), weight)
+        assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), want, atol=0.3)
+
+
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_what_a_prompt_yields_does_not_depend_on_what_it_is_batched_with(params):
     model, prompts = tiny(), ragged_prompts()
@@ -1140,9 +1153,7 @@ def reward_folder(tmp_path_factory, folder):
     return path
 
 
-def test_a_reward_model_scores_conversations_and_rewardbench_rows(
-    reward_folder, tmp_path, monkeypatch, run
-):
+def test_a_reward_model_scores_conversations_and_rewardbench_rows(reward_folder, tmp_path, run):
     texts, rng = ["yes", "no", "It is 4.", "Who knows"], random.Random(0)
     rows = [{"messages": [*CHAT, {"role": "assistant", "content": "Hello"}]}]
     for subset in ("math-prm", "hep-go", "donotanswer", "alpacaeval-easy", "anthropic_helpful"):
@@ -1153,8 +1164,6 @@ def test_a_reward_model_scores_conversations_and_rewardbench_rows(
             )
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = []
-    monkeypatch.setattr(generate.log, "info", said.append)
     got = run("score", reward_folder, "--file", file)
     model, tokenizer = load_hf(reward_folder), data.load_tokenizer(reward_folder)
 
@@ -1169,7 +1178,6 @@ def test_a_reward_model_scores_conversations_and_rewardbench_rows(
     nine, scalar = reward(rows[0]["messages"])
     assert got[0]["scores"]["helpfulness"] == pytest.approx(nine[4].item(), abs=1e-5)
     assert got[0]["scores"]["reward"] == pytest.approx(scalar, abs=1e-4)
-    won = 0
     for row, scored in zip(rows[1:], got[1:], strict=True):
         for key in ("chosen", "rejected"):
             answer = {"role": "assistant", "content": row[key]}
@@ -1177,9 +1185,7 @@ def test_a_reward_model_scores_conversations_and_rewardbench_rows(
             scores = scored[f"{key}_scores"]
             assert scores["reward"] == pytest.approx(scalar, abs=1e-4)
             assert scores["verbosity"] == pytest.approx(nine[8].item(), abs=1e-5)
-        won += scored["chosen_scores"]["reward"] > scored["rejected_scores"]["reward"]
         assert scored["subset"] == row["subset"]
-    assert said[-1] == f"the chosen one has the higher reward in {won} of 20 pairs"
 
 
 @pytest.mark.slow
