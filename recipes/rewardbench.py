@@ -144,10 +144,10 @@ def ties_score(rows: list[Scored]) -> float:
     tied = np.array([margins[f"tied:{number}"] for number in both])
     hard = np.minimum(tied, [margins[f"ref:{number}"] for number in both])
     spread = np.array([spreads[f"tied:{number}"] for number in both])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        margin = np.nan_to_num(np.tanh(hard / spread - 1))  # 0 / 0 counts as 0
+    apart = spread > 0  # answers with one and the same reward have no part in the last term
+    margin = np.tanh(hard[apart] / spread[apart] - 1).mean() if apart.any() else 0.0
     score = 0.3 * accurate["ref"] + 0.3 * accurate["tied"] + 0.2 * (tied > spread).mean()
-    return float(score + 0.2 * (hard > spread).mean() + 0.01 * margin.mean())
+    return float(score + 0.2 * (hard > spread).mean() + 0.01 * margin)
 
 
 def averages(rows: list[Scored]) -> dict[str, float]:

@@ -1,10 +1,16 @@
 """RewardBench: both conventions of its averages, from the rows that `generate.py score` writes, and
 RewardBench 2, against results worked out by hand."""
 
+import ast
 import dataclasses
+import importlib.util
 import json
 import math
+import random
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
@@ -75,6 +81,65 @@ def test_one_section_is_no_plural():
     assert "mean of 1 section" in lines_of({"hep-go": [True]})
 
 
+# ---- the package `rewardbench` -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The scoring functions and constants of the package, which pip install --no-deps brings: what
+    it depends on does not go with ours, so that it cannot be imported."""
+    spec = importlib.util.find_spec("rewardbench")
+    folder = Path(spec.origin).parent if spec and "recipes" not in str(spec.origin) else None
+    if not folder or not (folder / "constants.py").exists():
+        pytest.skip("pip install --no-deps rewardbench")
+    names = {"np": np, "math": math, "Dataset": types.SimpleNamespace(from_dict=dict)}
+    exec((folder / "constants.py").read_text(), names)
+    wanted = {"sample_stats", "process_single_model", "calculate_scores_per_section"}
+    body = ast.parse((folder / "utils.py").read_text()).body
+    kept = [node for node in body if getattr(node, "name", "") in wanted]
+    exec(compile(ast.Module(kept, []), "utils.py", "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+def test_sections_and_their_means_are_the_packages(published):
+    mapping = published.SUBSET_MAPPING
+    for section, subsets in mapping.items():
+        sizes = {subset: published.EXAMPLE_COUNTS[subset] for subset in subsets}
+        assert rewardbench.SECTIONS[section.replace(" ", "-")] == sizes
+    rng = random.Random(0)
+    for _ in range(50):
+        some = rng.sample([*published.EXAMPLE_COUNTS], rng.randrange(1, 24))
+        right = {subset: rng.randrange(21) for subset in some}
+        shares = {subset: n / 20 for subset, n in right.items()}
+        got = lines_of({subset: [True] * n + [False] * (20 - n) for subset, n in right.items()})
+        count = published.EXAMPLE_COUNTS
+        for section, mean in published.calculate_scores_per_section(count, mapping, shares).items():
+            if right.keys() & set(mapping[section]):
+                assert float(got[section.replace(" ", "-")][:-1]) == pytest.approx(
+                    100 * mean, abs=0.0501
+                )
+
+
+def test_ties_are_scored_as_the_package_scores_them(published):
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        rows = []
+        for i in range(rng.integers(1, 6)):
+            for kind, n in (("ref", 1), ("tied", int(rng.integers(2, 5)))):
+                scores = 2 * rng.normal(size=n + rng.integers(1, 4))
+                if trial % 3 == 1:
+                    scores = scores.round()
+                if trial % 3 == 2:
+                    scores[:n] = scores[0]
+                rows.append(Scored("Ties", f"{kind}:{i}", [*scores[:n]], [*scores[n:]]))
+        theirs = [
+            {"id": row.id, "scores": row.chosen + row.rejected, "num_correct": len(row.chosen)}
+            for row in rows
+        ]
+        want = published.process_single_model(theirs)[1]
+        assert rewardbench.ties_score(rows) == pytest.approx(want, abs=1e-12)
+
+
 # ---- RewardBench 2 -------------------------------------------------------------------------------
 
 
@@ -101,7 +166,15 @@ def test_ties_are_scored_by_accuracies_and_margins():
     want = 0.3 * 2 / 3 + 0.3 * 1 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margins / 3
     assert rewardbench.ties_score(rows) == pytest.approx(want, abs=1e-12)
     same = [Scored("Ties", "ref:1", [0.0], [0.0]), Scored("Ties", "tied:1", [0.0, 0.0], [0.0])]
-    assert rewardbench.ties_score(same) == 0  # 0 / 0 counts as 0
+    assert rewardbench.ties_score(same) == 0
+    # answers with one reward: right in all, but without a part in the last term
+    alike = [Scored("Ties", "ref:1", [2.0], [0.0]), Scored("Ties", "tied:1", [2.0, 2.0], [1.0])]
+    assert rewardbench.ties_score(alike) == pytest.approx(1, abs=1e-12)
+    both = rewardbench.ties_score([*rows, *(row._replace(id=f"{row.id}9") for row in alike)])
+    margins /= 3  # the mean of those that have one
+    assert both == pytest.approx(
+        0.3 * 3 / 4 + 0.3 + 0.2 * 3 / 4 + 0.2 * 2 / 4 + 0.01 * margins, abs=1e-12
+    )
     with pytest.raises(ValueError, match="no two rows with the ids ref:N and tied:N"):
         rewardbench.ties_score(rows[:1])
 
