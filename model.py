@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # the target of a token that no loss counts; data.py writes it
-Rope = tuple[Tensor, Tensor]  # cos and ± sin, fp32 (B, T, 1, rope_dim)
+Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 (B, T, 1, rope_dim / 2)
 
 
 def check_ranges(config: Any, ranges: dict[str, tuple[float, float]]) -> None:
@@ -122,15 +122,15 @@ def rope_angles(cfg: ModelConfig, positions: Tensor) -> Rope:
     """Return cos and sin for positions (B, T), in fp32: bf16 would merge neighbouring positions."""
     exponent = torch.arange(0, cfg.rope_dim, 2, device=positions.device).float() / cfg.rope_dim
     angle = positions[..., None, None].float() * cfg.rope_base**-exponent
-    angle = torch.cat([-angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rope_dim of each head of x (B, T, H, E): i pairs with i + rope_dim / 2."""
-    pairs, rest = x.tensor_split((cos.shape[-1],), dim=-1)
-    turned = torch.addcmul(pairs * cos, pairs.roll(cos.shape[-1] // 2, -1), sin)
-    return torch.cat([turned, rest], dim=-1).to(x.dtype)
+    half = cos.shape[-1]
+    a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
 def boundaries(documents: Tensor) -> Tensor:
