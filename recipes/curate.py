@@ -32,7 +32,7 @@ import tyro
 from data import hold, write_whole
 from parallel import parsed, run, set_up_logging
 from recipes import sieve
-from recipes.report import table
+from recipes.report import can_draw, picture, table
 from recipes.sieve import FILTERS, Table
 from recipes.verify import SIGNATURE, bucket_shape, gram_hashes
 
@@ -291,17 +291,12 @@ def page_of(rows: list[Table], folders: dict[str, int], quality: Table) -> list[
 
 def draw(rows: list[Table], path: Path) -> None:
     """Draw the bytes that each rule leaves, if matplotlib is there."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no picture: pip install -e '.[report]'")
-        return
-    figure = Figure(figsize=(9, 1 + len(rows) / 2), layout="constrained")
-    panel = figure.subplots()
-    names = [f"{row['rule']}: {row['forwarded']:,} documents" for row in rows]
-    panel.barh(names[::-1], [row["bytes"] / 1e6 for row in rows][::-1])
-    panel.set_xlabel("MB left")
-    figure.savefig(path, dpi=110)
+    if can_draw():
+        with picture(path, 1, size=(8, 1 + len(rows) / 3)) as (panel,):
+            names = [f"{row['rule']}: {row['forwarded']:,} documents" for row in rows]
+            panel.barh(names[::-1], [row["bytes"] / 1e6 for row in rows][::-1])
+            panel.set(title="text that each rule leaves, MB")
+            panel.grid(axis="y", visible=False)
 
 
 def write_report(out: Path, *_: Any) -> None:

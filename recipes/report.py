@@ -322,6 +322,7 @@ def draw_histograms(path: Path, lengths: dict[str, list[int]], topics: Counter[s
             names = [plain(name[:30]) for name, _ in commonest]
             panels[-1].barh(range(len(names)), [n for _, n in commonest], tick_label=names)
             panels[-1].set(title="prompts of the commonest topics")
+            panels[-1].xaxis.get_major_locator().set_params(integer=True)
             panels[-1].invert_yaxis()
             panels[-1].grid(axis="y", visible=False)
     return True
