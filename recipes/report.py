@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from data import read_records
-from train import MAY_CHANGE, run, set_up_logging, settings_in
 
 log = logging.getLogger("nemotron4")
 Rows = list[dict[str, Any]]
@@ -79,6 +78,8 @@ class Stage(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """Return what makes a run's numbers, and not its speed: equal for equal losses."""
+        from train import MAY_CHANGE  # torch with it, as below: --help is quicker without
+
         free = {*MAY_CHANGE, "started", "agent"}
         return {key: value for key, value in self.config.items() if key not in free}
 
@@ -101,6 +102,8 @@ def read_metrics(folder: Path) -> Rows:
 
 def read_stage(folder: Path) -> Stage:
     """Read a run's metrics, and its settings if they are there."""
+    from train import settings_in
+
     return Stage(folder, settings_in(folder), read_metrics(folder))
 
 
@@ -335,8 +338,11 @@ def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 
 def main() -> None:
+    cfg = tyro.cli(ReportConfig, prog="python -m recipes.report")
+    from train import run, set_up_logging
+
     set_up_logging()
-    run(lambda: report(tyro.cli(ReportConfig, prog="python -m recipes.report")))
+    run(lambda: report(cfg))
 
 
 if __name__ == "__main__":
