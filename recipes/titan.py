@@ -93,9 +93,7 @@ class TitanNemotron(Nemotron, BaseModel):
             self.shape = self.shape | {"seq_len": config.training.seq_len}
             rates = config.lr_scheduler
             if replace(rates, plan=None) != Rates.Config():
-                raise ValueError(
-                    "--lr-scheduler: the rates are the preset's; scale the optimizer's"
-                )
+                raise ValueError("--lr-scheduler: the rates are the plan's, times the optimizer's")
             settings = config.training
             plan = replace(rates.plan, steps=settings.steps, batch=settings.global_batch_size)
             data = Path(config.dataloader.dataset_path)

@@ -76,6 +76,7 @@ def test_twenty_steps_have_the_losses_and_norms_of_train(
 
 
 @needs_trainer
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses_on_another_number_of_ranks(
     on_ranks, corpus, tmp_path
 ):
