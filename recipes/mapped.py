@@ -5,14 +5,18 @@ of each row in FILE.rows-KEY.json, which appears last. KEY names all that the ro
 stages of align.py begin with this.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -96,7 +100,7 @@ def write(rows: Sequence[Example], file: Path) -> None:
             cuts.append(end)
         values = None if row.values is None else row.values.tolist()
         index.append((row.key, row.where, values, cuts))
-    unfinished = file.with_suffix(f".{os.getpid()}.npy")
+    unfinished = file.with_suffix(f".{platform.node()}-{os.getpid()}.npy")
     try:
         np.save(unfinished, tokens)
         unfinished.rename(file.with_suffix(".npy"))
@@ -106,26 +110,31 @@ def write(rows: Sequence[Example], file: Path) -> None:
 
 
 def file_of(cfg: Any, path: Path, tokenizer: Tokenizer, read: Callable) -> Path:
-    """Name the file of what `read` makes of a source, by the source's size and times, and a hash of
-    settings, tokenizer and code: a researcher may have changed the template."""
+    """Name the file of what `read` makes of a source, by the source's size and times, a hash of
+    settings and tokenizer, and one of the code: a researcher may have changed the template."""
     own = path.stat()
-    source = f"{own.st_size:x}-{max(own.st_mtime_ns, own.st_ctime_ns):x}"
-    settings = [getattr(cfg, name, None) for name in SETTINGS]
-    known = f"{type(cfg).__name__} {read.__name__} {cfg.model.vocab_size} {settings}"
-    digest = hashlib.blake2b(known.encode(), digest_size=8)
-    for place in (Tokenizer, type(cfg), read, file_of):
-        digest.update(Path(sys.modules[place.__module__].__file__).read_bytes())
+    source = f"{own.st_size:x}{max(own.st_mtime_ns, own.st_ctime_ns):016x}"
+    known = [type(cfg).__name__, read.__name__, cfg.model.vocab_size]
+    known += [getattr(cfg, name, None) for name in SETTINGS]
+    settings = hashlib.blake2b(repr(known).encode(), digest_size=8)
     with TemporaryDirectory() as folder:
-        digest.update((Path(folder) / tokenizer.save(Path(folder))).read_bytes())
-    return path.with_name(f"{path.name}.rows-{source}-{digest.hexdigest()}.json")
+        settings.update((Path(folder) / tokenizer.save(Path(folder))).read_bytes())
+    code = hashlib.blake2b(digest_size=8)
+    for place in (Tokenizer, type(cfg), read, file_of):
+        code.update(Path(sys.modules[place.__module__].__file__).read_bytes())
+    key = f"{source}-{settings.hexdigest()}-{code.hexdigest()}"
+    return path.with_name(f"{path.name}.rows-{key}.json")
 
 
-def remove_stale(file: Path, path: Path) -> None:
-    """Remove what was written of a source before it changed; who has mapped it keeps it."""
-    start = f"{path.name}.rows-"
-    kept = file.stem.rpartition("-")[0]
-    for other in path.parent.iterdir():
-        if other.name.startswith(start) and not other.name.startswith(kept):
+def remove_stale(file: Path) -> None:
+    """Remove what was written before the source or the code changed; who has mapped it keeps it."""
+    name = re.compile(r"(?s)(.*)\.rows-([0-9a-f]+)-([0-9a-f]{16})-([0-9a-f]{16})\..*(json|npy|tmp)")
+    path, source, settings, code, _ = name.fullmatch(file.name).groups()
+    for other in file.parent.iterdir():
+        known = name.fullmatch(other.name)
+        if not known or known[1] != path:
+            continue
+        if known[2] != source or known[3] == settings and known[4] != code:
             other.unlink(missing_ok=True)
 
 
@@ -147,8 +156,10 @@ def shared_rows(cfg: Any, path: Path, tokenizer: Tokenizer, read: Callable) -> S
         if not can_hold(path.parent, path.stat().st_size) or time.monotonic() - begun > PATIENCE:
             return read(cfg, path, tokenizer)
         if leads:
-            remove_stale(file, path)
+            remove_stale(file)
             write(read(cfg, path, tokenizer), file)
+            with suppress(OSError, AttributeError):  # glibc keeps what many small arrays have freed
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
         else:
             time.sleep(0.1)
     rows = Rows(file)

@@ -90,13 +90,24 @@ def test_whatever_rows_depend_on_changes_their_name(large, setting, base):  # no
     assert len({known, *names}) == 1 + len(names)
 
 
-def test_rows_of_a_file_that_changed_are_read_anew_and_the_old_ones_removed(large, setting):
+def test_rows_of_a_file_or_code_that_changed_are_read_anew_and_the_old_ones_removed(large, setting):
     cfg, file, tokenizer = setting
+    foreign = [file.with_name(f"rows.jsonl{end}") for end in (".rows-old.json", ".npy")]
+    for path in foreign:
+        path.touch()
     old = mapped.shared_rows(cfg, file, tokenizer, align.read_rows_of)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     new = mapped.shared_rows(cfg, file, tokenizer, align.read_rows_of)
-    assert (len(old), len(new)) == (24, 23) and len([*file.parent.glob("rows.jsonl.rows-*")]) == 2
+    kept = lambda: {*file.parent.iterdir()} - {file, *foreign}  # noqa: E731
+    assert (len(old), len(new)) == (24, 23) and len(kept()) == 2
+    mapped.shared_rows(replace(cfg, loss="rpo_sq"), file, tokenizer, align.read_rows_of)
+    assert len(kept()) == 4  # of two losses, side by side
+    before = kept()
+    text = Path.read_bytes
+    with mock.patch.object(Path, "read_bytes", lambda p: text(p) + b" " * (p.suffix == ".py")):
+        mapped.shared_rows(cfg, file, tokenizer, align.read_rows_of)
+    assert len(kept()) == 4 and len(kept() - before) == 2 and all(map(Path.exists, foreign))
     assert all(map(np.array_equal, old[22].ids, new[22].ids))  # who has mapped them keeps them
 
 
