@@ -155,16 +155,7 @@ def stage_row(stage: Stage) -> list[str]:
     ]
 
 
-HEAD = (
-    "stage",
-    "begins from",
-    "steps",
-    "tokens",
-    "time",
-    "tokens/s",
-    "loss",
-    "held out, at the end",
-)
+HEAD = ("stage", "begins from", "steps", "tokens", "time", "tokens/s", "loss", "at the end")
 
 
 def sample_lines(cfg: CardConfig, stages: list[Stage]) -> list[str]:
