@@ -103,7 +103,7 @@ SHAPES = {
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Return bf16 and fp16 as fp32, and leave fp32 and fp64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.itemsize < 4 else x
 
 
 class LayerNorm1P(nn.LayerNorm):

@@ -90,11 +90,33 @@ def seconds_of(work: Callable[[], Any], device: str, rounds: int = 5) -> list[fl
     return times[1:]
 
 
-def product_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large square matrix product, the best of some."""
-    n = 8192 if device == "cuda" else 2048
+def product_rate(dtype: torch.dtype, device: str, n: int = 0) -> float:
+    """FLOP/s of a square matrix product, the best of some; of a large one unless a small one says
+    that nobody would wait for it."""
+    if not n and not pays(dtype, device):
+        n = 256
+    n = n or (8192 if device == "cuda" else 2048)
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / min(seconds_of(lambda: a @ a, device))
+
+
+@cache
+def pays(dtype: torch.dtype, device: str) -> bool:
+    """Check that a dtype's products are not many times slower than those of fp32, as those of bf16
+    are on a CPU without instructions for them."""
+    if device == "cuda" or dtype == torch.float32:
+        return True
+    rates = [product_rate(kind, device, 256) for kind in (torch.float32, dtype)]
+    print(f"a product in {dtype} has {rates[1] / rates[0]:.4f} of the rate of fp32", flush=True)
+    return rates[1] > rates[0] / 4
+
+
+def dtypes_of(device: str) -> list[str]:
+    """Name the dtypes worth a measurement: bf16, on a CPU fp32 too, and that alone without the
+    instructions."""
+    if device == "cuda":
+        return ["bf16"]
+    return [name for name in ("bf16", "fp32") if pays(parallel.DTYPES[name], device)]
 
 
 def read_rate(dtype: torch.dtype, device: str) -> float:
@@ -302,7 +324,7 @@ def table_of(
 
 def rates_of(device: str) -> dict[str, float]:
     rates = {name: product_rate(dtype, device) for name, dtype in parallel.DTYPES.items()}
-    text = ", ".join(f"{name} {rate / 1e12:.3f}" for name, rate in rates.items())
+    text = ", ".join(f"{name} {rate / 1e12:.4f}" for name, rate in rates.items())
     print(f"large square matrix products: {text} TFLOP/s", flush=True)
     return rates
 
@@ -318,9 +340,8 @@ def training(shape: str, o: argparse.Namespace) -> list[Result]:
     """Tokens/s of a whole step: forward, backward, clipping, AdamW, logging."""
     (cfg, batch), runs = at_length(shape, o.device), {}
     how = {"cfg": cfg, "batch": batch}
-    for dtype, compiled in (
-        ("bf16", ""),
-        ("bf16", " compiled") if o.device == "cuda" else ("fp32", ""),
+    for dtype, compiled in product(
+        dtypes_of(o.device), ("", " compiled")[: 1 + (o.device == "cuda")]
     ):
         mesh = {"mesh": parallel.MeshConfig(dtype=dtype, compile=bool(compiled))}
         runs[f"ours {dtype}{compiled}"] = ("ours_train", how | mesh, 1)
@@ -347,7 +368,7 @@ def where(shape: str, o: argparse.Namespace) -> list[Result]:
     """Each operator's own share of a training step's time, by kind of work."""
     (cfg, batch), out = at_length(shape, o.device), []
     clock = "self_device_time_total" if o.device == "cuda" else "self_cpu_time_total"
-    for dtype in ("bf16",) if o.device == "cuda" else ("bf16", "fp32"):
+    for dtype in dtypes_of(o.device):
         profiler, turns = torch.profiler.profile(), count()
 
         def turn(profiler: Any = profiler, turns: Any = turns) -> None:
@@ -464,7 +485,7 @@ def preference(shape: str, o: argparse.Namespace) -> list[Result]:
         file, tokenizer = write_pairs(Path(folder))
         rows, _ = data.preference_rows(file, data.load_tokenizer(tokenizer), WINDOW)
     tokens = sum(row.length for row in rows)
-    for dtype in ("bf16",) if o.device == "cuda" else ("bf16", "fp32"):
+    for dtype in dtypes_of(o.device):
         how = {"cfg": cfg, "mesh": parallel.MeshConfig(dtype=dtype)}
         runs |= {f"ours {dtype}": ("ours_dpo", how, 1), f"trl {dtype}": ("their_dpo", how, 1)}
     print(f"DPO {shape}: {PAIRS} pairs of {tokens} tokens a step, {o.rounds} rounds", flush=True)
@@ -757,8 +778,9 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor)
 
 def attention(shape: str, o: argparse.Namespace) -> list[Result]:
     """Forward and backward, packed (four documents) and not; the error of the forward."""
-    cfg, rows, rate = SHAPES[shape], [], rates_of(o.device)["bf16"]
+    cfg, rows, rates = SHAPES[shape], [], rates_of(o.device)
     dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
+    rate = rates["bf16" if o.device == "cuda" else "fp32"]
     tp = 8 if shape == "340b" else 1
     for packed in (False, True) if o.device == "cuda" else (False,):
         for name in kernels(None if not packed else torch.zeros(1), 0):
@@ -844,6 +866,8 @@ def decode(shape: str, o: argparse.Namespace) -> list[Result]:
     # a step reads all but the embedding; FLOPs of a token are twice that, attention left out
     weights = sum(model.count_params(cfg)) - cfg.vocab_size * cfg.dim
     for (name, dtype), batch in product(parallel.DTYPES.items(), (1, many)):
+        if not pays(dtype, o.device):
+            continue
         read, flops = read_rate(dtype, o.device), product_rate(dtype, o.device)
         limits = f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e12:.3f} TFLOP/s"
         print(f"generate {shape} {name}, batch {batch}: this machine {limits}", flush=True)
