@@ -21,7 +21,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -792,12 +791,11 @@ def eval_set(name: str, cfg: AlignConfig, runner: Runner, held_out: RowSet) -> E
 
 def read_sets(cfg: AlignConfig, tokenizer: Tokenizer, read: Callable) -> dict[str, list[Example]]:
     """Read the rows of --data, those of --val, and those of a reward model's --pairs."""
-    shared_rows = import_module("recipes.mapped").shared_rows
     sets = {}
     for name in ("data", "val", "pairs"):
         if path := getattr(cfg, name, None):
             how: Any = {"loss": "regular"} if name == "pairs" else {}
-            sets[name] = shared_rows(replace(cfg, **how), path, tokenizer, read)
+            sets[name] = read(replace(cfg, **how), path, tokenizer)
     return sets
 
 

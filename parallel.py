@@ -171,10 +171,8 @@ class MeshConfig:
             if n % self.tp:
                 raise ValueError(f"tp={self.tp} does not divide {name}={n}: use a divisor of {n}")
         if self.n_stages > model.n_layers:
-            raise ValueError(
-                f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages, but only "
-                f"n_layers={model.n_layers}: one layer a stage"
-            )
+            rule = f"must have a layer each, but n_layers={model.n_layers}"
+            raise ValueError(f"pp={self.pp} x vp={self.vp} = {self.n_stages} stages: {rule}")
         at_once = dp * micro_batch
         if batch % at_once:
             rule = f"a multiple of {dp} dp processes x micro_batch={micro_batch} = {at_once}"
@@ -187,10 +185,8 @@ class MeshConfig:
         n = batch // at_once
         least = max(self.pp, self.micro_batches(n))
         if n < least:
-            raise ValueError(
-                f"pp={self.pp}: {n} micro-batches for each data-parallel process, the next number "
-                f"that its schedule takes is {least}: change batch or micro_batch"
-            )
+            todo = f"its schedule takes {least}: change batch or micro_batch"
+            raise ValueError(f"pp={self.pp}: {n} micro-batches for each dp process, {todo}")
         if self.schedule == "zbv" and self.vp != 2:
             raise ValueError(f"schedule=zbv has two stages per rank, but vp={self.vp}: set vp=2")
         if not plain and (self.compile or self.recompute == "selective"):
@@ -614,15 +610,18 @@ def make_schedule(
         return kind(stages[0], n, loss_fn=loss_fn, scale_grads=False)
     schedule = kind(stages, n, loss_fn=loss_fn, scale_grads=False)
     order = schedule.pipeline_order
-    for rank in range(cfg.pp) if not train else ():
+    for rank in () if train else range(cfg.pp):
         all_of_each = product(cfg.stages_of(rank), range(n))
         order[rank] = [torchs._Action(s, torchs.FORWARD, i) for s, i in all_of_each]
     # torch gathers three stages at most and frees the others, many times a step
     active = 3 if cfg.reshards else cfg.vp
-    lowered = {}
-    for rank, actions in order.items():
-        lowered[rank] = torchs._add_reduce_grad(torchs._add_unshard_reshard(actions, active), n)
-    schedule.pipeline_order_with_comms = torchs._add_send_recv(lowered, cfg.rank_of, cfg.n_stages)
+    lowered = {
+        rank: torchs._add_reduce_grad(torchs._add_unshard_reshard(actions, active), n)
+        for rank, actions in order.items()
+    }
+    order = torchs._add_send_recv(lowered, cfg.rank_of, cfg.n_stages)
+    # torch 2.15 waits for each by name
+    schedule.pipeline_order_with_comms = getattr(torchs, "_add_wait_send", dict)(order)
     for holder in (schedule, *stages):
         holder.stage_index_to_group_rank = {s: cfg.rank_of(s) for s in range(cfg.n_stages)}
     return schedule
@@ -1057,15 +1056,15 @@ def open_hf(folder: Path) -> Source:
             raise ValueError(f"{path}: {e}: {todo}") from None
     if not found:
         raise ValueError(f"{folder}: no .safetensors file in it")
-    named = {name: hf_name(name, cfg) for name in full_shapes(cfg)}
-    shapes = {named[name]: list(shape) for name, shape in full_shapes(cfg).items()}
+    whole = full_shapes(cfg)
+    named = {name: hf_name(name, cfg) for name in whole}
+    shapes = {named[name]: list(shape) for name, shape in whole.items()}
     for name in sorted(shapes.keys() | found.keys()):
         shape = found[name].get_shape() if name in found else "missing"
         rule = shapes.get(name, "unknown")
         if shape != rule:
             raise ValueError(f"{folder}: {name} is {shape}, config.json makes it {rule}")
-    for name, lazy in found.items():
-        kind = lazy.get_dtype()
+        kind = found[name].get_dtype()
         if kind not in ("F64", "F32", "F16", "BF16"):
             todo = f"convert it, with its scales, or read it as nemo:{folder}"
             raise ValueError(f"{folder}: {name} is {kind}: {todo}")

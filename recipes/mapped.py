@@ -1,8 +1,10 @@
-"""Share the rows of a large file: one process of a machine reads it, and all map what it becomes.
+"""Run a stage of align.py whose rows are a large file's: one process of a machine reads it, and all
+map what it becomes.
 
 The tokens of all rows lie in one array beside the file, FILE.rows-KEY.npy, and what else is known
-of each row in FILE.rows-KEY.json, which appears last. KEY names all that the rows depend on. The
-stages of align.py begin with this.
+of each row in FILE.rows-KEY.json, which appears last. KEY names all that the rows depend on.
+
+    torchrun --nproc_per_node 8 -m recipes.mapped dpo --data pairs.jsonl --init runs/sft
 """
 
 import ctypes
@@ -25,7 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from align import PRESETS, align, read_rows_of
 from data import Example, Tokenizer, write_whole
+from parallel import run, set_up_logging
+from train import choose_config
 
 log = logging.getLogger("nemotron4")
 
@@ -165,3 +170,19 @@ def shared_rows(cfg: Any, path: Path, tokenizer: Tokenizer, read: Callable) -> S
     rows = Rows(file)
     log.info(f"{file}: {len(rows):,} rows, shared by the processes of a machine")
     return rows
+
+
+def stage_rows(cfg: Any, path: Path, tokenizer: Tokenizer) -> Sequence[Any]:
+    """Return the rows of a stage of align.py."""
+    return shared_rows(cfg, path, tokenizer, read_rows_of)
+
+
+def main() -> None:
+    sys.argv[0] = "python -m recipes.mapped"  # as the help names it
+    set_up_logging()
+    about = "Align a model on a large file's rows, which the processes share: preset, options."
+    run(lambda: align(*choose_config(sys.argv[1:], PRESETS, about), read=stage_rows))
+
+
+if __name__ == "__main__":
+    main()

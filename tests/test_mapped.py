@@ -217,7 +217,8 @@ def test_a_stage_is_the_same_from_mapped_rows(large, base, tmp_path, name):  # n
         rows = tmp_path / f"{i}.jsonl"
         rows.write_bytes((base / ("ranked.jsonl" if name == "rpo" else "sft.jsonl")).read_bytes())
         with mock.patch.object(mapped, "LARGE", size):
-            align.align(name, stage(base, name, out, data=rows, val=None, steps=2))
+            cfg = stage(base, name, out, data=rows, val=None, steps=2)
+            align.align(name, cfg, read=mapped.stage_rows)
         lines = (out / "metrics.jsonl").read_text().splitlines()
         results.append([json.loads(line)["loss"] for line in lines])
     assert results[0] == results[1] and [*tmp_path.glob("1.jsonl.rows-*.json")]
