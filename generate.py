@@ -77,9 +77,9 @@ log = logging.getLogger("nemotron4")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply x by a matrix. On a CPU 8 to 63 rows are up to twice as fast on its right side."""
+    """Multiply x by a matrix. On CPUs 16 to 63 rows are 1.1 to 4 times as fast on its right."""
     weight = weight.to(x.dtype)
-    if x.dtype == torch.float32 and 8 <= x.numel() // x.shape[-1] < 64:
+    if x.dtype == torch.float32 and 16 <= x.numel() // x.shape[-1] < 64:
         return (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
 

@@ -21,6 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+try:
+    import flash_attn
+except ImportError:  # it is optional, and exists for CUDA only
+    flash_attn = None
+
 IGNORE = -100  # the target of a token that no loss counts; data.py writes it
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 (B, T, 1, rope_dim / 2)
 
@@ -148,8 +153,6 @@ def visible_keys(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
     (B, 1, T, T). Their `boundaries` stay as they are, for a GPU's variable-length kernel.
     """
     if cache is not None:
-        if len(positions) == 1 and positions.shape[1] in (1, cache.n_keys):
-            return None  # one row reads all of its keys, or begins
         slots = torch.arange(cache.n_keys, device=positions.device)
         return (positions[:, :, None] >= slots)[:, None]
     if documents is None or documents.ndim == 1:
@@ -161,11 +164,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Compute softmax(q kᵀ / sqrt(E)) v, softmax in fp32, for q (B, T, H, E), k and v (B, S, K, E).
 
     The one place that picks a kernel: torch's variable-length one for packed documents on a GPU;
-    else scaled_dot_product_attention, which picks its own backend.
+    else flash-attn if installed, or scaled_dot_product_attention, which picks its own backend.
     """
     if visible is not None and visible.ndim == 1:
         return attend_within_documents(q, k, v, visible)
-    one_token = q.shape[1] == 1
+    if visible is None and flash_attn and q.is_cuda and q.element_size() == 2:
+        return flash_attn.flash_attn_func(q, k, v, causal=True)
+    one_token = visible is not None and q.shape[1] == 1
     # (B, H, T, E); in decoding (B, K, H / K, E): the query heads of a key-value head stand as its
     # tokens, so that k and v are not repeated
     queries = q.view(q.shape[0], k.shape[2], -1, q.shape[3]) if one_token else q.transpose(1, 2)
@@ -174,7 +179,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         k.transpose(1, 2),
         v.transpose(1, 2),
         visible,
-        is_causal=visible is None and not one_token,
+        is_causal=visible is None,
         enable_gqa=queries.shape[1] != k.shape[2],
     )
     return (out.view_as(q) if one_token else out.transpose(1, 2)).to(q.dtype)

@@ -30,7 +30,7 @@ JOBS = {
     "recipes.steerlm": ["annotate", "sft", "sample"],
 }
 RECIPES = ("curate", "demo", "evaluate", "kto", "nemo", "online", "plan", "report", "rewardbench")
-RECIPES += ("rows", "serve", "synthesize")
+RECIPES += ("card", "mapped", "rows", "serve", "synthesize")
 COMMANDS = [(program, job) for program, jobs in JOBS.items() for job in ["", *jobs]]
 COMMANDS += [(f"recipes.{name}", "") for name in RECIPES]
 # names that stand in the sources, and mean nothing to who reads the help

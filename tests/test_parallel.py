@@ -769,11 +769,11 @@ IMPOSSIBLE = [
     (2, {"pp": 2, "vp": 4}, "pp=2 x vp=4 = 8 stages"),
     (1, {"vp": 2}, "vp=2, schedule=1f1b with pp=1"),
     (1, {"schedule": "zbv"}, "schedule=zbv with pp=1"),
-    (4, {"pp": 4, "micro_batch": 4}, "pp=4: 2 micro-batches for each .* takes is 4"),
+    (4, {"pp": 4, "micro_batch": 4}, "pp=4: 2 micro-batches for each .* takes 4"),
     (
         2,
         {"pp": 2, "vp": 2, "batch": 10, "micro_batch": 2},
-        "pp=2: 5 micro-batches for each .* takes is 6",
+        "pp=2: 5 micro-batches for each .* takes 6",
     ),
     (2, {"pp": 2, "schedule": "zbv"}, "two stages per rank, but vp=1"),
     (2, {"pp": 2, "schedule": "zero_bubble", "recompute": "selective"}, "recompute=selective"),
