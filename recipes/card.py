@@ -62,8 +62,7 @@ class CardConfig:
     out: Path = Path("card.md")
     """Markdown page to write; the picture has its name, and the ending png."""
     questions: Path | None = None
-    """JSON lines with a `prompt` or `messages`, of which the first five are answered; default: five
-    simple ones."""
+    """JSON lines of a `prompt` or `messages`, five of which are asked; None: five simple ones."""
     max_tokens: int = 64
     """Longest answer, in tokens."""
 
