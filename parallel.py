@@ -293,19 +293,14 @@ def run(main: Callable[[], None]) -> None:
         log.warning(f"stopped {str(e) or 'outside of the steps: the last checkpoint stays'}")
         os._exit(130)
     except Exception as e:
-        times = 0  # how often this error was found before, and now
-        with suppress(ValueError, RuntimeError):  # without torchrun, or when its store has ended
-            store = next(dist.rendezvous("env://?world_size=1", timeout=timedelta(seconds=5)))[0]
-            times = store.add(f"{e} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1)
+        if rank:  # what all ranks find, rank 0 says: as it ends, torchrun ends the others
+            time.sleep(3)
         raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
         ours = isinstance(e, ValueError) and raised_in.startswith(str(Path(__file__).parent))
         users = ours or isinstance(e, (FloatingPointError, OSError, SafetensorError))
-        if times < 2:
-            if not users:
-                traceback.print_exc()
-            sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
-        if times:  # as one ends, torchrun ends the others of its machine: first, all ask the store
-            time.sleep(3)
+        if not users:
+            traceback.print_exc()
+        sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {e}\n")
         os._exit(2 if users else 1)
 
 
@@ -718,9 +713,13 @@ class Runner:
         self.total.add_(loss.detach())
         return loss
 
-    def step(self, batches: list[Batch], loss_fn: LossFn, train: bool = True) -> Tensor:
+    def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Do forward and backward of this rank's micro-batches. Returns the global loss everywhere.
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
+        return self.run(batches, loss_fn, train=True)
+
+    def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
+        """Go through all stages, forward and, to train, backward; return the global loss."""
         self.load(batches)
         self.loss_fn = loss_fn
         n = len(batches)
@@ -740,7 +739,7 @@ class Runner:
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Return the global loss of these micro-batches, by forward alone."""
-        total = self.step(batches, loss_fn, train=False)
+        total = self.run(batches, loss_fn, train=False)
         # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
         for stage in self.stages.values():
             for unit in fsdp_units(stage):

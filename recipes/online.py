@@ -337,8 +337,8 @@ def before_each_step(runner: Runner, complete: Callable[[list[Batch]], list[Batc
     asks for a step's batches before the update of the one before."""
     step = runner.step
 
-    def completed(batches: list[Batch], loss_fn: Callable, train: bool = True) -> Tensor:
-        return step(complete(batches) if train else batches, loss_fn, train)
+    def completed(batches: list[Batch], loss_fn: Callable) -> Tensor:
+        return step(complete(batches), loss_fn)
 
     runner.step = completed
 

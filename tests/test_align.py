@@ -545,6 +545,10 @@ def models():
     return policy, reference.requires_grad_(False), reward
 
 
+def multiple_of(k):
+    return lambda n: -(-n // k) * k
+
+
 def tensors(rows, **how):
     return {key: torch.as_tensor(value) for key, value in pack(rows, **how).items()}
 
@@ -608,7 +612,7 @@ def test_the_order_of_pairs_and_windows_without_a_pair_do_not_change_a_step(
 ):
     order = np.random.default_rng(0).permutation(len(pairs))
     same_step(preference_step(models, tensors([pairs[i] for i in order], window=40)), one_by_one)
-    empty = tensors(pairs, window=40, multiple=16)
+    empty = tensors(pairs, window=40, pad=multiple_of(16))
     assert (empty["rows"] < 0).all(1).sum() > 8
     same_step(preference_step(models, empty, 3), one_by_one)  # some micro-batches have no pair
 
@@ -658,7 +662,7 @@ def test_swapping_the_sides_of_every_pair_changes_no_rpo_loss(models, pairs):
 def test_packed_conversations_train_as_one_by_one(models):
     rows, policy = random_rows(9, seed=5), models[0]
     results = []
-    for how in (dict(packed=False), dict(), dict(multiple=8)):
+    for how in (dict(packed=False), dict(), dict(pad=multiple_of(8))):
         batch = tensors(rows, window=64, **how)
         policy.zero_grad()
         total, count = sft_loss(run(policy, batch), batch["targets"])
@@ -681,7 +685,7 @@ def test_the_first_token_of_a_response_is_counted_and_none_after_its_end():
 
 def test_padding_belongs_to_no_response():
     rows = random_rows(12, "preference")
-    batch = tensors(rows, window=64, multiple=9)
+    batch = tensors(rows, window=64, pad=multiple_of(9))
     lengths = response_sums(torch.ones(batch["tokens"].shape), batch).tolist()
     numbers = batch["rows"][batch["rows"] >= 0].tolist()
     assert lengths == [list(map(len, rows[i].ids)) for i in numbers]
@@ -692,7 +696,11 @@ def test_a_reward_score_depends_on_neither_batch_nor_padding_nor_packing(models)
     alone = torch.cat(
         [last_scores(run(model, b), b) for b in (tensors([r], window=40) for r in rows)]
     )
-    for how in (dict(window=64, packed=False), dict(window=64), dict(window=90, multiple=4)):
+    for how in (
+        dict(window=64, packed=False),
+        dict(window=64),
+        dict(window=90, pad=multiple_of(4)),
+    ):
         batch = tensors(rows, **how)
         scores, numbers = last_scores(run(model, batch), batch), batch["rows"][batch["rows"] >= 0]
         assert scores.shape == (11, 1, 5) and torch.equal(numbers.sort()[0], torch.arange(11))

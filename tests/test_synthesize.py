@@ -321,10 +321,10 @@ def run_killed(cfg):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_the_same_bytes(made, tmp_path):
+def test_ten_kills_leave_the_same_bytes(made, tmp_path):
     slow, rng = Teacher(delay=0.004), random.Random(0)
     cfg, kills, grown = config(slow, tmp_path / "killed"), 0, set()
-    while kills < 20:
+    while kills < 10:
         child = SERVER.Process(target=run_killed, args=(cfg,))
         child.start()
         size = sum(f.stat().st_size for f in cfg.out.glob("records/*.jsonl"))
@@ -339,7 +339,7 @@ def test_twenty_kills_leave_the_same_bytes(made, tmp_path):
         if kills % 3 == 0:  # a line that a kill cut in two
             file = rng.choice([*cfg.out.glob("records/*.jsonl")])
             file.write_bytes(file.read_bytes()[: -rng.randrange(1, 40)])
-    assert len(grown) > 10
+    assert len(grown) > 5
     synthesize(cfg)
     assert contents(cfg.out) == contents(made)
     slow.shutdown()

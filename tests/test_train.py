@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -612,7 +611,7 @@ def wait_for(condition, process, seconds=90):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_at_five_random_moments_never_loses_the_run(corpus, tmp_path):
+def test_a_rank_killed_at_random_moments_never_loses_the_run(corpus, tmp_path):
     whole = config(corpus, tmp_path / "whole", steps=40)
     out, _ = torchrun(whole, 2, "foreground").communicate()
     assert len(rows(whole.out)) == 40, out
@@ -623,7 +622,7 @@ def test_a_rank_killed_at_five_random_moments_never_loses_the_run(corpus, tmp_pa
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     during_a_save = 0
-    for kill in range(5):
+    for kill in range(4):
         process = torchrun(killed, 2, "background" if kill % 2 else "foreground")
         target = steps_done() + luck.randint(2, 5)
         wait_for(lambda target=target: steps_done() >= target, process)
@@ -757,19 +756,11 @@ def test_of_two_first_starts_at_once_the_second_waits_for_the_firsts_data(tmp_pa
 
 
 @pytest.mark.slow
-def test_what_all_ranks_of_two_machines_find_wrong_is_said_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    wrong = ["train.py", "nano", "--batch", "7", "--out", str(tmp_path / "run")]
-    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    machines = [
-        subprocess.Popen([*command, "--node_rank", number, *wrong], **pipes) for number in "01"
-    ]
-    texts = [machine.communicate(timeout=120)[0] for machine in machines]
-    assert "".join(texts).count("batch=7") == 1 and all(machine.returncode for machine in machines)
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "train.py"]
+    command += ["nano", "--batch", "7", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("batch=7") == 1 and done.returncode
 
 
 @pytest.mark.slow
