@@ -214,9 +214,7 @@ def write_card(cfg: CardConfig) -> None:
     draw_stages(drawn, stages)
     seconds = sum(stage.seconds() for stage in stages)
     tokens = sum(stage.rows[-1]["tokens"] for stage in stages)
-    total = (
-        f"Stages: {len(stages)}; {tokens:,} tokens; {timedelta(seconds=round(seconds))} in all."
-    )
+    total = f"Stages: {len(stages)}; {tokens:,} tokens; {timedelta(seconds=round(seconds))} in all."
     page = [
         f"# Report card: {' → '.join(stage.name for stage in stages)}",
         "",
