@@ -779,7 +779,7 @@ class Engine:
         for start in range(0, len(inputs), at_once):
             logits = self.logits(states[start : start + at_once], exact)
             tokens = self.choose(logits, inputs[start : start + at_once])
-            logprobs = logits.log_softmax(1) if exact else logits
+            logprobs = logits.log_softmax(1) if exact else logits  # else nobody reads them
             top = logprobs.topk(most)
             columns = (tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.indices, top.values)
             predictions += map(Prediction, *(column.tolist() for column in columns))

@@ -119,8 +119,10 @@ class LayerNorm1P(nn.LayerNorm):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, weight, bias = map(at_least_fp32, (x, self.weight, self.bias))
-        return F.layer_norm(wide, self.normalized_shape, 1 + weight, bias, self.eps).to(x.dtype)
+        wide = at_least_fp32(x)
+        gain = 1 + self.weight.to(wide.dtype)  # bf16 would keep 8 bits of it
+        bias = self.bias.to(wide.dtype)
+        return F.layer_norm(wide, self.normalized_shape, gain, bias, self.eps).to(x.dtype)
 
 
 def rope_angles(cfg: ModelConfig, positions: Tensor) -> Rope:
@@ -134,8 +136,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rope_dim of each head of x (B, T, H, E): i pairs with i + rope_dim / 2."""
     half = cos.shape[-1]
     a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def boundaries(documents: Tensor) -> Tensor:
@@ -185,12 +186,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     return (out.view_as(q) if one_token else out.transpose(1, 2)).to(q.dtype)
 
 
-def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """Attend on a GPU, in bf16 or fp16, without crossing a document."""
+def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    """Attend on a GPU, in bf16 or fp16, without crossing a document. starts: see `boundaries`."""
     T = q.shape[1]  # no document is longer
     # (B * T, H, E); torch 2.11's kernel knows no grouped queries
     flat = [t.repeat_interleave(q.shape[2] // t.shape[2], dim=2).flatten(0, 1) for t in (q, k, v)]
-    return varlen_attn(*flat, boundaries, boundaries, T, T, window_size=(-1, 0)).view_as(q)
+    return varlen_attn(*flat, starts, starts, T, T, window_size=(-1, 0)).view_as(q)
 
 
 class Projection(nn.Linear):

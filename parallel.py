@@ -813,7 +813,7 @@ class Runner:
 
 def step_folders(root: Path) -> list[Path]:
     """List the checkpoints, oldest first. One that is still being written has another name."""
-    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal()]
+    folders = [p for p in root.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda p: int(p.name[5:]))
 
 

@@ -298,7 +298,7 @@ def test_layer_norm_has_a_zero_centred_gain_and_fp32_statistics():
         assert torch.allclose(
             norm(far).double(), want, rtol=2**-8
         )  # exact but for the result's own rounding
-        big = norm.double()(x.double()) / F.layer_norm(x.double(), (64,), eps=1e-5)
+        big = norm(x.double()) / F.layer_norm(x.double(), (64,), eps=1e-5)
     assert (big - 1.001).abs().max() < 1e-6
 
 
