@@ -1157,8 +1157,9 @@ def save_hf(
     with new_folder(Path(folder)) as partial:
         for file, names in plan.filename_to_tensors.items():
             read = lambda name: source[ours[name]](own_region(on_disk[name]))  # noqa: E731
-            held = {name: read(name).to("cpu", dtype) for name in names}
-            save_file(held, partial / file, metadata={"format": "pt"})
+            weights = {name: read(name).to("cpu", dtype) for name in names}
+            save_file(weights, partial / file, metadata={"format": "pt"})
+            del weights  # before the next file's are read
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1179,6 +1179,6 @@ def test_an_export_holds_one_file_at_a_time(on_ranks, tmp_path):
         grown += on_ranks(1, export_measured, tmp_path, file_bytes)
         files = (tmp_path / f"out-{file_bytes}").glob("*.safetensors")
         largest.append(max(file.stat().st_size for file in files))
-    # what grows with the file; torch and the process group take the rest
-    assert grown[1] - grown[0] < 1.5 * (largest[1] - largest[0])
+    # a file and, while it is read, a tensor of it; torch and the process group take the rest
+    assert grown[1] - grown[0] < 2 * (largest[1] - largest[0])
     assert grown[0] < 2 * n  # less than the model
