@@ -164,7 +164,8 @@ def averages(rows: list[Scored]) -> dict[str, float]:
 
 
 def table_of(rows: list[Scored]) -> dict[str, str]:
-    """Return the table of RewardBench, or of RewardBench 2 if a row has several answers a side."""
+    """Return the table of RewardBench, where a tie is a loss, or of RewardBench 2 if a row has
+    several answers a side."""
     if not all(len(row.chosen) == len(row.rejected) == 1 for row in rows):
         return {name: f"{share:6.1%}" for name, share in averages(rows).items()}
     wins: dict[str, list[bool]] = {}
@@ -182,20 +183,25 @@ def say(table: dict[str, str]) -> None:
     log.info("\n".join([*rows, *([REPORT] if set(SECTIONS) & set(table) else [])]))
 
 
-def rewardbench(cfg: RewardBenchConfig) -> None:
-    """Read the scores; a tie is a loss."""
-    wins: dict[str, list[bool]] = {}
-    for where, row in read_records(cfg.file):
+def read_scores(file: str) -> list[Scored]:
+    """Read the rows that generate.py score has written of pairs."""
+    rows = []
+    for where, row in read_records(file):
         try:
-            gap = row["chosen_scores"]["reward"] - row["rejected_scores"]["reward"]
+            sides = [[0.0 + row[f"{side}_scores"]["reward"]] for side in ("chosen", "rejected")]
         except (KeyError, TypeError) as e:
             raise ValueError(f"{where}: no rewards of both answers: run generate.py score") from e
-        if isnan(gap):
+        if any(isnan(reward) for (reward,) in sides):
             raise ValueError(f"{where}: a reward is no number")
-        wins.setdefault(str(row.get("subset") or "all"), []).append(gap > 0)
-    if not wins:
-        raise ValueError(f"{cfg.file}: no rows")
-    say(accuracies(wins))
+        rows.append(Scored(str(row.get("subset") or "all"), str(row.get("id")), *sides))
+    if not rows:
+        raise ValueError(f"{file}: no rows")
+    return rows
+
+
+def rewardbench(cfg: RewardBenchConfig) -> None:
+    """Log the table of scored rows, as recipes.evaluate does of those that it scores itself."""
+    say(table_of(read_scores(cfg.file)))
 
 
 if __name__ == "__main__":
