@@ -73,6 +73,7 @@ DEMO = ModelConfig(128, 4, 4, 2, 32, 512, vocab_size=480, seq_len=192, init_std=
 FP32 = MeshConfig(dtype="fp32")
 NEVER = 1 << 30
 STAGE = dict(seq_len=DEMO.seq_len, mesh=FP32, micro_batch=16, eval_every=NEVER, save_every=NEVER)
+SUPERVISED = SftConfig(lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1, **STAGE)
 # a model's own answers to given prompts, which the reward model ranks
 OWN_ANSWERS = SynthesizeConfig(
     recipe="prompts", counts=dict(samples=6, preference_share=1, turns=1), max_tokens=40, slots=64,
@@ -168,10 +169,9 @@ def supervised(cfg: DemoConfig, name: str, init: str, calls: float, n: int) -> P
             flawed = rng.random() < 0.35
             yield scored_row(task, task.flawed(rng, ("chatter", "form")) if flawed else task.answer)
 
-    return align(name, SftConfig(
-        data=write_rows(cfg.out / f"{name}.jsonl", rows()), init=str(cfg.out / init),
-        out=cfg.out / name, lr=1e-3, min_lr=1e-4, warmup=16 * 10, batch=64, epochs=1, **STAGE,
-    ))  # fmt: skip
+    data = write_rows(cfg.out / f"{name}.jsonl", rows())
+    start = str(cfg.out / init)
+    return align(name, replace(SUPERVISED, data=data, init=start, out=cfg.out / name))
 
 
 def marked_texts(

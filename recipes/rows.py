@@ -13,19 +13,22 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
 
 from data import (
     ATTRIBUTES,
     IGNORE,
     NINE_ATTRIBUTES,
+    Messages,
+    Tokenizer,
     check_messages,
     count_bad,
     in_our_names,
@@ -35,6 +38,7 @@ from data import (
     read_preference,
     read_records,
     read_scored,
+    render_chat,
     required,
     reward_rows,
     sft_rows,
@@ -159,6 +163,35 @@ def read_label(text: str) -> list[float]:
             raise ValueError(f"label {text[:60]!r}: {rule}")
         found[name] = float(value)
     return [found.get(name, IGNORE) for name in NINE_ATTRIBUTES]
+
+
+def label_of(values: Sequence[float]) -> str:
+    """Write five or nine attributes as a label, in whole numbers from 0 to 4; one that is IGNORE is
+    left out."""
+    named = zip(NINE_ATTRIBUTES[-len(values) :], values, strict=True)
+    known = {name: value for name, value in named if value != IGNORE}
+    return ",".join(f"{name}:{round(min(4, max(0, value)))}" for name, value in known.items())
+
+
+def label_ids(label: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the tokens of a label, which follow the head of an answer."""
+    return np.append(tokenizer.special("<extra_id_2>"), tokenizer.encode(f"{label}\n"))
+
+
+def wanted_label(attributes: str) -> str:
+    """Read helpfulness=4,verbosity=1. What is not named is 4; if one of the four before helpfulness
+    is named, these are 4 for quality and else 0, as in NeMo-Aligner's examples."""
+    named = read_label(attributes.replace("=", ":")) if attributes else [IGNORE] * 9
+    usual = [4, 0, 0, 0] if set(named[:4]) - {IGNORE} else [IGNORE] * 4
+    both = zip(named, [*usual, 4, 4, 4, 4, 4], strict=True)
+    return label_of([other if value == IGNORE else value for value, other in both])
+
+
+def steered(messages: Messages, attributes: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Render messages up to the answer that is wanted; if attributes are named, with their label,
+    which the answer is to go on from."""
+    ids, _ = render_chat(messages, tokenizer)
+    return np.append(ids, label_ids(wanted_label(attributes), tokenizer)) if attributes else ids
 
 
 def nemo_labelled(row: Record) -> Record:

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from data import Tokenizer, render_chat, render_reward
+from data import Tokenizer, render_reward
 from generate import (
     Completion,
     Driver,
@@ -38,6 +38,7 @@ from generate import (
     load_engine,
     run_command,
 )
+from recipes.rows import steered
 
 try:
     import uvicorn
@@ -145,6 +146,7 @@ class ChatRequest(SamplingRequest):  # of /v1/chat/completions
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    attributes: str = ""  # helpfulness=4,verbosity=1: of a model that recipes.steerlm has trained
 
     def sampling(self, engine: Engine) -> SamplingParams:
         if engine.cfg.n_attributes:
@@ -152,9 +154,11 @@ class ChatRequest(SamplingRequest):  # of /v1/chat/completions
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs: only with logprobs: true", param="top_logprobs")
         limits = {engine.context, self.max_tokens, self.max_completion_tokens} - {None}
-        top = self.top_logprobs if self.logprobs else None
-        stops = chat_stops(engine.tokenizer)
-        return self.params(max_tokens=min(limits), logprobs=top, stop_ids=stops)
+        return self.params(
+            max_tokens=min(limits),
+            logprobs=self.top_logprobs if self.logprobs else None,
+            stop_ids=chat_stops(engine.tokenizer),
+        )
 
     def prompts(self, engine: Engine):
         """Return the conversation in the model's template, up to the turn to answer or to score."""
@@ -162,7 +166,7 @@ class ChatRequest(SamplingRequest):  # of /v1/chat/completions
         messages = [m | system if m.get("role") == "developer" else m for m in self.messages]
         if engine.cfg.n_attributes:
             return [render_reward(messages, engine.tokenizer)]
-        ids, _ = render_chat(messages, engine.tokenizer)
+        ids = steered(messages, self.attributes, engine.tokenizer)
         if messages[-1]["role"] != "user":
             raise RequestError(400, "messages: the last one must be the user's", param="messages")
         return [ids]
@@ -239,9 +243,7 @@ class ActiveRequest(Response):
         self.inbox = asyncio.Queue()
         self.done = []  # the whole samples
         self.chat = isinstance(asked, ChatRequest)
-        kind = "chat.completion" if self.chat else "text_completion"
-        if self.chat and asked.stream:
-            kind += ".chunk"
+        kind = "chat.completion" + ".chunk" * asked.stream if self.chat else "text_completion"
         number = f"cmpl-{secrets.token_hex(12)}"
         self.head = dict(id=number, object=kind, model=state.name, created=int(time.time()))
 
@@ -290,9 +292,8 @@ class ActiveRequest(Response):
 
     def usage(self):
         n_prompt = sum(map(len, self.prompts))
-        n_new = sum(len(out.ids) for out in self.done)
-        if self.params.echo:
-            n_new -= n_prompt * self.params.n
+        echoed = n_prompt * self.params.n * self.params.echo
+        n_new = sum(len(out.ids) for out in self.done) - echoed
         cached = {"cached_tokens": sum(out.cached for out in self.done if out.index == 0)}
         counts = dict(prompt_tokens=n_prompt, completion_tokens=n_new, prompt_tokens_details=cached)
         return counts | {"total_tokens": n_prompt + n_new}
@@ -366,9 +367,8 @@ class ServerState:
         self.check_engine()
         limit = self.cfg.slots + self.cfg.max_queue
         if self.n_samples + active.n_samples > limit:
-            status = 429 if active.n_samples <= limit else 400
-            message = f"{active.n_samples} samples and {self.n_samples} under way"
-            raise RequestError(status, f"{message}: this server takes {limit} at a time")
+            rule = f"{active.n_samples} samples, {self.n_samples} under way: {limit} at a time"
+            raise RequestError(429 if active.n_samples <= limit else 400, rule)
         self.n_samples += active.n_samples
         return active
 

@@ -7,14 +7,16 @@ asked for with the ratings that it should have.
     python -m recipes.steerlm annotate runs/reward chats.jsonl labelled.jsonl
     python -m recipes.steerlm sft --init runs/base --data labelled.jsonl --out runs/steered
     python -m recipes.steerlm sample runs/steered --prompts Hi --attributes verbosity=1,coherence=4
+    python -m recipes.steerlm demo
 """
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,6 @@ import tyro
 
 from align import AlignConfig, SftConfig, align, check_rows
 from data import (
-    IGNORE,
-    NINE_ATTRIBUTES,
     Example,
     Messages,
     Rendered,
@@ -40,6 +40,7 @@ from data import (
     render_reward,
     required,
     trim,
+    write_whole,
 )
 from generate import (
     Engine,
@@ -48,6 +49,7 @@ from generate import (
     SamplingParams,
     attributes_of,
     chat_sampling,
+    chat_stops,
     load_engine,
     run_command,
     submit_rows,
@@ -55,35 +57,19 @@ from generate import (
 )
 from generate import read_rows as read_prompts
 from parallel import run, set_up_logging
-from recipes.rows import read_label
+from recipes.demo import (
+    SUPERVISED,
+    DemoConfig,
+    draw_tasks,
+    engine_of,
+    finished_run,
+    markdown,
+    tuned_start,
+)
+from recipes.rows import label_ids, label_of, read_label, steered, wanted_label
 from train import choose_config
 
 log = logging.getLogger("nemotron4")
-
-
-# ---- labels --------------------------------------------------------------------------------------
-
-
-def label_of(values: Sequence[float]) -> str:
-    """Write five or nine attributes as a label, in whole numbers from 0 to 4; one that is IGNORE is
-    left out."""
-    named = zip(NINE_ATTRIBUTES[-len(values) :], values, strict=True)
-    known = {name: value for name, value in named if value != IGNORE}
-    return ",".join(f"{name}:{round(min(4, max(0, value)))}" for name, value in known.items())
-
-
-def label_ids(label: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the tokens of a label, which follow the head of an answer."""
-    return np.append(tokenizer.special("<extra_id_2>"), tokenizer.encode(f"{label}\n"))
-
-
-def wanted_label(attributes: str) -> str:
-    """Read helpfulness=4,verbosity=1. What is not named is 4; if one of the four before helpfulness
-    is named, these are 4 for quality and else 0, as in NeMo-Aligner's examples."""
-    named = read_label(attributes.replace("=", ":")) if attributes else [IGNORE] * 9
-    usual = [4, 0, 0, 0] if set(named[:4]) - {IGNORE} else [IGNORE] * 4
-    both = zip(named, [*usual, 4, 4, 4, 4, 4], strict=True)
-    return label_of([other if value == IGNORE else value for value, other in both])
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -192,15 +178,15 @@ class SteerConfig(SampleConfig):
 
 def sample(cfg: SteerConfig) -> None:
     """Submit all prompts, then write each answer as soon as those before it are written."""
-    label = wanted_label(cfg.attributes)
+    wanted = cfg.attributes or "helpfulness=4"
+    label = wanted_label(wanted)
     engine = load_engine(cfg)
     params = chat_sampling(cfg.sampling, engine.tokenizer)
     engine.check(params)
 
     def submit(row: dict[str, Any]) -> Any:
         messages = messages_of(row.get("messages") or row["prompt"], "user")
-        ids, _ = render_chat(messages, engine.tokenizer)
-        return engine.submit(np.append(ids, label_ids(label, engine.tokenizer)), params)
+        return engine.submit(steered(messages, wanted, engine.tokenizer), params)
 
     rows = [("--prompts", {"prompt": text}) for text in cfg.prompts]
     work = submit_rows(rows or read_prompts(cfg.file, text_field="prompt"), submit)
@@ -216,9 +202,56 @@ def sample(cfg: SteerConfig) -> None:
     write_lines(cfg.out, engine, lines(), params.n * len(work))
 
 
+# ---- the demo ------------------------------------------------------------------------------------
+
+# nothing (plain SFT), long or short answers, helpful ones or not, and what suits the demo's tasks
+ASKED = ("", "verbosity=0", "verbosity=4", "helpfulness=0", "complexity=2,verbosity=1")
+
+
+@dataclass(frozen=True)
+class SteerDemoConfig(DemoConfig):
+    """Train the demo's SFT model once more on answers that its reward model has labelled, and write
+    steered.md: what asking for attributes changes."""
+
+
+def measure(cfg: DemoConfig, run: Path, attributes: str) -> dict[str, float]:
+    """Sample an answer to each held-out task, asked for with attributes: its true reward, that of
+    the likeliest answer, and the length."""
+    tasks = draw_tasks(cfg, "marks", 1000, 0.5, held_out=True)
+    engine = engine_of(run)
+    prompts = [steered(task.chat("")[:1], attributes, engine.tokenizer) for task in tasks]
+    how = SamplingParams(max_tokens=40, seed=cfg.seed, stop_ids=chat_stops(engine.tokenizer))
+    sampled, likeliest = (engine.generate(prompts, replace(how, temperature=t)) for t in (1, 0))
+    both = list(zip(tasks, sampled, likeliest, strict=True))
+    return {
+        "true reward": mean(task.reward(done.text.strip()) for task, done, _ in both),
+        "at temperature 0": mean(task.reward(done.text.strip()) for task, _, done in both),
+        "tokens": mean(len(done.ids) for done in sampled),
+        "characters": mean(len(done.text.strip()) for done in sampled),
+    }
+
+
+def demo(cfg: SteerDemoConfig) -> None:
+    """Label the rows of general_sft, train on them with its settings, and write the table."""
+    plain = tuned_start(cfg)
+    labelled = cfg.out / "labelled.jsonl"
+    if not labelled.exists():
+        rows = cfg.out / "general_sft.jsonl"
+        annotate(AnnotateConfig(cfg.out / "reward", slots=64, file=rows, out=labelled))
+    settings = dict(data=labelled, init=str(cfg.out / "code_sft"), out=cfg.out / "steered")
+    run = finished_run(align("steerlm", replace(SUPERVISED, **settings), read=labelled_rows))
+    table = {asked or "plain SFT": measure(cfg, run if asked else plain, asked) for asked in ASKED}
+    text = markdown(table, "asked for; all others 4")
+    write_whole(cfg.out / "steered.md", f"{text}\n")
+    log.info(text)
+
+
 # ---- the program ---------------------------------------------------------------------------------
 
-COMMANDS = {"annotate": (AnnotateConfig, annotate), "sample": (SteerConfig, sample)}
+COMMANDS = {
+    "annotate": (AnnotateConfig, annotate), "sample": (SteerConfig, sample),
+    "demo": (SteerDemoConfig, demo),
+}  # fmt: skip
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ JOBS = {
     "generate.py": [*generate.COMMANDS],
     "recipes.iterate": [*iterate.LOOPS],
     "recipes.nemo": ["import", "export"],
-    "recipes.steerlm": ["annotate", "sft", "sample"],
+    "recipes.steerlm": ["annotate", "sft", "sample", "demo"],
 }
 RECIPES = ("curate", "demo", "evaluate", "kto", "nemo", "online", "plan", "report", "rewardbench")
 RECIPES += ("card", "mapped", "rows", "serve", "synthesize")

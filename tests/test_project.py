@@ -64,7 +64,7 @@ CAPS = {
 RECIPE_CAP = 450
 TOKENS_PER_LINE = 7.5
 CORE_TOKENS = 45_000
-RECIPE_LINES = 9_100
+RECIPE_LINES = 9_200
 
 
 def files() -> dict[str, str]:
@@ -244,6 +244,7 @@ CONFIGS += (generate.ChatConfig, generate.ScoreConfig, evaluate.EvaluateConfig)
 CONFIGS += (serve.ServeConfig, synthesize.SynthesizeConfig, rewardbench.RewardBenchConfig)
 CONFIGS += (curate.CurateConfig, online.OnlineConfig, kto.KtoConfig, rows.RowsConfig)
 CONFIGS += (nemo.ImportConfig, nemo.ExportConfig, steerlm.AnnotateConfig, steerlm.SteerConfig)
+CONFIGS += (steerlm.SteerDemoConfig,)
 
 
 def test_every_config_is_in_the_list():

@@ -143,6 +143,18 @@ def test_a_completion_is_what_the_engine_gives_alone(server, alone):
         assert (choice.text, choice.finish_reason) == (wanted.text, wanted.finish_reason)
 
 
+def test_a_chat_asks_for_attributes_by_the_label_before_the_answer(server, alone, tokenizer):
+    label = "helpfulness:3,correctness:4,coherence:4,complexity:4,verbosity:0\n"
+    ids, _ = data.render_chat(HELLO, tokenizer)
+    ids = [*ids, tokenizer.special("<extra_id_2>"), *tokenizer.encode(label)]
+    stop_ids = (tokenizer.special("<extra_id_1>"), tokenizer.special("</s>"))
+    (wanted,) = alone(ids, seed=5, max_tokens=9, stop_ids=stop_ids)
+    asked = {"attributes": "helpfulness=3,verbosity=0"}
+    answer = chat(server, extra_body=asked, max_tokens=9)
+    assert answer.choices[0].message.content == wanted.text
+    assert answer.usage.prompt_tokens == len(ids)
+
+
 def test_a_chat_is_rendered_in_the_template_and_counted(server, alone, tokenizer):
     ids, _ = data.render_chat(HELLO, tokenizer)
     stop_ids = (tokenizer.special("<extra_id_1>"), tokenizer.special("</s>"))
@@ -456,7 +468,10 @@ VISIT = """
   await until(() => !running);
   const stopped = $("status").textContent;
   const busy = columns.map((c) => c.list.said["aria-busy"]);
-  console.log(JSON.stringify({ first, second, third, stopped, busy, last: turns()[0].length }));
+  $("attributes").value = "verbosity=0, helpfulness=4";
+  const { attributes } = requestFor("m", [], settingsNow());
+  const last = turns()[0].length;
+  console.log(JSON.stringify({ attributes, first, second, third, stopped, busy, last }));
 })();
 """
 
@@ -500,6 +515,7 @@ def test_the_page_talks_to_two_models_at_once_and_shows_their_marks(
         assert after[:3] == before[:3]
         _, text, marks = after[3]  # the last answer alone is new
         assert text and text != before[3][1] and marks.startswith("reward")
+    assert seen["attributes"] == "verbosity=0,helpfulness=4"
     assert (seen["stopped"], seen["busy"], seen["last"]) == ("Stopped.", ["false", "false"], 6)
 
 
@@ -581,6 +597,7 @@ BAD = {
     "field of a message": (CHAT, {"messages": [HELLO[0] | {"weight": 1}]}, "weight"),
     "answered": (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "user"),
     "top_logprobs": (CHAT, {"messages": HELLO, "top_logprobs": 1}, "logprobs: true"),
+    "attributes": (CHAT, {"messages": HELLO, "attributes": "kind=4"}, "helpfulness:4"),
 }  # fmt: skip
 
 

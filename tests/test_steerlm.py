@@ -3,8 +3,10 @@ and are what a sample is asked for."""
 
 import dataclasses
 import json
+import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import generate
 from model import IGNORE, Nemotron, init_weights
 from parallel import MeshConfig, load_hf, save_hf
 from recipes import rows, steerlm
+from recipes.tasks import draw_task
 
 SHAPE = dataclasses.replace(TINY, vocab_size=284, seq_len=192)
 
@@ -191,3 +194,23 @@ def test_a_language_model_rates_nothing_and_a_row_that_is_no_conversation_is_nam
     with pytest.raises(ValueError, match=r"bad.jsonl:1: messages"):
         steerlm.annotate(steerlm.AnnotateConfig(base / "judge", **how))
     assert not (tmp_path / "out").exists() and Path(how["file"]).exists()
+
+
+@pytest.mark.slow
+def test_the_demo_tables_what_asking_for_attributes_changes(tmp_path):
+    cfg = steerlm.SteerDemoConfig(out=tmp_path, scale=0.01)
+    with mock.patch.object(steerlm, "draw_tasks", lambda cfg, *how, **more: tasks(4)):
+        steerlm.demo(cfg)
+    head, _, *table = (tmp_path / "steered.md").read_text().splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in table] == ["plain SFT", *steerlm.ASKED[1:]]
+    assert head.count("|") == 6 and "true reward" in head
+    labelled = [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()]
+    plain = (tmp_path / "general_sft.jsonl").read_text().splitlines()
+    assert len(labelled) == len(plain) and all("label" in row["messages"][1] for row in labelled)
+    config = json.loads((tmp_path / "steered" / "config.json").read_text())
+    assert config["batch"] == steerlm.SUPERVISED.batch and config["lr"] == steerlm.SUPERVISED.lr
+
+
+def tasks(n):
+    rng = random.Random(3)
+    return [draw_task(rng, call=False, held_out=True) for _ in range(n)]
