@@ -19,10 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
-try:
-    import flash_attn
+try:  # flash-attn-4 by itself brings a package of this name, but without the interface
+    from flash_attn import flash_attn_interface as flash_attn
 except ImportError:  # it is optional, and exists for CUDA only
     flash_attn = None
 
@@ -188,6 +187,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     """Attend on a GPU, in bf16 or fp16, without crossing a document. starts: see `boundaries`."""
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler: seconds
+
     T = q.shape[1]  # no document is longer
     # (B * T, H, E); torch 2.11's kernel knows no grouped queries
     flat = [t.repeat_interleave(q.shape[2] // t.shape[2], dim=2).flatten(0, 1) for t in (q, k, v)]

@@ -2,18 +2,25 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from model import (
     IGNORE,
     SHAPES,
     LayerNorm1P,
     ModelConfig,
     Nemotron,
+    attend,
     config_from_hf,
     count_params,
     flops_per_token,
@@ -21,7 +28,7 @@ from model import (
     hf_config,
     hf_name,
 )
-from parallel import load_hf, save_hf
+from parallel import fp32_logits, load_hf, save_hf
 
 # grouped-query, multi-head, head_dim != dim / n_heads (as in Minitron-8B)
 PARITY = {
@@ -382,12 +389,68 @@ def test_boundaries_are_where_each_document_begins_and_the_end_and_stay_as_they_
     assert visible_keys(documents, starts, None) is starts
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU; on meta it has a shape and a dtype, and no values."""
+
+    is_cuda = True
+
+
+def on_gpu(*shape, dtype=torch.bfloat16):
+    tensor = torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+    return tensor.as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_the_gpus_kernel_for_packed_documents_accepts_what_it_is_given(kv_heads):
+    q, k, v = (on_gpu(2, 64, heads, 32) for heads in (8, kv_heads, kv_heads))
+    starts = on_gpu(6, dtype=torch.int32)
+    out = attend(q, k, v, starts)
+    assert out.shape == q.shape and out.dtype == torch.bfloat16
+    for tensor, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.shape == tensor.shape and grad.dtype == torch.bfloat16
+
+
+def test_logits_of_bf16_states_are_fp32_on_a_gpu():
+    logits = fp32_logits(on_gpu(6, 32), on_gpu(100, 32))
+    assert logits.shape == (6, 100) and logits.dtype == torch.float32
+
+
+def test_flash_attn_is_called_by_its_published_signature_and_only_in_half_precision(monkeypatch):
+    calls = []
+
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+        alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    ):  # of 2.8  # fmt: skip
+        calls.append((q.shape, k.shape, causal))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(
+        model_module, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func)
+    )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        q, k, v = (on_gpu(2, 64, heads, 32, dtype=dtype) for heads in (8, 4, 4))
+        assert attend(q, k, v, None).shape == q.shape
+    assert calls == [((2, 64, 8, 32), (2, 64, 4, 32), True)] * 2
+    assert attend(torch.rand(1, 3, 4, 8), *torch.rand(2, 1, 3, 2, 8), None).shape == (1, 3, 4, 8)
+    assert len(calls) == 2  # none on a CPU
+
+
+def test_a_package_of_flash_attn_4_alone_is_not_taken_for_flash_attn(tmp_path):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("def flash_attn_func(*a): ...")
+    path = os.pathsep.join([str(tmp_path), str(Path(model_module.__file__).parent)])
+    code = "import flash_attn.cute, model; print(model.flash_attn)"
+    how = dict(capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert subprocess.run([sys.executable, "-c", code], **how).stdout == "None\n"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_every_attention_kernel_equals_float64(packed, head_dim):
-    from model import attend, boundaries, visible_keys
+    from model import boundaries, visible_keys
 
     g = torch.Generator().manual_seed(0)
     q, k, v = (
