@@ -35,8 +35,6 @@ from typing import Any, Literal, TextIO, get_args
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.pipelining as pipe
-import torch.distributed.pipelining.schedules as torchs
 import torch.distributed.tensor.parallel as styles
 import torch.nn.functional as F
 import torch.utils.checkpoint as ac
@@ -45,7 +43,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -595,13 +592,15 @@ def make_schedule(
 ) -> Any:
     """Make torch's pipeline schedule for a rank's stages and n micro-batches; or one of the forward
     pass alone, breadth first: all micro-batches of a stage come before the rank's next stage."""
+    import torch.distributed.pipelining.schedules as torchs  # brings torch's compiler: seconds
+
     kinds = {
-        "1f1b": pipe.ScheduleInterleaved1F1B if cfg.vp > 1 else pipe.Schedule1F1B,
-        "zero_bubble": pipe.ScheduleInterleavedZeroBubble,
-        "zbv": pipe.ScheduleZBVZeroBubble,
+        "1f1b": torchs.ScheduleInterleaved1F1B if cfg.vp > 1 else torchs.Schedule1F1B,
+        "zero_bubble": torchs.ScheduleInterleavedZeroBubble,
+        "zbv": torchs.ScheduleZBVZeroBubble,
     }
     kind = kinds[cfg.schedule] if train else torchs._PipelineScheduleRuntime
-    if kind is pipe.Schedule1F1B:
+    if kind is torchs.Schedule1F1B:
         return kind(stages[0], n, loss_fn=loss_fn, scale_grads=False)
     schedule = kind(stages, n, loss_fn=loss_fn, scale_grads=False)
     order = schedule.pipeline_order
@@ -761,8 +760,10 @@ class Runner:
         go = self.schedules[key].step if train else self.schedules[key].eval
         go(*first, i=numbers, return_outputs=False, **last)
 
-    def pipeline_stages(self) -> list[pipe.PipelineStage]:
+    def pipeline_stages(self) -> list[Any]:
         """Give each stage static shapes, so that no first step infers them with real traffic."""
+        from torch.distributed.pipelining import PipelineStage  # as in make_schedule
+
         B = self.micro_batch
         T = self.model.seq_len
         meta = partial(torch.empty, device="meta", requires_grad=True)  # gradients travel back
@@ -770,7 +771,7 @@ class Runner:
         scores = (self.model.n_attributes,) if self.model.n_attributes else ()
         number = torch.empty(1, dtype=torch.long, device="meta")
         return [
-            pipe.PipelineStage(
+            PipelineStage(
                 stage, i, self.last + 1, self.device,
                 input_args=(number if i == 0 else hidden,),
                 output_args=(meta(B, T, *scores) if i == self.last else hidden,),
@@ -832,7 +833,7 @@ def read_pieces(part: Path, index: Any, name: str, wanted: Region) -> Tensor:
     about = index.state_dict_metadata[name]
     sizes = [i.stop - i.start for i in wanted]
     out = torch.empty(sizes, dtype=about.properties.dtype)
-    chunk = ChunkStorageMetadata([i.start for i in wanted], sizes)
+    chunk = dcp.metadata.ChunkStorageMetadata([i.start for i in wanted], sizes)
     for item in create_read_items_for_chunk_list(name, about, [chunk]):
         place = index.storage_data[item.storage_index]
         path = part / place.relative_path
