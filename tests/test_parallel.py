@@ -1152,6 +1152,29 @@ def test_all_ranks_are_told_where_one_part_of_a_checkpoint_finds_no_room(on_rank
     assert not list(tmp_path.iterdir())
 
 
+def save_where_listings_lag(cfg, root):
+    """Save where a listing shows nothing yet of what other machines wrote, as on NFS; return the
+    checkpoints."""
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    state = training_state(runner, make_optimizer(cfg, runner))
+    glob = Path.glob
+
+    def lagging(self, pattern):
+        return [] if pattern.endswith(".metadata") else glob(self, pattern)
+
+    with mock.patch.object(Path, "glob", lagging):
+        checkpoints = Checkpoints(root, 2, False, cfg.mesh)
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+            checkpoints.poll()
+    return [folder.name for folder in parallel.step_folders(root)]
+
+
+def test_a_save_needs_no_listing_of_what_others_wrote(on_ranks, tmp_path):
+    saved = on_ranks(2, save_where_listings_lag, config(pp=2), tmp_path)
+    assert saved == [["step_000001", "step_000002"]] * 2
+
+
 def export_measured(root, file_bytes):
     """Export a run in files of this size; return how much memory that took at most."""
     writer = parallel.save_hf.__wrapped__
