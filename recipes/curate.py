@@ -34,7 +34,7 @@ from parallel import parsed, run, set_up_logging
 from recipes import sieve
 from recipes.report import can_draw, picture, table
 from recipes.sieve import FILTERS, Table
-from recipes.verify import SIGNATURE, bucket_shape, gram_hashes
+from recipes.verify import SIGNATURE, Decontaminator, bucket_shape, gram_hashes, read_evaluations
 
 log = logging.getLogger("nemotron4")
 
@@ -141,24 +141,26 @@ def make_stages(recipe: Table, files: list, out: Path, tasks: int) -> list[Stage
     rule = lambda name, judge: count(name, LambdaFilter(judge, examples(name)))  # noqa: E731
     near = recipe["near_duplicates"]
     quality = recipe["quality"]
-    first = [count("read", sieve.Read(files, recipe["inputs"], examples("read")))]
-    first.append(rule("extract", sieve.Extract()))
+    first = [count("read", sieve.Read(files, recipe["inputs"], work, examples("read")))]
+    first.append(rule("extract", sieve.extract))
     if recipe["language"]:
-        first.append(rule("language", sieve.InLanguage(recipe["language"])))
+        first.append(rule("language", partial(sieve.in_language, recipe["language"])))
     for number, said in enumerate(recipe["rules"], 1):
         first.append(rule(f"{number} {said['filter']}", sieve.Heuristic(said)))
-    stages = [Stage("2-read", tasks, [*first, sieve.Write(work / "read")])]
+    stages = [Stage("2-read", tasks, [*first, partial(sieve.write_rows, work / "read")])]
     last = [read()]
     if near:
         stages += near_stages(near, [*recipe["inputs"]], read, work, tasks)
         gone = MinhashDedupFilter(str(work / "repeats"), examples("near_duplicates"))
         last.append(count("near_duplicates", gone))
     if recipe["decontaminate"]:
-        judge = sieve.Decontaminate(recipe["decontaminate"]["evaluations"])
-        last.append(rule("decontaminate", judge))
+        held = Decontaminator(
+            read_evaluations([*map(Path, recipe["decontaminate"]["evaluations"])])
+        )
+        last.append(rule("decontaminate", partial(sieve.decontaminate, held)))
     if quality:
         model = quality["model"] or str(work / "quality.bin")
-        last.append(rule("quality", sieve.Score(model, quality["buckets"])))
+        last.append(rule("quality", partial(sieve.note_quality, model, quality["buckets"])))
         if not quality["model"]:
             train = partial(sieve.train_quality, quality, Path(model))
             stages.insert(0, Stage("1-quality", 1, [train]))
@@ -383,7 +385,7 @@ def curate(cfg: CurateConfig) -> None:
         import datatrove.io  # noqa: F401
     except ImportError as e:
         raise ValueError("curation needs datatrove: pip install -e '.[curate]'") from e
-    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / "work").mkdir(parents=True, exist_ok=True)
     hold(cfg.out)
     check_same(recipe, files, cfg)
     run_stages(make_stages(recipe, files, cfg.out, cfg.tasks), recipe, cfg)

@@ -1,6 +1,7 @@
 """Judge the documents of recipes.curate: read and count them, apply rules, score their quality, and
 find near duplicates. A block is called with (documents, rank, number of tasks)."""
 
+import errno
 import hashlib
 import heapq
 import importlib
@@ -11,23 +12,27 @@ import sysconfig
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cache, partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 
 from data import (
+    MAX_DOCUMENT_BYTES,
     BadDocument,
     OnBad,
     files_of,
     load_tokenizer,
+    open_bytes,
     read_documents,
+    read_parquet,
     read_records,
     reader_of,
     write_whole,
 )
-from recipes.verify import Decontaminator, minhash, normalise, read_evaluations
+from recipes.verify import Decontaminator, minhash, normalise
 
 Documents = Iterator[Any]  # datatrove's: text, id, metadata
 Table = dict[str, Any]  # of TOML
@@ -43,6 +48,7 @@ FILTERS = {
 # ---- reading and counting ------------------------------------------------------------------------
 
 WARC = re.compile(r"\.warc(\.gz)?$", re.IGNORECASE)
+LONGEST = 4 * MAX_DOCUMENT_BYTES  # of a line or page: rules take some sixty times its memory
 
 
 def list_files(inputs: dict[str, Table]) -> list[tuple[str, str, str]]:
@@ -77,8 +83,8 @@ def read_warc(path: Path, on_bad: OnBad) -> Iterator[str]:
                 kind = headers.get_header("Content-Type", "") if headers else ""
                 if "html" in kind:
                     named = re.search(r"charset=\W?([\w-]+)", kind)
-                    page = record.content_stream().read()
-                    if record.raw_stream.limit:
+                    page = record.content_stream().read(LONGEST + 1)
+                    if record.raw_stream.limit and len(page) <= LONGEST:
                         raise EOFError("it ends within the record")
                     yield page.decode(named[1] if named else "utf-8", "replace")
     except (ArchiveLoadFailed, EOFError, LookupError, zlib.error) as e:
@@ -110,21 +116,22 @@ class Examples:
 
     def __exit__(self, *_: Any) -> None:
         if self.kept:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             write_whole(self.folder / f"{self.rule}.{self.rank:05d}.json", json.dumps(self.kept))
 
 
-def gather_examples(folder: Path) -> list[Table]:
-    """Return up to ten documents that each rule removed, for each of its reasons."""
+def gather_examples(folder: Path) -> Iterator[Table]:
+    """Yield up to ten documents that each rule removed, for each of its reasons."""
     found = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         for reason, kept in json.loads(path.read_text()).items():
             found[path.name.split(".")[0], reason] += kept
-    rows = []
     for (rule, reason), kept in found.items():
         for _, name, text in heapq.nsmallest(10, kept):
-            rows.append({"rule": rule, "reason": reason, "id": name, "text": text})
-    return rows
+            yield {"rule": rule, "reason": reason, "id": name, "text": text}
+
+
+tokenizer_of = cache(load_tokenizer)
 
 
 class Counted:
@@ -137,44 +144,37 @@ class Counted:
         self.stats.name = name
         self.tokenizer = tokenizer
 
-    @cached_property
-    def encode(self) -> Callable[[str], Any]:
-        return load_tokenizer(self.tokenizer).encode
-
     def __call__(self, documents: Documents, rank: int, world: int) -> Documents:
         for document in self.block(documents, rank, world):
             n_bytes = len(document.text.encode())
             size = document.metadata.get("size", [0, 0])
             if size[0] != n_bytes:
-                n_tokens = len(self.encode(document.text)) if self.tokenizer else n_bytes / 4
-                size = document.metadata["size"] = [n_bytes, int(n_tokens)]
+                size = document.metadata["size"] = [n_bytes, n_bytes // 4]
+                if self.tokenizer:
+                    size[1] = len(tokenizer_of(self.tokenizer).encode(document.text))
             self.stats["bytes"].update(size[0])
             self.stats["tokens"].update(size[1])
             yield document
 
 
-class Write:
-    """Writes a file for each task, also where no document is left: it is there to be read."""
+def write_rows(folder: Path, documents: Documents, rank: int, world: int) -> Documents:
+    """Write a file for each task, also where no document is left: it is there to be read."""
+    from datatrove.pipeline.writers import JsonlWriter
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, documents: Documents, rank: int, world: int) -> Documents:
-        from datatrove.pipeline.writers import JsonlWriter
-
-        writer = JsonlWriter(str(self.folder), compression="zstd")
-        writer.output_mg.get_file(f"{rank:05d}.jsonl.zst")
-        yield from writer.run(documents, rank, world)
+    writer = JsonlWriter(str(folder), compression="zstd")
+    writer.output_mg.get_file(f"{rank:05d}.jsonl.zst")
+    yield from writer.run(documents, rank, world)
 
 
 class Read:
     """Yields the documents of a task's files."""
 
-    def __init__(self, files: list[tuple[str, str, str]], inputs: dict[str, Table], examples: Any):
+    def __init__(self, files: list, inputs: dict[str, Table], work: Path, examples: Any) -> None:
         from datatrove.utils.stats import Stats
 
         self.files = files
         self.inputs = inputs
+        self.work = work
         self.stats = Stats("read")
         self.examples = examples
 
@@ -183,8 +183,8 @@ class Read:
         from datatrove.data import Document
 
         def drop(reason: str, name: str) -> None:
-            self.stats["dropped"].update(1)
-            self.stats[f"dropped_{reason}"].update(1)
+            for count in ("dropped", f"dropped_{reason}"):
+                self.stats[count].update(1)
             self.examples.write(Document(name, name, metadata={"filter_reason": reason}), rank)
 
         on_bad = lambda bad: drop("cannot be read", str(bad))  # noqa: E731
@@ -192,24 +192,50 @@ class Read:
             for name, root, file in self.files[rank::world]:
                 said = self.inputs[name]
                 html = said["html"] or bool(WARC.search(file))
-                for number, text in enumerate(read_texts(Path(file), said["text_field"], on_bad)):
+                texts = read_texts(Path(file), said["text_field"], self.work, on_bad)
+                for number, text in enumerate(texts):
                     known = {"input": name, "language": "any", "quality": "any", "html": html}
                     where = f"{name}{file.removeprefix(root)}:{number}"
-                    if text.strip():
+                    if not text.strip():
+                        drop("empty", where)
+                    elif len(text.encode()) > LONGEST:
+                        drop("too long", where)
+                    else:
                         self.stats["forwarded"].update(1)
                         yield Document(text, where, metadata=known)
-                    else:
-                        drop("empty", where)
 
 
-def read_texts(path: Path, text_field: str, on_bad: OnBad) -> Iterator[str]:
-    """Yield the documents of one file; what stops it goes to `on_bad` as well."""
+def short_lines(path: Path, on_bad: OnBad) -> Iterator[bytes]:
+    """Yield a file's lines; one that is too long is named, and blank."""
+    with open_bytes(path, on_bad) as file:
+        for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
+            if len(line) < LONGEST:
+                yield line
+            else:
+                on_bad(f"{path}:{number}: a line of {LONGEST:,} bytes or more: cut it into several")
+                yield b"\n"
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST)
+
+
+def read_texts(path: Path, text_field: str, folder: Path, on_bad: OnBad) -> Iterator[str]:
+    """Yield the documents of one file; what stops it goes to `on_bad` as well. Of a file with lines
+    that are too long a copy without them is read, which lies in `folder` meanwhile."""
+    long = []
     try:
         if WARC.search(path.name):
             yield from read_warc(path, on_bad)
+        elif reader_of(path) != read_parquet and any(long for _ in short_lines(path, long.append)):
+            with NamedTemporaryFile(suffix=path.name, dir=folder) as copy:
+                copy.writelines(short_lines(path, on_bad))
+                copy.flush()
+                named = lambda bad: on_bad(bad.replace(copy.name, str(path)))  # noqa: E731
+                yield from read_documents([Path(copy.name)], text_field, named)
         else:
             yield from read_documents([path], text_field, on_bad)
     except (ValueError, OSError) as e:
+        if e.args[0] == errno.ENOSPC:
+            raise
         on_bad(BadDocument(f"{path}: {e}"))
 
 
@@ -218,24 +244,23 @@ def read_texts(path: Path, text_field: str, on_bad: OnBad) -> Iterator[str]:
 Verdict = bool | tuple[bool, str]
 
 
-class Extract:
-    """Takes the main text of a page by trafilatura, in a process of its own, as some pages hang."""
+@cache
+def sandbox() -> Any:
+    from datatrove.pipeline.extractors.base import ExtractorSandbox
 
-    @cached_property
-    def sandbox(self) -> Any:
-        from datatrove.pipeline.extractors.base import ExtractorSandbox
+    return ExtractorSandbox(timeout=10, warmup_text="")
 
-        return ExtractorSandbox(timeout=10, warmup_text="")
 
-    def __call__(self, document: Any) -> Verdict:
-        if document.metadata.pop("html"):
-            from trafilatura import extract
+def extract(document: Any) -> Verdict:
+    """Take the main text of a page by trafilatura, in a process of its own, as some pages hang."""
+    if document.metadata.pop("html"):
+        import trafilatura
 
-            try:
-                document.text = self.sandbox.process_document(document.text, extract) or ""
-            except (OSError, EOFError):  # a TimeoutError among them
-                return False, "no end to its extraction"
-        return bool(document.text), "no main text"
+        try:
+            document.text = sandbox().process_document(document.text, trafilatura.extract) or ""
+        except (OSError, EOFError):  # a TimeoutError among them
+            return False, "no end to its extraction"
+    return bool(document.text), "no main text"
 
 
 @cache
@@ -254,36 +279,31 @@ def load_fasttext(path: str) -> Callable[[str], dict[str, float]]:
     return predict
 
 
-class InLanguage:
-    """Keeps texts in some languages, as lingua says, or a fastText file of the user's."""
+@cache
+def load_lingua() -> Callable[[str], dict[str, float]]:
+    """Load lingua, and return what gives a line's languages with their probabilities."""
+    from lingua import LanguageDetectorBuilder
 
-    def __init__(self, said: Table) -> None:
-        self.said = said
+    detector = LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
 
-    @cached_property
-    def shares(self) -> Callable[[str], dict[str, float]]:
-        """Return what gives the languages of a line with their probabilities."""
-        if self.said["model"]:
-            return load_fasttext(self.said["model"])
-        from lingua import LanguageDetectorBuilder
+    def predict(line: str) -> dict[str, float]:
+        found = detector.compute_language_confidence_values(line)
+        return {one.language.iso_code_639_1.name.lower(): one.value for one in found}
 
-        detector = LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
+    return predict
 
-        def shares(line: str) -> dict[str, float]:
-            found = detector.compute_language_confidence_values(line)
-            return {one.language.iso_code_639_1.name.lower(): one.value for one in found}
 
-        return shares
-
-    def __call__(self, document: Any) -> Verdict:
-        if self.said["inputs"] and document.metadata["input"] not in self.said["inputs"]:
-            return True
-        shares = self.shares(" ".join(document.text[:3000].split()))
-        language = max(shares, key=shares.get)
-        document.metadata["language"] = language
-        if language not in self.said["languages"]:
-            return False, f"in {language}"
-        return shares[language] >= self.said["threshold"], "language unsure"
+def in_language(said: Table, document: Any) -> Verdict:
+    """Keep a text in some languages, as lingua says, or a fastText file of the user's."""
+    if said["inputs"] and document.metadata["input"] not in said["inputs"]:
+        return True
+    predict = load_fasttext(said["model"]) if said["model"] else load_lingua()
+    shares = predict(" ".join(document.text[:3000].split()))
+    language = max(shares, key=shares.get)
+    document.metadata["language"] = language
+    if language not in said["languages"]:
+        return False, f"in {language}"
+    return shares[language] >= said["threshold"], "language unsure"
 
 
 def word_tokenizer() -> Any:
@@ -299,8 +319,7 @@ def word_tokenizer() -> Any:
             ends = re.finditer(r"(?s).+?(?:[.!?。！？…]+[\"'”)]*\s+|\n+|$)", text)
             return [found.span() for found in ends]
 
-        def sent_tokenize(self, text: str) -> list[str]:
-            return [text[start:end].strip() for start, end in self.span_tokenize(text)]
+        sent_tokenize = None  # filters take the spans
 
     return Words()
 
@@ -323,15 +342,10 @@ class Heuristic:
         return outside or self.filter.filter(document)
 
 
-class Decontaminate:
-    """Removes what shares 13 words in a row with an evaluation, as verify.Decontaminator finds."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.found = Decontaminator(read_evaluations([*map(Path, paths)]))
-
-    def __call__(self, document: Any) -> Verdict:
-        evidence = self.found.evidence(document.text)
-        return not evidence, f"shares text with {str(evidence).split(': ')[0]}"
+def decontaminate(evaluations: Decontaminator, document: Any) -> Verdict:
+    """Remove what shares 13 words in a row with an evaluation."""
+    evidence = evaluations.evidence(document.text)
+    return not evidence, f"shares text with {str(evidence).split(': ')[0]}"
 
 
 # ---- quality -------------------------------------------------------------------------------------
@@ -345,8 +359,7 @@ def labelled(said: Table) -> Iterator[tuple[str, bool]]:
                 raise ValueError(f"{where}: no `text` and `score`: give each row both")
             yield line_of(row["text"]), row["score"] >= said["good_from"]
     for name in ("good", "ordinary") if said["good"] else ():
-        files = [path for path in files_of(Path(said[name])) if reader_of(path)]
-        for text in read_documents(files, "text"):
+        for text in read_documents(filter(reader_of, files_of(Path(said[name]))), "text"):
             yield line_of(text), name == "good"
 
 
@@ -358,7 +371,6 @@ def train_quality(said: Table, model: Path, *_: Any) -> None:
     """Train a classifier on nine tenths of the documents, and measure it on the rest."""
     import fasttext
 
-    model.parent.mkdir(parents=True, exist_ok=True)
     lines = model.with_suffix(".txt")
     held_out = []
     with lines.open("w", encoding="utf-8") as file:
@@ -367,7 +379,7 @@ def train_quality(said: Table, model: Path, *_: Any) -> None:
                 held_out.append((line, good))
             else:
                 file.write(f"__label__{'good' if good else 'ordinary'} {line}\n")
-    if {good for _, good in held_out} != {True, False}:
+    if len({good for _, good in held_out}) < 2:
         raise ValueError("quality: too few good or ordinary documents: 100 of each, or more")
     options = dict(wordNgrams=2, dim=32, bucket=200_000, epoch=20, lr=0.5, thread=1, verbose=0)
     fasttext.train_supervised(str(lines), **options).save_model(f"{lines}.bin")
@@ -385,18 +397,12 @@ def choose_folder(template: str, document: Any) -> Verdict:
     return True
 
 
-class Score:
-    """Notes the probability that a document is good, and the bucket that this falls into."""
-
-    def __init__(self, model: str, buckets: list[float]) -> None:
-        self.model = model
-        self.buckets = buckets
-
-    def __call__(self, document: Any) -> Verdict:
-        score = load_fasttext(self.model)(line_of(document.text)).get("good", 0.0)
-        bucket = int(np.searchsorted(self.buckets, score, side="right"))
-        document.metadata |= {"score": round(score, 4), "quality": f"q{bucket}"}
-        return True
+def note_quality(model: str, buckets: list[float], document: Any) -> Verdict:
+    """Note the probability that a document is good, and the bucket that this falls into."""
+    score = load_fasttext(model)(line_of(document.text)).get("good", 0.0)
+    bucket = int(np.searchsorted(buckets, score, side="right"))
+    document.metadata |= {"score": round(score, 4), "quality": f"q{bucket}"}
+    return True
 
 
 # ---- near duplicates -----------------------------------------------------------------------------
@@ -405,7 +411,7 @@ class Score:
 def note_order(folder: Path, inputs: list[str], documents: Documents, rank: int, _: int):
     """Write down each document's place in an order that no task changes: of near duplicates the
     first is kept, and inputs come as the recipe names them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with open(folder / f"{rank:05d}", "wb") as file:
         for document in documents:
             place = inputs.index(document.metadata["input"]) << 56
@@ -419,11 +425,13 @@ def cut_signature(grams: np.ndarray, n_buckets: int, rows: int) -> list[list[int
 
 def cluster(work: Path, *_: Any) -> None:
     """Join the pairs of all buckets, and list for each task the documents that repeat another."""
-    parent: dict[tuple[int, int], tuple[int, int]] = {}
-    some = [path for path in work.glob("order/*") if path.stat().st_size]  # no empty map exists
-    order = {int(path.name): np.memmap(path, np.uint64, "r") for path in some}
+    parent = {}
+    order = {}
+    for path in work.glob("order/*"):
+        if path.stat().st_size:  # no empty map exists
+            order[int(path.name)] = np.memmap(path, np.uint64, "r")
 
-    def root(node: tuple[int, int]) -> tuple[int, int]:
+    def root(node: Any) -> Any:
         while parent.setdefault(node, node) != node:
             parent[node] = parent[parent[node]]
             node = parent[node]
@@ -431,7 +439,7 @@ def cluster(work: Path, *_: Any) -> None:
 
     for path in sorted(work.glob("pairs/*.dups")):
         for a, i, b, j in np.fromfile(path, np.uint32).reshape(-1, 4).tolist():
-            ends = [root((a, i)), root((b, j))]
+            ends = root((a, i)), root((b, j))
             first, second = sorted(ends, key=lambda node: (order[node[0]][node[1]], node))
             parent[second] = first
     gone = defaultdict(list)

@@ -1,6 +1,7 @@
 """recipes/curate.py and sieve.py: recipes, the funnel, near duplicates across tasks, bad input, and
 runs that die. What runs datatrove itself is skipped where it is not installed."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -434,16 +436,16 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_alike(tmp_path, cor
 @pytest.mark.parametrize("end", ["exception", "kill"])
 def test_a_task_that_dies_is_named_and_the_others_go_on(tmp_path, corpus, monkeypatch, end):
     (tmp_path / "recipe.toml").write_text(f'[inputs.prose]\npath = "{tmp_path}/prose"\n')
-    extract = sieve.Extract.__call__
+    extract = sieve.extract
 
-    def fatal(self, document):
+    def fatal(document):
         if "001.txt" in document.id:
             if end == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("no good")
-        return extract(self, document)
+        return extract(document)
 
-    monkeypatch.setattr(sieve.Extract, "__call__", fatal)
+    monkeypatch.setattr(sieve, "extract", fatal)
     with pytest.raises(ValueError, match=r"2-read: of 5 tasks, \[\d\] did not end: see .*logs"):
         curated(tmp_path, "out", tasks=5, cores=2)
     assert len(list((tmp_path / "out" / "logs" / "2-read" / "completions").iterdir())) == 4
@@ -537,6 +539,100 @@ def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
         assert name in named, name
     for name in ("rows.jsonl:3", "cut.jsonl.gz", "packed.jsonl", "latin.txt:1"):
         assert name in named, name
+
+
+LONG = "a line without end " * 200
+
+
+def test_a_line_that_is_too_long_is_named_and_the_rest_of_its_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sieve, "LONGEST", 500)
+    rows = [json.dumps({"text": text}) for text in ("One.", LONG, "Two.", LONG[:501], "Three.")]
+    lines = "\n".join([*rows[:2], "{broken", *rows[2:]])
+    whole = gzip.compress(lines.encode())
+    kept = ["One.", "Two.", "Three."]
+    files = {
+        "rows.jsonl": (lines.encode(), kept, [2, 3, 5]),
+        "ends.jsonl": ("\n".join(rows[:2]).encode(), ["One."], [2]),
+        "only.jsonl": (rows[1].encode(), [], [1]),
+        "rows.jsonl.gz": (whole, kept, [2, 3, 5]),
+        "list.json": (json.dumps([{"text": "One."}, {"text": LONG}]).encode(), [], [1]),
+        "a.txt": (f"One.\n{LONG}\nTwo.\n".encode(), ["One.\n\nTwo.\n"], [2]),
+        "latin.txt": (b"One.\n" + LONG.encode() + b"\n\xe9", [], [2, 3]),
+        "just.txt": (b"x" * 499 + b"\n", ["\n"], [1]),
+        "below.txt": (b"x" * 498 + b"\n" + b"x" * 499, ["x" * 498 + "\n" + "x" * 499], []),
+    }
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name, (content, texts, bad_lines) in files.items():
+        (tmp_path / name).write_bytes(content)
+        bad = []
+        assert [*sieve.read_texts(tmp_path / name, "text", copies, bad.append)] == texts, name
+        places = [re.match(rf"{tmp_path}/{name}:(\d+): (.*)", str(one)) for one in bad]
+        assert sorted(int(place[1]) for place in places) == bad_lines
+        long = [place[2] == "a line of 500 bytes or more: cut it into several" for place in places]
+        assert sum(long) == len([one for one in bad if not re.search("JSON|UTF-8", str(one))])
+    assert not [*copies.iterdir()]
+
+
+def test_of_a_line_that_is_too_long_no_more_is_in_memory_than_a_piece(tmp_path, monkeypatch):
+    """Also where the line is packed, and where that is broken before its end."""
+    monkeypatch.setattr(sieve, "LONGEST", 1 << 16)
+    packed = gzip.compress(b'{"text": "One."}\n' + b"x" * (32 << 20) + b'\n{"text": "Two."}')
+    for name, content in (("whole", packed), ("broken", packed[:-2000])):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        bad = []
+        tracemalloc.start()
+        texts = [*sieve.read_texts(path, "text", tmp_path, bad.append)]
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 4 << 20, name
+        assert texts == ["One.", "Two."][: 2 if name == "whole" else 1]
+        assert ":2: a line of 65,536 bytes" in bad[0] and len(bad) == (1 if name == "whole" else 2)
+
+
+def test_a_disk_without_room_for_a_copy_stops_the_task_and_is_no_bad_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sieve, "LONGEST", 500)
+    (tmp_path / "a.txt").write_text(f"One.\n{LONG}\nTwo.\n")
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sieve, "NamedTemporaryFile", full)
+    bad = []
+    with pytest.raises(OSError, match="No space left"):
+        [*sieve.read_texts(tmp_path / "a.txt", "text", tmp_path, bad.append)]
+    assert not bad
+    bad = []
+    assert [*sieve.read_texts(tmp_path / "none.txt", "text", tmp_path, bad.append)] == []
+    assert "none.txt" in str(bad[0])
+
+
+@needs_datatrove
+@pytest.mark.slow
+def test_texts_that_are_too_long_are_counted_whatever_file_they_are_in(tmp_path, monkeypatch):
+    pytest.importorskip("warcio")
+    pytest.importorskip("trafilatura")
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(sieve, "LONGEST", 3000)
+    rng = random.Random(6)
+    texts = [prose(rng) for _ in range(5)]
+    web = tmp_path / "web"
+    web.mkdir()
+    pages = [PAGE.format(f"<p>{text}</p>") for text in (texts[0], LONG, texts[1])]
+    (web / "pages.warc.gz").write_bytes(b"".join(map(warc_record, pages)))
+    table = pyarrow.table({"text": [texts[2], LONG, texts[3]]})
+    pyarrow.parquet.write_table(table, web / "rows.parquet")
+    (web / "lines.txt").write_text(f"{texts[4]}\n{LONG}")
+    write_recipe(tmp_path, ["web"])
+    found = curated(tmp_path, "out", tasks=2)
+    kept = " ".join(text for _, _, text in found)
+    assert all(text in kept for text in texts) and "line without end" not in kept
+    assert funnel(tmp_path / "out")[0]["removed"] == {"cannot be read": 1, "too long": 2}
+    named = {row["id"] for row in map(json.loads, examples(tmp_path / "out"))}
+    assert {"web/pages.warc.gz:1", "web/rows.parquet:1"} < named
+    assert any("lines.txt:2: a line of 3,000 bytes or more" in name for name in named)
 
 
 @needs_datatrove
