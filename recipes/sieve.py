@@ -36,6 +36,7 @@ from recipes.verify import Decontaminator, minhash, normalise
 
 Documents = Iterator[Any]  # datatrove's: text, id, metadata
 Table = dict[str, Any]  # of TOML
+tokenizer_of = cache(load_tokenizer)
 
 # datatrove's filters, by module and class
 FILTERS = {
@@ -129,9 +130,6 @@ def gather_examples(folder: Path) -> Iterator[Table]:
     for (rule, reason), kept in found.items():
         for _, name, text in heapq.nsmallest(10, kept):
             yield {"rule": rule, "reason": reason, "id": name, "text": text}
-
-
-tokenizer_of = cache(load_tokenizer)
 
 
 class Counted:
