@@ -1418,6 +1418,7 @@ def test_fields_that_say_nothing_change_nothing_and_unknown_ones_are_counted(
     said = {**ANSWER, "tool_calls": [], "weight": 1, "train": True, "refusal": None, "name": "x"}
     with caplog.at_level("INFO", logger="nemotron4"):
         data.log.propagate = True
+        caplog.clear()  # of the first file, where a test before has set the log up
         rows = rows_of("sft", tmp_path, tokenizer, *[{"messages": [USER, said], "id": 7}] * 3, TALK)
     assert {row.key for row in rows} == {plain.key}
     assert caplog.text.count("fields not read:") == 1
