@@ -232,7 +232,7 @@ def read_texts(path: Path, text_field: str, folder: Path, on_bad: OnBad) -> Iter
         else:
             yield from read_documents([path], text_field, on_bad)
     except (ValueError, OSError) as e:
-        if e.args[0] == errno.ENOSPC:
+        if errno.ENOSPC in e.args:
             raise
         on_bad(BadDocument(f"{path}: {e}"))
 
