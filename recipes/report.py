@@ -180,17 +180,14 @@ LONG = 100  # values from which a curve is smoothed
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Return the exponential mean of what came so far, over about a fiftieth of the values; nan is
-    left out."""
-    decay = 1 - 1 / max(1.0, len(values) / 50)
-    total = 0.0
-    weight = 0.0
+    """Return the mean of each value and of as many before it as after it, a twenty-fifth of all at
+    most; nan is left out. Towards an end there are fewer, so that a falling curve has no lag."""
+    reach = len(values) // 50
     means = []
-    for value in values:
-        if value == value:
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        means.append(total / weight if weight else value)
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        known = [value for value in values[i - near : i + near + 1] if value == value]
+        means.append(sum(known) / len(known) if known else float("nan"))
     return means
 
 

@@ -48,6 +48,7 @@ from parallel import (
     world_size,
 )
 from recipes import verify
+from recipes.report import can_draw, draw_curve, picture
 
 log = logging.getLogger("nemotron4")
 Verifier = Callable[[dict[str, Any], str], float]  # (a prompt's row, an answer) → its reward
@@ -394,29 +395,34 @@ def figures(answers: list[Answer], samples: int) -> dict[str, float]:
 
 
 DRAWN = {
-    "reward": ("reward", "verified", "val_reward", "val_verified"),
-    "KL divergence, nats a token": ("kl",),
-    "length, tokens": ("length",),
-    "entropy, nats a token": ("entropy",),
+    "mean reward (points: validation)": {"reward": "judge", "verified": "verifier"},
+    "KL divergence, nats a token": {"kl": ""},
+    "length, tokens": {"length": ""},
+    "entropy, nats a token": {"entropy": ""},
 }
 
 
 def draw(run: Path) -> None:
-    """Draw a run's rewards, divergence, length and entropy over its steps into online.png."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no picture: pip install -e '.[report]'")
+    """Draw a run's rewards, divergence, length and entropy over its steps into online.png. A reward
+    that is another's, as where the verifier is the judge, is left out."""
+    if not can_draw():
         return
     rows = [row for _, row in read_records(run / "metrics.jsonl")]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for panel, (title, names) in zip(figure.subplots(2, 2).flatten(), DRAWN.items(), strict=True):
-        for name in names:
-            known = [row for row in rows if row.get(name) is not None]
-            steps = [row["step"] for row in known]
-            if known:
-                panel.plot(steps, [row[name] for row in known], label=name)
-        panel.set(title=title, xlabel="step")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    figure.savefig(run / "online.png", dpi=110)
+
+    def curve(name: str) -> tuple[list[float], list[float]]:
+        known = [row for row in rows if row.get(name) is not None]
+        return [row["step"] for row in known], [row[name] for row in known]
+
+    with picture(run / "online.png", len(DRAWN)) as panels:
+        for panel, (title, labels) in zip(panels, DRAWN.items(), strict=True):
+            seen = []
+            for i, (name, label) in enumerate(labels.items()):
+                steps, values = curve(name)
+                if not values or values in seen:
+                    continue
+                seen.append(values)
+                draw_curve(panel, steps, values, label, color=f"C{i}", lw=1.6)
+                panel.plot(*curve(f"val_{name}"), "o", ms=4.5, color=f"C{i}")
+            panel.set(title=title, xlabel="step")
+            if len(seen) > 1:
+                panel.legend()
