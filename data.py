@@ -399,7 +399,7 @@ def files_of(root: Path) -> list[Path]:
         raise ValueError(f"{root}: no such file or folder")
     if not root.is_dir():
         return [root]
-    files = [path for path in root.rglob("*") if path.is_file()]
+    files = filter(Path.is_file, root.rglob("*"))
     return sorted(p for p in files if "/." not in f"/{p.relative_to(root).as_posix()}")
 
 
@@ -617,7 +617,7 @@ def prepare(cfg: PrepareConfig) -> None:
         if not whole:
             same = f"{names} {cfg.text_field} {cfg.val_fraction}".encode()
             manifest["same"] = zlib.crc32(same + (folder / file).read_bytes())
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         folder.rename(out)
         (out / ".lock").unlink()
     finally:
@@ -630,31 +630,34 @@ def prepare(cfg: PrepareConfig) -> None:
 REPORT_BLEND = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # report section 2.1
 
 
-def read_manifests(folder: Path) -> dict[Path, Record]:
-    """Return the manifests of a folder's shards by their own folders, in order; a folder that was
-    written whole is its only shard. Raise a ValueError unless all shards of one kind are there."""
+def read_manifests(folder: Path) -> tuple[list[Path], Record, Array]:
+    """Return a folder's shards in order (itself, if it was written whole), their manifests as one,
+    and what each counts, int64 (shards, sources, 11). Raise a ValueError unless all are there."""
     files = [folder / "manifest.json"]
     if not files[0].exists():
         files = sorted(folder.glob("*-of-*[0-9]/manifest.json"))
         if not files:
             raise ValueError(f"{folder} has no manifest.json: run data.py prepare --out {folder}")
         names = {file.parent.name for file in files}
-        last = max(names)
-        n = int(last[-5:])
-        missing = [i for i in range(1, n + 1) if f"{i:05d}{last[5:]}" not in names]
+        n = int(max(names)[-5:])
+        missing = [i for i in range(1, n + 1) if f"{i:05d}-of-{n:05d}" not in names]
         if missing or len(names) > n:
             raise ValueError(f"{folder}: {len(names)} shards of {n}, without {missing}: add them")
-    manifests = {file.parent: json.loads(file.read_text()) for file in files}
-    if len({manifest.get("same") for manifest in manifests.values()}) > 1:
+    counts = defaultdict(list)  # by what a shard's tokens depend on
+    parts = manifest = {}
+    for file in files:  # one at a time: the objects of thousands would take seconds
+        manifest = json.loads(file.read_text())
+        parts = [three for *three, _ in map(dict.values, manifest["sources"].values())]
+        numbers = [[n for part in three for n in part.values()] for three in parts]
+        counts[manifest.get("same")].append(np.array(numbers))
+    same, *others = counts.values()
+    if others:
         raise ValueError(f"{folder}: its shards are of other files, options or tokenizers: prepare")
-    return manifests
-
-
-def add_up(entries: list[Any]) -> Any:
-    """Add up counts, alone or by name; what is no number is the same in all."""
-    if isinstance(entries[0], dict):
-        return {key: add_up([entry[key] for entry in entries]) for key in entries[0]}
-    return sum(entries) if isinstance(entries[0], int) else entries[0]
+    shards = np.stack(same)
+    total = map(int, sum(shards).flat)
+    for part in itertools.chain(*parts):
+        part.update(zip(part, total, strict=False))
+    return [file.parent for file in files], manifest, shards
 
 
 class TokenStream:
@@ -688,12 +691,9 @@ class TokenData:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.shards = read_manifests(self.folder)
-        manifests = [*self.shards.values()]
-        sources = add_up([manifest["sources"] for manifest in manifests])
-        self.manifest = manifests[0] | {"sources": sources}
+        self.shards, self.manifest, self.counts = read_manifests(self.folder)
         self.vocab_size = self.manifest["vocab_size"]
-        self.sources = tuple(sources)
+        self.sources = tuple(self.manifest["sources"])
 
     @property
     def fingerprint(self) -> str:
@@ -702,7 +702,7 @@ class TokenData:
         return " ".join(f"{s}:{e['train']['tokens']}:{e['train']['crc']:08x}" for s, e in entries)
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(next(iter(self.shards)) / self.manifest["tokenizer"])
+        return load_tokenizer(f"{self.shards[0]}/{self.manifest['tokenizer']}")
 
     def n_tokens(self, source: str, split: str) -> int:
         return self.manifest["sources"][source][split]["tokens"]
@@ -714,8 +714,8 @@ class TokenData:
 
     def tokens(self, source: str, split: str) -> TokenStream:
         files = [f"{folder}/{source}.{split}.bin" for folder in self.shards]
-        sizes = [shard["sources"][source][split]["tokens"] for shard in self.shards.values()]
-        return TokenStream(files, sizes, self.manifest["sources"][source]["dtype"])
+        sizes = self.counts[:, self.sources.index(source), 1 if split == "train" else 5]
+        return TokenStream(files, sizes.tolist(), self.manifest["sources"][source]["dtype"])
 
     def blend(self, weights: Blend) -> Blend:
         """Scale weights to sum to one; without any, take the report's or the sources' sizes."""
@@ -730,7 +730,7 @@ class TokenData:
         if min(weights.values()) < 0 or not 0 < total < float("inf"):
             raise ValueError(f"blend {weights}: weights finite, none negative, and not all zero")
         # in the manifest's order: sample i must not depend on how the weights were written down
-        return {s: weights[s] / total for s in self.sources if weights.get(s, 0) > 0}
+        return {s: weights[s] / total for s in self.sources if weights.get(s)}
 
 
 def permute(i: int, n: int, key: int) -> int:
