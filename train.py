@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from fcntl import LOCK_EX, flock
-from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -199,8 +197,8 @@ class RunConfig:
     max_skips: int = 10  # Skipped steps after which the run ends all the same.
     eval_every: int = 100  # Steps between validations; the first and the last step validate too.
     eval_batches: int = 8  # Batches of validation data per source.
-    log_every: int = 1
-    """Steps between lines of the log; validations are always said, metrics.jsonl has each step."""
+    log_every: int = 1  # Steps between lines of the log; metrics.jsonl has each step.
+    wandb: str = ""  # Project of Weights & Biases that gets the metrics too; empty: none.
     save_every: int = 500  # Steps between checkpoints; the last and the end of a phase save too.
     save_in_background: bool = False  # Training goes on while a checkpoint is being written.
     keep: int = 2  # Newest checkpoints to keep, beside those where a phase ends or the batch grows.
@@ -267,8 +265,8 @@ def nano() -> PretrainConfig:
     """Train on a laptop CPU in minutes: every detail of the architecture, on Python's own files."""
     # optimizer of the 8T phase (see `pretraining`); rate, warm-up, batch and length fit this size
     return PretrainConfig(
-        model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), steps=250, batch=8, micro_batch=2,
-        lr=1.5e-3, min_lr=1.5e-4, warmup=160, eval_every=50, save_every=100,
+        model=SHAPES["nano"], mesh=MeshConfig(dtype="fp32"), steps=150, batch=8, micro_batch=2,
+        lr=3e-3, min_lr=3e-4, warmup=160, eval_every=50, save_every=50,
     )  # fmt: skip
 
 
@@ -384,7 +382,7 @@ def make_optimizer(cfg: RunConfig, runner: Runner) -> torch.optim.AdamW:
 # Settings that may change between two starts of one run: speed, reports, length, bad steps
 MAY_CHANGE = {"out", "mesh", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"}
 MAY_CHANGE |= {"save_in_background", "keep", "profile", "on_bad_step", "spike", "max_skips"}
-MAY_CHANGE.add("log_every")
+MAY_CHANGE |= {"log_every", "wandb"}
 LONGEST_LAG = 60  # seconds in which a shared file system shows a new file everywhere
 
 
@@ -399,10 +397,12 @@ def free_folder(name: str, agent: str) -> Path:
     """Return runs/NAME, or the first new one of runs/NAME-2, -3 ...; or, when an agent (a torchrun)
     starts its processes again, the one that they began."""
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    folders = map(Path("runs").joinpath, names)
-    ours = lambda folder: again and settings_in(folder).get("agent") == agent  # noqa: E731
-    return next(folder for folder in folders if not folder.exists() or ours(folder))
+    folder = Path("runs") / name
+    number = 1
+    while folder.exists() and not (again and settings_in(folder).get("agent") == agent):
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
 
 
 def start(
@@ -517,21 +517,24 @@ SAID = ("accuracy", "beta_margin", "beta_reward_chosen", "beta_reward_rejected")
 class Metrics:
     """Writer of each step: a line in the log, an object in metrics.jsonl, and TensorBoard."""
 
-    def __init__(self, cfg: RunConfig, start: int, last: int, device: torch.device) -> None:
+    def __init__(self, cfg: RunConfig, start: int, device: torch.device) -> None:
         """Open the files; rows of metrics.jsonl after step `start`, and damaged ones, go."""
-        from torchtitan.components.metrics import TensorBoardLogger  # slow to import
+        from torchtitan.components import metrics  # slow to import
 
         self.cfg = cfg
         self.schedule = cfg.schedule()
         self.start = start
-        self.last = last
         self.tokens = 0  # trained so far
         self.begun = 0.0  # when the first step, which warms up, was over
         peak = peak_flops(device)
         self.flops = flops_per_token(cfg.model) / (peak * world_size()) if peak else None
         self.writes = dist.get_rank() == 0
         if self.writes:
-            self.tensorboard = TensorBoardLogger(str(cfg.out / "tensorboard"))
+            self.loggers = metrics.LoggerContainer()
+            self.loggers.add_logger(metrics.TensorBoardLogger(str(cfg.out / "tensorboard")))
+            if cfg.wandb:
+                os.environ["WANDB_PROJECT"] = cfg.wandb
+                self.loggers.add_logger(metrics.WandBLogger(str(cfg.out), asdict(cfg)))
             path = cfg.out / "metrics.jsonl"
             path.touch()
             rows = read_records(path, lambda bad: log.warning(f"left out: {bad}"))
@@ -550,16 +553,14 @@ class Metrics:
         row = {"step": step, **values, "batch": batch, "tokens": self.tokens, "tokens_per_s": rate}
         row["mfu"] = 100 * self.flops * rate if self.flops else None
         row["memory_gib"] = memory_gib()
-        if "val_loss" in row or step == self.last or step % self.cfg.log_every == 0:
+        if "val_loss" in row or step == self.cfg.steps or step % self.cfg.log_every == 0:
             self.log_step(row)
-        if step == self.start + 1:
-            self.begun = time.monotonic()
+        self.begun = self.begun or time.monotonic()
         if self.writes:
             # JSON has no word for a number that is not finite
-            row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
-            self.file.write(json.dumps(row) + "\n")
-            scalars = {k: v for k, v in row.items() if k != "step" and v is not None}
-            self.tensorboard.log(scalars, step)
+            finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
+            self.file.write(json.dumps(dict.fromkeys(row) | finite) + "\n")
+            self.loggers.log(finite, finite.pop("step"))
 
     def log_step(self, row: dict[str, Any]) -> None:
         """Say a row in a line of the log, and its validation losses in another."""
@@ -567,9 +568,9 @@ class Metrics:
         if self.begun:
             done = self.schedule.samples(row["step"])
             pace = (time.monotonic() - self.begun) / (done - self.schedule.samples(self.start + 1))
-            eta = timedelta(seconds=round(pace * (self.schedule.samples(self.last) - done)))
+            eta = timedelta(seconds=round(pace * (self.schedule.samples(self.cfg.steps) - done)))
         mfu = "--" if row["mfu"] is None else f"{row['mfu']:.1f}"
-        begin = f"step {row['step']:6d}/{self.last}  "
+        begin = f"step {row['step']:6d}/{self.cfg.steps}  "
         log.info(
             f"{begin}loss {row['loss']:7.4f}  norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_s'] / 1e3:8.1f}k tok/s  mfu {mfu:>4}  "
@@ -590,8 +591,8 @@ class Metrics:
         """Close the files; after the last step, say where the run is and what reads it."""
         if self.writes:
             self.file.close()
-            self.tensorboard.close()
-        if step == self.last:
+            self.loggers.close()
+        if step == self.cfg.steps:
             out = self.cfg.out
             use = f"score {out} --file ROWS" if self.cfg.model.n_attributes else f"sample {out}"
             log.info(f"finished: {out}. Next: python generate.py {use}")
@@ -692,7 +693,7 @@ def fit(
     step, recent, skipped = (state[key] for key in new)
     if step:
         log.info(f"continuing from step {step} of {cfg.out}" + ": it is finished" * (step >= last))
-    metrics = Metrics(cfg, step, last, runner.device)
+    metrics = Metrics(cfg, step, runner.device)
     micro = batches(step) if step < last else []
     with profiled(cfg) as tick, asked_to_stop(runner):
         while step < last:
@@ -835,8 +836,7 @@ def source_evaluator(
 
     def evaluate(step: int) -> dict[str, float]:
         values = evaluate_sources(step)
-        trained = schedule.samples(step - 1)
-        blend = blends[max(first for first in blends if first <= trained)]
+        blend = blends[max(first for first in blends if first <= schedule.samples(step - 1))]
         weights = {source: blend.get(source, 0.0) for source in held_out}
         if not sum(weights.values()):
             return values
@@ -887,8 +887,8 @@ def choose_config(
             sys.exit(f"{argv[0]} is now `python -m recipes.{argv[0]}`")
         raise ValueError(f"no preset {argv[0]!r}: there are {', '.join(presets)}")
     table = {name: (" ".join(f.__doc__.split()), f()) for name, f in presets.items()}
-    parse = partial(tyro.extras.overridable_config_cli, table, args=argv, description=description)
-    return argv[0] if argv else "", parsed(parse)
+    cli = tyro.extras.overridable_config_cli
+    return argv[0] if argv else "", parsed(lambda: cli(table, args=argv, description=description))
 
 
 def main() -> None:

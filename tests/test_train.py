@@ -89,6 +89,19 @@ def test_a_runs_folder_holds_what_the_readme_says(on_ranks, corpus, tmp_path):
     assert list((cfg.out / "tensorboard").glob("events*"))
 
 
+def pretrain_offline(cfg):
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    pretrain(cfg)
+
+
+def test_a_project_of_wandb_gets_the_settings_and_every_step(on_ranks, corpus, tmp_path):
+    cfg = config(corpus, tmp_path / "a", steps=2, wandb="quarry")
+    on_ranks(2, pretrain_offline, cfg)
+    written = next((cfg.out / "wandb").glob("offline-run-*/*.wandb")).read_bytes()
+    assert b"quarry" in written and b"micro_batch" in written
+    assert written.count(b"tokens_per_s") >= 2 and b"val_loss/english" in written
+
+
 def batches_on(cfg, step):
     data = TokenData(cfg.data)
     sampler = Sampler(data, data.blend(cfg.blend), cfg.model.seq_len, cfg.seed)
