@@ -206,6 +206,21 @@ def nemo_labelled(row: Record) -> Record:
     return {"messages": messages, "label": label}
 
 
+WEIGHTS = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # of label a, prompt x and answer y
+
+
+def steerlm2(row: Record) -> Record:
+    """Convert NeMo's rows for SteerLM 2, whose answers come from the model Q that is to learn them.
+    By Bayes an answer's weight is P(a|x,y) P(y|x) / Q; its logarithm becomes the reward."""
+    prompt = in_our_names({"conversations": row["prompt_turns"], "system": row.get("system")})
+    answers = objects(row, "responses")
+    logs = [numbers([required(one, name) for name in WEIGHTS], WEIGHTS) for one in answers]
+    read_label(required(row, "label", str))
+    ours = {"prompt": prompt["messages"], "label": row["label"]}
+    ours["responses"] = [required(one, "value", str) for one in answers]
+    return ours | {"rewards": [float(judge + plain - q) for judge, plain, q in logs]}
+
+
 def objects(row: Record, name: str) -> list[Record]:
     """Return a field that must be a list of objects."""
     values = required(row, name, list)
@@ -236,6 +251,7 @@ FORMATS = (
         "HelpSteer2's annotators", f"prompt response {' '.join(ATTRIBUTES)}", helpsteer2_annotators
     ),
     Format("NeMo's labels", "conversations", nemo_labelled),
+    Format("NeMo's SteerLM 2", "prompt_turns label responses", steerlm2),
     Format("hh-rlhf", "chosen rejected", hh_rlhf),
 )
 
@@ -285,6 +301,8 @@ def converted(row: Record) -> Record:
     ours = format_of(frozenset(row)).convert(row)
     if "chosen" in ours:
         chats, _ = read_preference(in_our_names(ours), rewards=False)
+    elif "responses" in ours:
+        chats = [ours["prompt"] + messages_of(answer, "assistant") for answer in ours["responses"]]
     else:
         chats, _ = read_scored(in_our_names(ours), n_attributes=9)
     for chat in chats:

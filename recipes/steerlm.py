@@ -1,4 +1,4 @@
-"""Steer answers by attributes: SteerLM (arXiv 2310.05344).
+"""Steer answers by attributes: SteerLM (arXiv 2310.05344), and SteerLM 2 (arXiv 2406.08673).
 
 A reward model rates every answer of conversations; SFT learns the answers with their ratings before
 them, as in <extra_id_2>helpfulness:4,...,verbosity:1, which are not trained; and then an answer is
@@ -7,6 +7,7 @@ asked for with the ratings that it should have.
     python -m recipes.steerlm annotate runs/reward chats.jsonl labelled.jsonl
     python -m recipes.steerlm sft --init runs/base --data labelled.jsonl --out runs/steered
     python -m recipes.steerlm sample runs/steered --prompts Hi --attributes verbosity=1,coherence=4
+    python -m recipes.steerlm steerlm2 --init runs/steered --data weighed.jsonl
     python -m recipes.steerlm demo
 """
 
@@ -22,7 +23,15 @@ from typing import Any
 import numpy as np
 import tyro
 
-from align import AlignConfig, SftConfig, align, check_rows
+from align import (
+    AlignConfig,
+    PreferenceConfig,
+    SftConfig,
+    align,
+    check_rows,
+    read_answers,
+    with_absent_answers,
+)
 from data import (
     Example,
     Messages,
@@ -89,6 +98,14 @@ def read_labelled(row: dict[str, Any]) -> tuple[list[Messages], None]:
     return [chat], None
 
 
+def read_weighed(row: dict[str, Any]) -> tuple[list[Messages], np.ndarray]:
+    """Parse a prompt, a label and several responses, each with the logarithm of its weight as its
+    reward; recipes.rows makes such rows of NeMo's for SteerLM 2."""
+    chats, values = read_answers(row, "rpo_bwd")
+    label = label_of(read_label(required(row, "label", str)))
+    return [[*chat[:-1], chat[-1] | {"label": label}] for chat in chats], values
+
+
 def render_labelled(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     """Render messages as render_chat does, with its label, which is not trained, before each answer
     that has one. An answer without a label is not trained."""
@@ -106,10 +123,11 @@ def render_labelled(messages: Messages, tokenizer: Tokenizer) -> Rendered:
 
 
 def labelled_rows(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Example]:
-    """Read a file of labelled conversations; see read_rows."""
+    """Read a file of labelled conversations, or of weighed answers; see read_rows."""
     how = dict(seq_len=cfg.model.seq_len, skip_bad=cfg.skip_bad, shorten=cfg.shorten)
     render = partial(render_labelled, tokenizer=tokenizer)
-    rows, _ = read_rows(path, read_labelled, render, **how)
+    parse = read_weighed if isinstance(cfg, PreferenceConfig) else read_labelled
+    rows = with_absent_answers(read_rows(path, parse, render, **how)[0])
     check_rows(cfg, rows, path)
     return rows
 
@@ -117,6 +135,12 @@ def labelled_rows(cfg: AlignConfig, path: Path, tokenizer: Tokenizer) -> list[Ex
 def steered_sft() -> SftConfig:
     """Fine-tune on labelled conversations, in two epochs."""
     return SftConfig(lr=5e-6, epochs=2, weight_decay=0.01)  # NeMo-Aligner's
+
+
+def steerlm2() -> PreferenceConfig:
+    """Bring the likelihoods of a prompt's answers to their weights (SteerLM 2): KL(w ‖ b), with b =
+    softmax(log π/π_ref), is RPO's loss of K answers where β and η are 1."""
+    return PreferenceConfig(loss="rpo_bwd", beta=1.0, lr=5e-6, epochs=2, weight_decay=0.01)
 
 
 # ---- labelling -----------------------------------------------------------------------------------
@@ -257,11 +281,11 @@ COMMANDS = {
 def main() -> None:
     about = __doc__.partition("\n\n")[2]
     program = "python -m recipes.steerlm"
-    if sys.argv[1:2] == ["sft"]:
+    trained = {"sft": steered_sft, "steerlm2": steerlm2}
+    if sys.argv[1:2] and sys.argv[1] in trained:
         sys.argv[0] = program  # as the help names it
         set_up_logging()
-        configs = {"sft": steered_sft}
-        run(lambda: align(*choose_config(sys.argv[1:], configs, about), read=labelled_rows))
+        run(lambda: align(*choose_config(sys.argv[1:], trained, about), read=labelled_rows))
     else:
         configs = {name: config for name, (config, _) in COMMANDS.items()}
         how = dict(prog=program, description=about)

@@ -140,6 +140,55 @@ def test_the_command_learns_the_answers_given_their_labels(base, labelled, tmp_p
     )
 
 
+def test_steerlm_2_has_the_gradient_of_nemos_loss():
+    rng = torch.Generator().manual_seed(0)
+    log_q, reference, weights = torch.randn(3, 5, 4, generator=rng, dtype=torch.float64)
+    log_q.requires_grad_()
+    w, b = weights.softmax(-1), (log_q - reference).softmax(-1).detach()
+    (due,) = torch.autograd.grad(((w - b) * -log_q).sum(), log_q)
+    cfg = steerlm.steerlm2()
+    loss = align.rpo_k_loss(cfg.beta * (log_q - reference), cfg.eta * weights).sum()
+    (ours,) = torch.autograd.grad(loss, log_q)
+    assert cfg.loss == "rpo_bwd" and not cfg.sft_weight
+    torch.testing.assert_close(ours, due)
+
+
+def test_nemos_rows_for_steerlm_2_become_weighed_answers_that_are_learnt(
+    base, tmp_path, monkeypatch
+):
+    label = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:0"
+    logs = [(-1.0, -8.0, -7.5), (-0.5, -9.0, -9.25), (-3.0, -2.0, -2.5)]
+    answers = [
+        {"from": "Assistant", "value": text} | dict(zip(rows.WEIGHTS, found, strict=True))
+        for text, found in zip(("one", "two", "three"), logs, strict=True)
+    ]
+    turns = [{"from": "User", "value": "Count"}]
+    row = {"system": "Be brief.", "prompt_turns": turns, "label": label, "responses": answers}
+    out = tmp_path / "weighed.jsonl"
+    rows.convert(rows.RowsConfig(write(tmp_path / "nemo.jsonl", [row]), out))
+    got = json.loads(out.read_text())
+    assert got["prompt"] == [{"role": "system", "content": "Be brief."}, user("Count")]
+    assert got["rewards"] == [-1.5, -0.25, -2.5]
+    shape = dataclasses.replace(SHAPE, seq_len=512)
+    cfg = dataclasses.replace(steerlm.steerlm2(), model=shape)
+    tokenizer = data.load_tokenizer(base / "lm")
+    (example,) = steerlm.labelled_rows(cfg, out, tokenizer)
+    assert example.values.tolist() == [-0.25, -2.5, -1.5]  # the best and the worst come first
+    for ids, trained, text in zip(
+        example.ids, example.trained, ("two", "three", "one"), strict=True
+    ):
+        assert label in tokenizer.decode(ids) and tokenizer.decode(ids[trained]).startswith(text)
+
+    options = ["--init", f"hf:{base}/lm", "--data", out, "--out", tmp_path / "run"]
+    options += ["--seq-len", "512", "--batch", "1", "--mesh.dtype", "fp32", "--lr", "1e-3"]
+    monkeypatch.setattr(sys, "argv", ["steerlm", "steerlm2", *map(str, options), "--epochs", "8"])
+    steerlm.main()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    w = np.exp(example.values) / np.exp(example.values).sum()
+    assert steps[0]["loss"] == pytest.approx((w * np.log(3 * w)).sum(), rel=1e-4)  # b is even
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+
+
 def test_a_sample_goes_on_from_the_label_that_is_asked_for(base, tmp_path):
     out = tmp_path / "samples.jsonl"
     sampling = generate.SamplingParams(max_tokens=6, seed=5, n=2, logprobs=1)
