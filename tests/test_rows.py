@@ -341,6 +341,11 @@ SHAPES = [("sft", row) for row in CHATS.values()] + [
 SHAPES += [("reward", CHATS["helpsteer2"])]
 SHAPES += [("reward", {"messages": [user(), answer()], "label": [1, 2, 3, 4, 0]})]
 SHAPES += [("rows", row) for row, _ in CONVERTED.values()]
+WEIGHED = [
+    {"from": "Assistant", "value": text} | dict.fromkeys(rows.WEIGHTS, -2.5) for text in "ab"
+]
+ASKED = [{"from": "User", "value": "Hi"}]
+SHAPES += [("rows", {"prompt_turns": ASKED, "label": "verbosity:1", "responses": WEIGHED})] * 2
 
 
 def mutated(value, rng):
