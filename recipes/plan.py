@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed.pipelining.schedules as torchs
 import tyro
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
@@ -137,10 +136,10 @@ def shares_of(plan: PlanConfig) -> tuple[list[int], list[int], int]:
 
 @cache
 def orders_of(mesh: MeshConfig, n: int, train: bool) -> list[list[tuple]]:
-    """List each pipeline rank's actions in the training code's schedule of n micro-batches."""
+    """List the (stage, kind, micro-batch) that each pipeline rank runs in its schedule."""
     if mesh.pp == 1:
-        kinds = (torchs.FORWARD, torchs.FULL_BACKWARD, torchs.RESHARD)[: 3 if train else 1]
-        return [[(0, kind) for kind in kinds] * n]
+        kinds = ("FORWARD", "FULL_BACKWARD", "RESHARD")[: 3 if train else 1]
+        return [[(0, kind, i) for i in range(n) for kind in kinds]]
     last = mesh.n_stages - 1
     # what a schedule asks of a stage
     stage = partial(SimpleNamespace, submod=nn.Identity(), num_stages=last + 1)
@@ -149,12 +148,12 @@ def orders_of(mesh: MeshConfig, n: int, train: bool) -> list[list[tuple]]:
     schedule = make_schedule(mesh, stages, n, train, loss_fn=print)
     # plain 1F1B does not gather by itself: FSDP does
     order = getattr(schedule, "pipeline_order_with_comms", None) or schedule._get_pipeline_order()
-    return list(order.values())
+    return [[(a[0], a[1].name, a[2]) for a in filter(None, each)] for each in order.values()]
 
 
 # actions that need weights, and how they change the number of those that wait for their backward
-WAITING = {torchs.UNSHARD: 0, torchs.FORWARD: 1, torchs.FULL_BACKWARD: -1}
-WAITING |= {torchs.BACKWARD_INPUT: 0, torchs.BACKWARD_WEIGHT: -1}
+WAITING = {"UNSHARD": 0, "FORWARD": 1, "FULL_BACKWARD": -1}
+WAITING |= {"BACKWARD_INPUT": 0, "BACKWARD_WEIGHT": -1}
 
 
 class Load(NamedTuple):
@@ -181,12 +180,12 @@ def loads_of(plan: PlanConfig) -> list[Load]:
     for rank, actions in enumerate(orders):
         whole = {}  # stage → its parameters, while they are gathered
         gathered = waiting = most_whole = most_waiting = 0
-        for stage, kind, *_ in filter(None, actions):
+        for stage, kind, _ in actions:
             if kind in WAITING and stage not in whole:
                 whole[stage] = params[stage]
                 gathered += params[stage]
             # FSDP frees each unit after its forward; after its backward a pipeline keeps it
-            if kind == torchs.RESHARD or (frees and (kind == torchs.FORWARD or mesh.pp == 1)):
+            if kind == "RESHARD" or (frees and (kind == "FORWARD" or mesh.pp == 1)):
                 whole.pop(stage, None)
             waiting += layers[stage] * WAITING.get(kind, 0)
             most_whole = max(most_whole, sum(whole.values()))

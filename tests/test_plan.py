@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.pipelining.schedules as torchs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -270,11 +269,10 @@ def peak(actions):
     """Count the most (stage, micro-batch) pairs between their forward and their backward."""
     waiting = set()
     most = 0
-    for action in filter(None, actions):
-        stage, kind, i, *_ = action
-        if kind == torchs.FORWARD:
+    for stage, kind, i in actions:
+        if kind == "FORWARD":
             waiting.add((stage, i))
-        elif kind in (torchs.FULL_BACKWARD, torchs.BACKWARD_WEIGHT):
+        elif kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"):
             waiting.remove((stage, i))
         most = max(most, len(waiting))
     return most
