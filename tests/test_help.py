@@ -8,9 +8,11 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ import generate
 import train
 from recipes import iterate
 
+ROOT = Path(__file__).resolve().parent.parent
 JOBS = {
     "train.py": [*train.PRESETS],
     "align.py": [*align.PRESETS],
@@ -169,6 +172,29 @@ def without_reader(program, *args):
 def test_help_that_is_not_read_to_its_end_is_no_error(command):
     """As in `python train.py nano --help | head -3`."""
     assert without_reader(*command.split(), "--help") == ""
+
+
+EACH_IN_TURN = """
+import contextlib, io, sys
+import test_help
+
+for program in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        test_help.run_program(*program.split(), "--help")
+    loaded = {"torch._dynamo", "torch._inductor"} & sys.modules.keys()
+    assert not loaded, f"{program} --help imports {loaded}"
+"""
+
+
+def test_no_programs_help_waits_for_torchs_compiler():
+    """It takes seconds to import, and a help or a mistake needs none of it."""
+    programs = [f"{program} {job}".strip() for program, job in dict(COMMANDS).items()]  # a job each
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_IN_TURN, *programs],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
