@@ -794,10 +794,14 @@ def test_slurm_gets_a_job_of_each_stage_and_its_tasks_do_the_same(tmp_path, corp
 @needs_datatrove
 @pytest.mark.slow
 def test_ray_does_the_same(tmp_path, corpus):
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    write_recipe(tmp_path, ["prose"])  # a stage takes ray ten seconds, and 16 buckets a minute
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    with_fewer_buckets(tmp_path)  # ray takes some ten seconds for a stage, or for two buckets
     try:
         found = curated(tmp_path, "ray", tasks=2, executor="ray")
     finally:
         ray.shutdown()
     assert found == curated(tmp_path, "local", tasks=2)
+    assert funnel(tmp_path / "ray") == funnel(tmp_path / "local")
+    assert examples(tmp_path / "ray") == examples(tmp_path / "local")
+    removed = {row["rule"]: row["dropped"] for row in funnel(tmp_path / "ray")}
+    assert removed["near_duplicates"] >= 6
