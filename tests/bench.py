@@ -2,6 +2,7 @@
 
 python tests/bench.py all                          what this machine can measure
 python tests/bench.py tokenize                     MB/s against `tokenizers`
+python tests/bench.py curate --megabytes 12        MB/s and memory of curation's stages
 python tests/bench.py generate 40M                 prefill and decode against transformers
 python tests/bench.py train 40M                    a training step against transformers' Nemotron
 python tests/bench.py where 40M                    what the time of our training step goes to
@@ -31,6 +32,7 @@ import resource
 import socket
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -58,7 +60,7 @@ import generate
 import model
 import parallel
 import train
-from recipes import online
+from recipes import curate, online
 
 SHAPES = {
     "nano": replace(model.SHAPES["nano"], seq_len=128),  # tries the harness out, measures nothing
@@ -944,6 +946,151 @@ def tokenize(shape: str, o: argparse.Namespace, vocab_size: int = 16_384) -> lis
     return out
 
 
+# ---- curation ------------------------------------------------------------------------------------
+
+RECIPE = """
+[inputs.prose]
+path = "{here}/prose"
+[inputs.code]
+path = "{here}/code"
+[language]
+languages = ["en"]
+threshold = 0.3
+inputs = ["prose"]
+[[rules]]
+filter = "gopher_repetition"
+inputs = ["prose"]
+[[rules]]
+filter = "gopher_quality"
+inputs = ["prose"]
+[[rules]]
+filter = "c4_quality"
+inputs = ["prose"]
+filter_no_terminal_punct = false
+[[rules]]
+filter = "fineweb_quality"
+inputs = ["prose"]
+[near_duplicates]
+[decontaminate]
+evaluations = ["{here}/evaluations.jsonl"]
+[quality]
+judged = "{here}/judged.jsonl"
+good_from = 1
+"""
+LICENCE = re.compile("LICEN|COPYING|copyright")
+PROSE = re.compile(r"(\.md|\.rst|\.txt|\.gz|METADATA|LICEN\w+|COPYING|copyright|README)$")
+
+
+def texts_of_machine(kind: str, n_bytes: float) -> list[tuple[str, str]]:
+    """(file, text) of code, or of documentation and licences, in a random order that is always the
+    same, but the largest first: what takes most memory is in any part."""
+    purelib = sysconfig.get_paths()["purelib"]
+    roots = (purelib, sysconfig.get_paths()["stdlib"])
+    if kind == "prose":
+        roots = (purelib, "/usr/share/doc", "/usr/share/man")
+    files = sorted(path for root in map(Path, roots) for path in root.rglob("*") if path.is_file())
+    random.Random(0).shuffle(files)
+    texts, left = [], n_bytes
+    for path in files:
+        known = path.suffix == ".py" if kind == "code" else PROSE.search(path.name)
+        if known and left > 0 and 200 < path.stat().st_size < 1_000_000:
+            with suppress(UnicodeDecodeError, OSError), data.open_bytes(path, data.refuse) as file:
+                texts.append((str(path), file.read().decode()))
+                left -= len(texts[-1][1])
+    if left > 0:
+        raise ValueError(f"{kind}: {left / 1e6:.0f} MB too few on this machine: less --megabytes")
+    return sorted(texts, key=lambda text: -len(text[1]))[:1] + texts
+
+
+def write_inputs(folder: Path, kinds: dict[str, list[tuple[str, str]]], n_bytes: float) -> float:
+    """Write n_bytes of each kind, labels for the classifier, and some passages as evaluations."""
+    size = 0
+    for kind, texts in kinds.items():
+        (folder / kind).mkdir()
+        with ExitStack() as stack:
+            paths = [folder / kind / f"{i}.jsonl" for i in range(8)]
+            files = [stack.enter_context(path.open("w")) for path in paths]
+            left = n_bytes
+            for (_, text), file in zip(texts, cycle(files), strict=False):
+                if left > 0:
+                    file.write(json.dumps({"text": text}) + "\n")
+                    left -= len(text)
+            size += n_bytes - left
+    rows = [
+        {"text": text, "score": 0 if LICENCE.search(name) else 1} for name, text in kinds["prose"]
+    ]
+    data.write_whole(folder / "judged.jsonl", map(json.dumps, rows[:3000]))
+    asked = [{"question": " ".join(row["text"].split()[100:140])} for row in rows[:4000:40]]
+    data.write_whole(folder / "evaluations.jsonl", map(json.dumps, asked))
+    (folder / "recipe.toml").write_text(RECIPE.format(here=folder))
+    return size
+
+
+def alone(work: Callable[[], Any]) -> float:
+    """Peak memory in MiB of a process that does this work."""
+
+    def child() -> None:
+        work()
+        pipe[1].send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    context = multiprocessing.get_context("fork")
+    pipe = context.Pipe(duplex=False)
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the process ended with {process.exitcode}")
+    return pipe[0].recv()
+
+
+def curation(folder: Path, found: list[Result]) -> None:
+    """Run the recipe, a task at a time, and note each stage's seconds and its worst memory."""
+    plain = curate.run_task
+    peaks = folder / "peaks"
+
+    def run_task(executor: Any, rank: int, stage: str) -> None:
+        plain(executor, rank, stage)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        with peaks.open("a") as file:
+            file.write(f"{stage} {peak} {time.time()}\n")
+
+    begun = time.time()
+    cfg = curate.CurateConfig(folder / "recipe.toml", folder / "out", tasks=4, cores=1)
+    with patch.object(curate, "run_task", run_task):
+        curate.curate(cfg)
+    stages = {}
+    for stage, peak, end in map(str.split, peaks.read_text().splitlines()):
+        most, _ = stages.get(stage, (0.0, 0.0))
+        stages[stage] = max(most, float(peak)), float(end)
+    for stage, (peak, end) in stages.items():
+        found.append({"stage": stage, "seconds": end - begun, "MiB": peak})
+        begun = end
+
+
+def curated(shape: str, o: argparse.Namespace) -> list[Result]:
+    """MB/s of the input and peak memory of curation's stages at 1, 4 and 16 times the input, on one
+    core, and of `prepare` with one thread."""
+    kinds = {kind: texts_of_machine(kind, 8e6 * o.megabytes) for kind in ("prose", "code")}
+    rows = []
+    for times in (1, 4, 16):
+        with tempfile.TemporaryDirectory() as name:
+            folder, found = Path(name), []
+            megabytes = write_inputs(folder, kinds, times * o.megabytes * 5e5) / 1e6
+            curation(folder, found)
+            sources = tuple(f"{kind}={folder / kind}" for kind in kinds)
+            tok = data.PrepareConfig(sources, folder / "tok", vocab_size=8192)
+            alone(lambda tok=tok: data.prepare(tok))
+            how = replace(tok, out=folder / "tokens", tokenizer=str(tok.out), workers=1)
+            begun = time.time()
+            peak = alone(lambda how=how: data.prepare(how))
+            found.append({"stage": "prepare", "seconds": time.time() - begun, "MiB": peak})
+            for row in found:
+                row |= {"MB": megabytes, "MB/s": megabytes / row["seconds"]}
+                print("{MB:6.0f} MB  {stage:14} {MB/s:8.1f} MB/s {MiB:6.0f} MiB".format(**row))
+            rows += found
+    return rows
+
+
 # ---- growth with the number of ranks -------------------------------------------------------------
 
 # The 340B's layout, as far as so many ranks allow
@@ -1300,8 +1447,8 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     )
 }  # fmt: skip
 WORK: dict[str, Callable[[str, argparse.Namespace], list[Result]]] = {
-    "tokenize": tokenize, "generate": decode, "train": training, "where": where, "dpo": preference,
-    "online": rounds_online, "growth": growth, "scale": scale, "slice": slices,
+    "tokenize": tokenize, "curate": curated, "generate": decode, "train": training, "where": where,
+    "dpo": preference, "online": rounds_online, "growth": growth, "scale": scale, "slice": slices,
     "attention": attention,
 }  # fmt: skip
 ALL = {
@@ -1319,6 +1466,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64, help="tokens, of generate")
+    parser.add_argument("--megabytes", type=float, default=12.0, help="least input of curate")
     parser.add_argument("--out", type=Path, help="PNG of growth")
     o = parser.parse_args()
     logging.disable(logging.WARNING)
