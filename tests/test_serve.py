@@ -425,6 +425,7 @@ const document = {
   getElementById: (id) => (ids[id] ??= new Element()),
   createElement: () => new Element(),
   addEventListener() {},
+  documentElement: new Element(),
 };
 const [origin, other, judge] = process.argv.slice(2);
 const location = { origin };
@@ -517,6 +518,237 @@ def test_the_page_talks_to_two_models_at_once_and_shows_their_marks(
         assert text and text != before[3][1] and marks.startswith("reward")
     assert seen["attributes"] == "verbosity=0,helpfulness=4"
     assert (seen["stopped"], seen["busy"], seen["last"]) == ("Stopped.", ["false", "false"], 6)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LABELS = """() => [...document.querySelectorAll("input, select, textarea, button, summary")].map(
+  (at) => at.ariaLabel || [...(at.labels || [])].map((label) => label.firstChild.textContent).join()
+    || at.textContent).map((name) => name.trim())"""
+DEBRIS = '<script>ran = 1</script><img src=x onerror="ran = 2"><b>bold</b>'
+
+
+class Visit:
+    """The page in a browser, as who uses it sees it; and what it asks for, and complains of."""
+
+    def __init__(self, page, root):
+        self.page = page
+        self.asked = []  # the bodies of requests
+        self.hosts = set()
+        self.complaints = []
+        page.on("request", self.note)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self.hear)
+        page.goto(root)
+        page.wait_for_selector("#columns section")
+
+    def hear(self, line):
+        if line.type in ("error", "warning"):
+            self.complaints.append(line.text)
+
+    def note(self, request):
+        self.hosts.add(request.url.split("/")[2] if "//" in request.url else "data")
+        if request.method == "POST":
+            self.asked.append(request.post_data_json)
+
+    def says(self, status):
+        self.page.wait_for_selector(f"#status:text-is('{status}')")
+
+    def texts(self, who):
+        return self.page.locator(f".{who} .text").all_text_contents()
+
+    def rest(self):
+        self.page.wait_for_selector("#send[aria-disabled=false]")
+
+    def send(self, text):
+        """Type a message where the focus is, and wait for the answer to it."""
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Enter")
+        self.rest()
+
+
+@pytest.fixture(scope="module")
+def addresses(server, model, tokenizer):
+    """The servers of a model, of another and of a reward model; the first has the page."""
+    reward = Nemotron(dataclasses.replace(TINY, n_attributes=5, seq_len=512)).eval()
+    init_weights(reward, seed=1)
+    torch.nn.init.normal_(reward.head.weight, generator=torch.Generator().manual_seed(2))
+    origin = str(server.http.base_url).rstrip("/")
+    with (
+        running(model, tokenizer, origin=origin, model_name="other") as other,
+        running(reward, tokenizer, origin=origin, model_name="judge") as judge,
+    ):
+        yield [str(at.http.base_url).rstrip("/") for at in (server, other, judge)]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+class TestThePageInABrowser:
+    @pytest.fixture(scope="class")  # no longer: its event loop would be in the way of others
+    def browser(self):
+        why = "Playwright is not installed, which drives the browser"
+        with pytest.importorskip("playwright.sync_api", reason=why).sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            yield browser
+            browser.close()
+
+    @pytest.fixture
+    def visit(self, browser, addresses):
+        """A fresh visit; whatever it does, nobody else is asked, and nothing goes wrong unseen."""
+        context = browser.new_context()
+        visit = Visit(context.new_page(), addresses[0])
+        yield visit
+        assert visit.hosts <= {"data", *(address.split("//")[1] for address in addresses)}
+        assert visit.complaints == []
+        assert visit.page.evaluate("typeof ran") == "undefined"
+        context.close()
+
+    @pytest.fixture(autouse=True)
+    def letters(self, tokenizer, monkeypatch):
+        """Every model writes random letters until it may write no more."""
+        ids = [int(tokenizer.encode(letter)[-1]) for letter in "abcdefgh"]
+
+        def draw(logits, params, seen, uniforms):
+            return torch.tensor([ids[int(u * len(ids))] for u in uniforms])
+
+        monkeypatch.setattr(generate, "sample", draw)
+
+    def test_the_keyboard_alone_sends_and_the_answer_streams_in(self, visit, server, monkeypatch):
+        steps, step = threading.Semaphore(12), server.engine.step
+        monkeypatch.setattr(server.engine, "step", lambda: (steps.acquire(timeout=60), step()))
+        page = visit.page
+        for key in ("Shift+Tab", "Enter", *["Tab"] * 5, "3", "0", *["Tab"] * 6):
+            page.keyboard.press(key)  # 30 tokens at most
+        page.keyboard.type("One")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("two")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".assistant .text:not(:empty)")
+        (begun,) = visit.texts("assistant")
+        assert page.get_attribute("[role=log]", "aria-busy") == "true"
+        steps.release(100)
+        visit.says("Answered.")
+        assert page.get_attribute("[role=log]", "aria-busy") == "false"
+        (whole,) = visit.texts("assistant")
+        assert whole.startswith(begun) and len(whole) == 30 > len(begun)
+        assert visit.texts("user") == ["One\ntwo"] and page.input_value("#prompt") == ""
+        while steps.acquire(blocking=False):
+            pass
+        page.keyboard.type("Go on")  # the focus has not moved
+        page.keyboard.press("Enter")
+        visit.says("Answering …")
+        page.keyboard.press("Escape")
+        visit.says("Stopped.")
+        steps.release(1000)
+        roles = [message["role"] for message in visit.asked[-1]["messages"]]
+        assert roles == ["user", "assistant", "user"]
+
+    def test_the_settings_reach_the_request(self, visit):
+        page = visit.page
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Enter")  # opens the settings
+        values = {"Temperature": "0.5", "Longest answer": "7", "Stop texts": "END\nQ:"}
+        values |= {"System prompt": "Be brief.", "Attributes": "verbosity=0, helpfulness=4"}
+        for label, value in values.items():
+            page.get_by_label(label).fill(value)
+        page.focus("#prompt")
+        visit.send("Hi")
+        wanted = {"temperature": 0.5, "max_tokens": 7, "stop": ["END", "Q:"], "stream": True}
+        wanted |= {"attributes": "verbosity=0,helpfulness=4", "model": "tiny"}
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        assert visit.asked == [wanted | {"messages": said}]
+        page.get_by_label("Temperature").fill("")  # nothing is not zero
+        page.get_by_label("Attributes").fill("")
+        page.focus("#prompt")
+        visit.send("Hi")
+        assert visit.asked[-1]["temperature"] == 1 and "attributes" not in visit.asked[-1]
+
+    def test_regenerate_asks_again_and_replaces_the_answer(self, visit):
+        visit.send("Hi")
+        (first,) = visit.texts("assistant")
+        visit.page.focus("#again")
+        visit.page.keyboard.press("Enter")
+        visit.rest()
+        (second,) = visit.texts("assistant")
+        assert second != first and visit.texts("user") == ["Hi"]
+        assert visit.asked[0] == visit.asked[1]
+        assert visit.page.evaluate("document.activeElement.id") == "again"
+        visit.page.keyboard.press("Tab")
+        visit.page.keyboard.press("Space")  # clears
+        visit.page.focus("#again")
+        visit.page.keyboard.press("Enter")  # there is nothing to answer
+        assert visit.texts("user") == [] and len(visit.asked) == 2
+
+    def test_two_models_answer_side_by_side_with_their_rewards(self, visit, addresses):
+        page = visit.page
+        page.click("summary")
+        page.get_by_label("Longest answer").fill("9")
+        page.get_by_label("Other servers").fill("\n".join(addresses[1:]))
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#right option:nth-child(4)", state="attached")
+        page.get_by_label("Beside it").select_option(f"other at {addresses[1]}")
+        page.get_by_label("Marks by").select_option(f"judge at {addresses[2]}")
+        page.focus("#prompt")
+        visit.send("Hi")
+        boxes = [box.bounding_box() for box in page.locator("#columns section").all()]
+        assert len(boxes) == 2 and boxes[0]["y"] == boxes[1]["y"]
+        assert page.locator("h2").all_text_contents() == ["tiny", "other"]
+        marks = page.locator(".assistant .marks").all_text_contents()
+        assert len(marks) == 2
+        assert all(re.match(r"reward -?\d+\.\d\d, helpfulness -?\d", mark) for mark in marks)
+        page.set_viewport_size({"width": 390, "height": 844})
+        boxes = [box.bounding_box() for box in page.locator("#columns section").all()]
+        assert boxes[0]["y"] < boxes[1]["y"]  # one above the other on a phone
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+    def test_a_long_conversation_leaves_the_message_and_its_buttons_in_sight(self, visit):
+        page = visit.page
+        for size in ((1280, 800), (390, 844)):
+            page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+            page.click("#clear")
+            page.fill("#prompt", "a\n" * 40)
+            visit.send("")
+            for part in ("#prompt", "#stop", ".turn:last-child .text"):
+                box = page.locator(part).last.bounding_box()
+                assert box["y"] >= 0 and box["y"] + box["height"] <= size[1], (size, part)
+
+    def test_markup_is_shown_as_text_and_runs_nothing(self, visit, tokenizer, monkeypatch):
+        prompt, _ = data.render_chat([{"role": "user", "content": DEBRIS}], tokenizer)
+        end = tokenizer.special("<extra_id_1>")
+        scripted(monkeypatch, tokenizer, prompt, f"{DEBRIS}\n", end)
+        visit.send(DEBRIS)
+        assert visit.texts("user") == visit.texts("assistant") == [DEBRIS]
+        assert not visit.page.locator("#columns :is(script, img, b)").count()
+
+    def test_every_control_has_a_name_and_the_focus_goes_down_the_page(self, visit):
+        page = visit.page
+        page.click("summary")
+        assert all(page.evaluate(LABELS)), page.evaluate(LABELS)
+        page.evaluate("document.activeElement.blur()")
+        page.focus("summary")
+        seen, places = [], []
+        for _ in range(16):
+            seen.append(
+                page.evaluate("document.activeElement.id || document.activeElement.localName")
+            )
+            places.append(
+                page.evaluate("document.activeElement.getBoundingClientRect().y + scrollY")
+            )
+            page.keyboard.press("Tab")
+        order = "summary left right judge temperature longest stops attributes system servers key"
+        assert seen[:15] == [*order.split(), "prompt", "send", "stop", "again"]
+        assert places == sorted(places)
+        assert page.get_attribute("#status", "aria-live") == "polite"
+        assert page.get_attribute("#columns [role=log]", "aria-label") == "Conversation with tiny"
+
+    def test_a_refusal_is_said_where_the_answer_would_be(self, visit):
+        page = visit.page
+        page.click("summary")
+        page.get_by_label("Attributes").fill("wit=4")
+        page.focus("#prompt")
+        visit.send("Hi")
+        assert "wit" in page.inner_text(".assistant .error")
+        visit.says("An answer failed.")
+        # a browser's own line about a request that was refused
+        assert "400" in visit.complaints.pop()
 
 
 # ---- reward models -------------------------------------------------------------------------------
