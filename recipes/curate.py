@@ -326,15 +326,15 @@ def write_report(out: Path, *_: Any) -> None:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-# MB/s of a core on English descriptions and Python: each rule measured by itself, read and write
-# estimated from whole runs, in which they pack and unpack rows
+# MB/s of a core on English descriptions and Python, the lower of two machines' (BENCHMARKS.md); read
+# and write are estimated from whole runs, in which they pack and unpack rows
 SPEEDS = {
     "read": 12.0,
     "extract": 2.1,
-    "language": 1.6,
-    "gopher_quality": 6.4,
-    "gopher_repetition": 1.9,
-    "c4_quality": 9.1,
+    "language": 1.1,
+    "gopher_quality": 3.8,
+    "gopher_repetition": 1.8,
+    "c4_quality": 3.7,
     "fineweb_quality": 31.0,
     "near_duplicates": 2.5,
     "decontaminate": 1.9,
