@@ -326,8 +326,8 @@ def write_report(out: Path, *_: Any) -> None:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-# MB/s of a core on English descriptions and Python, the lower of two machines' (BENCHMARKS.md); read
-# and write are estimated from whole runs, in which they pack and unpack rows
+# MB/s of a core on English descriptions and Python, the lower of two measurements; read and write
+# are estimated from whole runs, in which they pack and unpack rows
 SPEEDS = {
     "read": 12.0,
     "extract": 2.1,
