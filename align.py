@@ -210,7 +210,7 @@ def means(sums: Sums, count: str) -> dict[str, float]:
     values = {}
     for name, total in sums.items():
         kind, slash, attribute = name.partition("/")
-        n = float(sums[count + slash + attribute])
+        n = float(sums.get(count + slash + attribute, 0))
         if n:
             values[name] = n if kind == count else float(total) / n
     return values
@@ -382,16 +382,12 @@ def n_known(batch: Batch, name: str) -> int:
 
 
 def sft_objective() -> Objective:
-    """Return SFT's objective; `certain` is the share of tokens with a probability above one half,
-    which makes them the likeliest."""
+    """Return SFT's objective, a mean over trained tokens."""
 
     def measure(log_probs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
-        loss, tokens = sft_loss(log_probs, batch["targets"])
-        certain = (log_probs.detach() > math.log(0.5)) & (batch["targets"] != IGNORE)
-        return loss, {"trained_tokens": tokens, "certain": certain.sum()}
+        return sft_loss(log_probs, batch["targets"])[0], {}
 
-    names = ("trained_tokens", "certain")
-    return Objective(measure, partial(n_known, name="targets"), names, "trained_tokens")
+    return Objective(measure, partial(n_known, name="targets"), (), "trained_tokens")
 
 
 def regression_objective(n_attributes: int) -> Objective:
@@ -400,8 +396,7 @@ def regression_objective(n_attributes: int) -> Objective:
     def measure(scores: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
         pred = last_scores(scores, batch)[:, 0]
         label = values_of(batch)
-        loss, _ = reward_loss(pred, label)
-        return loss, attribute_sums(pred, label)
+        return reward_loss(pred, label)[0], attribute_sums(pred, label)
 
     none = torch.zeros(0, n_attributes)
     known = partial(n_known, name="labels")
@@ -473,6 +468,9 @@ def objective_of(cfg: AlignConfig, rows: list[Example], name: str) -> Objective:
     return ranking_objective(lambda attributes: attributes[..., -5], cfg.loss)  # helpfulness
 
 
+SEEN = ("entropy", "top1", "trained_tokens", "tokens")  # the last: all but padding
+
+
 class MetricSums:
     """Loss function of an objective that also adds up what is to be logged."""
 
@@ -483,21 +481,24 @@ class MetricSums:
 
     def loss_fn(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
         loss, sums = self.objective.measure(out, batch)
-        sums["tokens"] = (batch["documents"] >= 0).sum()  # without padding
+        sums["tokens"] = (batch["documents"] >= 0).sum()
+        trained = (batch["targets"] != IGNORE).flatten()
+        seen = getattr(out, "seen", {}) | {"trained_tokens": trained}
+        sums |= {name: values[trained].sum() for name, values in seen.items()}
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         return loss
 
     def take(self) -> dict[str, float]:
         """Return what is logged of all processes' micro-batches since the last call."""
-        names = [*self.objective.names, "tokens"]
-        zero = torch.zeros((), dtype=torch.float64, device=self.runner.device)
+        names = [*self.objective.names, *SEEN]
+        zero = self.runner.count * 0  # in fp64, on the device
         totals = torch.stack([self.sums.get(name, zero) for name in names])
         totals = self.runner.reduce(totals, "dp_replicate", "dp_shard", "pp").cpu()
         self.sums = {}
         found = dict(zip(names, totals, strict=True))
-        tokens = int(found.pop("tokens"))
-        return means(found, self.objective.counted) | {"tokens": tokens}
+        seen = means({name: found[name] for name in SEEN}, "trained_tokens")
+        return means(found, self.objective.counted) | seen | {"tokens": int(found["tokens"])}
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -176,9 +176,7 @@ class MeshConfig:
             raise ValueError(f"batch={batch} sequences: must be {rule}")
         plain = self.schedule == "1f1b"
         if self.pp == 1 and (self.vp > 1 or not plain):
-            raise ValueError(
-                f"vp={self.vp}, schedule={self.schedule} with pp=1: they need a pipeline"
-            )
+            raise ValueError(f"vp={self.vp}, schedule={self.schedule} with pp=1: set pp too")
         n = batch // at_once
         least = max(self.pp, self.micro_batches(n))
         if n < least:
@@ -344,34 +342,36 @@ class TokenLogProbs(torch.autograd.Function):
         labels = targets.flatten()
         V = len(weight)
         offset = labels if tp is None else labels - tp.get_local_rank() * V
-        here = (offset >= 0) & (offset < V)  # the others' logits are on other ranks
         column = offset.clamp(0, V - 1)
-        wide_weight = weight if weight.is_cuda else at_least_fp32(weight)
+        here = offset == column  # the others' logits are on other ranks
         keep = len(states) * V <= TokenLogProbs.KEPT
         ctx.exponentials = states.new_empty(len(states), V) if keep else None
-        row_max, row_sum, target_logit = at_least_fp32(states.new_empty(3, len(states)))
+        row_max, row_sum, row_dot, target_logit = at_least_fp32(states.new_empty(4, len(states)))
         for part in TokenLogProbs.chunks(len(states), V):
-            logits = fp32_logits(states[part], wide_weight)
-            target_logit[part] = logits.gather(-1, column[part, None])[:, 0]
+            logits = fp32_logits(states[part], weight)
+            target_logit[part] = logits.gather(-1, column[part, None])[:, 0] * here[part]
             row_max[part] = logits.amax(-1)
-            exponentials = logits.sub_(row_max[part, None]).exp_()
+            exponentials = (logits - row_max[part, None]).exp_()
             row_sum[part] = exponentials.sum(-1)
+            row_dot[part] = logits.mul_(exponentials).sum(-1)
             if keep:
                 ctx.exponentials[part] = exponentials
-        logsumexp = row_max + row_sum.log()
-        target_logit = target_logit * here
+        highest = row_max.clone()
         if tp is not None:
-            # each rank has its words alone: sum the exponentials, shifted by their maximum
-            highest = logsumexp.clone()
+            # each rank has its words alone: sum the exponentials, shifted by the maximum of all
             dist.all_reduce(highest, dist.ReduceOp.MAX, tp.get_group())
-            sums = torch.stack([(logsumexp - highest).exp(), target_logit])
+            factor = (row_max - highest).exp()
+            sums = torch.stack([factor * row_sum, factor * row_dot, target_logit])
             dist.all_reduce(sums, group=tp.get_group())
-            logsumexp = highest + sums[0].log()
-            target_logit = sums[1]
+            row_sum, row_dot, target_logit = sums
+        logsumexp = highest + row_sum.log()
         ignored = labels == IGNORE
         ctx.save_for_backward(states, weight, column, here, ignored, row_max, logsumexp)
         # a clone, as a pipeline stage may not return a view
-        return (target_logit - logsumexp).masked_fill(ignored, 0.0).view(targets.shape).clone()
+        out = (target_logit - logsumexp).masked_fill(ignored, 0.0).view(targets.shape).clone()
+        # nats of each token, and whether the target is the likeliest
+        out.seen = {"entropy": logsumexp - row_dot / row_sum, "top1": target_logit >= highest}
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

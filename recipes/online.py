@@ -188,9 +188,9 @@ def policy_objective(cfg: OnlineConfig) -> Objective:
         total = torch.where(trained, loss + kl * estimate, 0).sum()
         sums = {"trained_tokens": trained.sum(), "clipped": clipped.sum()}
         sums["kl"] = (now - batch["reference"])[trained].sum()
-        return total, sums | {"entropy": -now[trained].sum()}
+        return total, sums
 
-    names = ("trained_tokens", "clipped", "kl", "entropy")
+    names = ("trained_tokens", "clipped", "kl")
     return Objective(measure, partial(n_known, name="targets"), names, "trained_tokens")
 
 

@@ -374,15 +374,15 @@ def mean_scores(answers: list[Answer]) -> dict[str, float]:
 
 def figures(answers: list[Answer], samples: int) -> dict[str, float]:
     """Return what is logged of a round: scores, how far those of one prompt lie apart, the
-    divergence from the reference and the entropy, in nats a token as the sampled tokens estimate
-    them, length, and the share that came to an end."""
+    divergence from the reference, in nats a token as the sampled tokens estimate it, length, and
+    the share that came to an end."""
     lengths = [answer.length for answer in answers]
     rewards = np.array([answer.scores["reward"] for answer in answers])
     known = {}
     if answers[0].policy:  # else the step measures it
         policy = sum(sum(answer.policy) for answer in answers) / sum(lengths)
         reference = sum(sum(answer.reference) for answer in answers) / sum(lengths)
-        known = {"kl": policy - reference, "entropy": -policy}
+        known = {"kl": policy - reference}
     return (
         mean_scores(answers)
         | known

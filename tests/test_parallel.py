@@ -222,8 +222,15 @@ def test_token_log_probs_and_their_gradients_equal_the_definition(monkeypatch, c
     def gradients(log_probs):
         return log_probs, *torch.autograd.grad((log_probs * weight).sum(), (h, w))
 
-    got = gradients(TokenLogProbs.apply(h, w, targets, None))
+    with torch.no_grad():
+        targets[0, :4] = (h @ w.t()).argmax(-1)[0, :4]
+    out = TokenLogProbs.apply(h, w, targets, None)
+    got = gradients(out)
     logits = (h @ w.t()).flatten(0, 1)
+    chances = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(out.seen["entropy"], chances.entropy(), atol=1e-12)
+    assert out.seen["top1"].tolist() == (logits.argmax(-1) == targets.flatten()).tolist()
+    assert 4 <= out.seen["top1"].sum() < 9
     want = gradients(-F.cross_entropy(logits, targets.flatten(), reduction="none").view(2, 9))
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, atol=1e-12)

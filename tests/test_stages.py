@@ -161,6 +161,24 @@ def test_a_stage_is_the_same_on_every_mesh_and_however_it_is_packed(
     same(got, alone[name])
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_entropy_and_top1_are_those_of_all_trained_tokens(base, tmp_path, name):
+    cfg = stage(base, name, tmp_path / "run", batch=24, steps=1)
+    align.align(name, cfg)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    cfg = align.with_model(cfg)
+    model = parallel.load_hf(base)
+    entropies, right = [], []
+    for example in align.read_rows_of(cfg, cfg.data, data.load_tokenizer(base)):
+        for ids, trained in zip(example.ids, example.trained, strict=True):
+            logits = model(torch.tensor(ids)[None].long())[0].double()[:-1][trained[1:]]
+            entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+            right += (logits.argmax(-1).numpy() == ids[1:][trained[1:]]).tolist()
+    assert row["trained_tokens"] == len(right)
+    assert row["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert row["top1"] == pytest.approx(np.mean(right)) and row["top1"] < 1
+
+
 def test_a_row_of_ranked_answers_is_a_pair_of_the_best_and_the_worst_or_for_rpo_all_of_them(
     base, tmp_path
 ):
