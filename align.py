@@ -497,6 +497,7 @@ class MetricSums:
         totals = self.runner.reduce(totals, "dp_replicate", "dp_shard", "pp").cpu()
         self.sums = {}
         found = dict(zip(names, totals, strict=True))
+        # whatever the others are divided by, these are means over the trained tokens
         seen = means({name: found[name] for name in SEEN}, "trained_tokens")
         return means(found, self.objective.counted) | seen | {"tokens": int(found["tokens"])}
 

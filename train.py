@@ -515,7 +515,7 @@ SAID = ("accuracy", "beta_margin", "beta_reward_chosen", "beta_reward_rejected")
 
 
 class Metrics:
-    """Writer of each step: a line in the log, an object in metrics.jsonl, and TensorBoard."""
+    """Writer of each step: a line in the log, a row of metrics.jsonl, TensorBoard, wandb."""
 
     def __init__(self, cfg: RunConfig, start: int, device: torch.device) -> None:
         """Open the files; rows of metrics.jsonl after step `start`, and damaged ones, go."""
