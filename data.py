@@ -631,9 +631,8 @@ REPORT_BLEND = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # report s
 
 
 def read_manifests(folder: Path) -> tuple[list[Path], Record, Array]:
-    """Return a folder's shards in order (itself, if it is whole), their manifests as one, and their
-    counts (shards, sources, 11): 4 of train, of which tokens are the second, 4 of val, 3 of what
-    was dropped. Raise a ValueError unless all are there."""
+    """Return all shards of a folder, or itself, their manifests as one, and their counts (shards,
+    sources, 11): 4 of train, of which tokens are the second, 4 of val, 3 of what was dropped."""
     files = [folder / "manifest.json"]
     if not files[0].exists():
         files = sorted(folder.glob("*-of-*[0-9]/manifest.json"))
