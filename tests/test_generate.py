@@ -96,15 +96,19 @@ def test_greedy_tokens_and_log_probs_are_those_of_one_forward_pass(slots, chunk)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (8, 1), (4, 9), (63, 1), (1, 64)])
-def test_a_product_is_the_same_whichever_way_it_is_computed(shape):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_product_is_the_same_whichever_way_it_is_computed(shape, onednn, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 24, generator=g)
+    linear = generate.InferenceLinear(weight, None)
+    assert linear.weight.is_mkldnn == onednn
     for x in (torch.randn(*shape, 24, generator=g), torch.randn(24, *shape, generator=g)):
-        x = x if x.shape[-1] == 24 else x.movedim(0, -1)  # as the product before leaves it
-        got = generate.product(x, weight)
+        x = x if x.shape[-1] == 24 else x.movedim(0, -1)  # strided
+        got = linear(x)
         want = x.double() @ weight.double().t()
         assert got.shape == (*shape, 40) and torch.allclose(got.double(), want, atol=1e-5)
-        half = generate.product(x.bfloat16(), weight)
+        half = generate.InferenceLinear(weight.bfloat16(), None)(x.bfloat16())
         assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), want, atol=0.3)
 
 
