@@ -100,7 +100,8 @@ class MeshConfig:
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
-    """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline."""
+    """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline.
+    always: without one, of whole gradients too, which each micro-batch then sums and shards."""
     timeout: int = 1800  # Seconds without an answer that end the job; within a step 600 at most.
 
     def __post_init__(self) -> None:
@@ -153,9 +154,9 @@ class MeshConfig:
 
     def micro_batches(self, n: int) -> int:
         """Return the fewest micro-batches, from n on, that the pipeline's schedule can take."""
-        if self.vp == 1 and self.schedule == "1f1b":
-            return max(n, self.pp)
-        while n % max(1, n // self.pp):  # torch's interleaved schedules go in rounds
+        n = max(n, self.pp)
+        in_rounds = self.vp > 1 or self.schedule != "1f1b"  # as torch's interleaved ones do
+        while in_rounds and n % (n // self.pp):
             n += 1
         return n
 
@@ -178,7 +179,7 @@ class MeshConfig:
         if self.pp == 1 and (self.vp > 1 or not plain):
             raise ValueError(f"vp={self.vp}, schedule={self.schedule} with pp=1: set pp too")
         n = batch // at_once
-        least = max(self.pp, self.micro_batches(n))
+        least = self.micro_batches(n)
         if n < least:
             todo = f"its schedule takes {least}: change batch or micro_batch"
             raise ValueError(f"pp={self.pp}: {n} micro-batches for each dp process, {todo}")
@@ -209,8 +210,7 @@ def world_size() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors. By default it goes back to the kernel and comes
-    again zeroed page by page: a quarter of a step's time on a CPU. Nothing is done without it."""
+    """Let glibc, where it is, keep freed memory: to get it again zeroed is a quarter of a step."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large allocations come from the heap too
@@ -709,11 +709,11 @@ class Runner:
     def loss_of(self, out: Tensor, i: Tensor | int) -> Tensor:
         """Compute and note the loss of micro-batch i, from what the last stage makes of it."""
         loss = self.loss_fn(out, self.micro[int(i)]) / self.count
-        self.total.add_(loss.detach())
+        self.total += loss.detach()
         return loss
 
     def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """Do forward and backward of this rank's micro-batches. Returns the global loss everywhere.
+        """Do forward and backward of this rank's micro-batches; return the global loss everywhere.
         loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
         return self.run(batches, loss_fn, train=True)
 
@@ -725,11 +725,12 @@ class Runner:
         if self.last > 0:  # forward alone in rounds: a bubble of an eighth, few states at once
             size = n if train else max(1, 8 * self.cfg.pp // self.cfg.vp)
             for first in range(0, n, size):
-                self.run_schedule(range(first, min(n, first + size)), train)
+                self.run_schedule(range(n)[first : first + size], train)
         else:
             stage = self.stages[0]
             for i in range(n):
-                stage.set_requires_gradient_sync(i == n - 1)
+                stage.set_requires_gradient_sync(i == n - 1 or self.cfg.reshard == "always")
+                stage.set_requires_all_reduce(i == n - 1)
                 loss = self.loss_of(stage(None, i), i)
                 if train:
                     loss.backward()
@@ -1109,8 +1110,7 @@ def fill(params: Tensors, source: Source) -> None:
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
-    """Load a Hugging Face Nemotron folder (config.json + safetensors) as a whole model, strictly.
-    dtype None keeps the file's. Runner.load_weights fills a sharded model."""
+    """Load a Hugging Face Nemotron folder as a whole model, strictly. dtype None: the file's."""
     model = on_meta(read_config(folder))
     source = open_weights(folder)
     weights = {name: source[name](own_region(p)).to(dtype) for name, p in model.named_parameters()}
@@ -1120,8 +1120,7 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, and give it its name when all is done: it is there whole, or
-    not at all. One that holds anything is refused."""
+    """Yield a folder to write into, named when all is done. One that holds anything is refused."""
     folder = folder.resolve()
     partial = folder.with_name(f"{folder.name}.partial")
     for path in (folder, partial):
@@ -1157,8 +1156,9 @@ def save_hf(
     plan = split_torch_state_dict_into_shards(on_disk, max_shard_size=file_bytes)
     with new_folder(Path(folder)) as partial:
         for file, names in plan.filename_to_tensors.items():
-            read = lambda name: source[ours[name]](own_region(on_disk[name]))  # noqa: E731
-            weights = {name: read(name).to("cpu", dtype) for name in names}
+            weights = {}
+            for name in names:
+                weights[name] = source[ours[name]](own_region(on_disk[name])).to("cpu", dtype)
             save_file(weights, partial / file, metadata={"format": "pt"})
             del weights  # before the next file's are read
         if plan.is_sharded:

@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
 
-from model import SHAPES, ModelConfig, check_ranges, flops_per_token, rope_angles
+from model import SHAPES, ModelConfig, check_ranges, flops_per_token, matrix_params, rope_angles
 from parallel import (
     DTYPES,
     MeshConfig,
@@ -124,8 +124,7 @@ def shares_of(plan: PlanConfig) -> tuple[list[int], list[int], int]:
     """Return each stage's layers; its parameters, after tensor parallelism's cut and before FSDP's;
     and those of the largest unit that FSDP gathers at once."""
     cfg = plan.model
-    block = cfg.dim * 2 * (cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) + cfg.ffn_dim)
-    block = block // plan.mesh.tp + 4 * cfg.dim  # weight and bias of two norms
+    block = matrix_params(cfg) // plan.mesh.tp + 4 * cfg.dim  # weight and bias of two norms
     vocabulary = cfg.vocab_size * cfg.dim // plan.mesh.tp
     layers = [len(part) for part in split_layers(cfg, plan.mesh.n_stages)]
     params = [n * block for n in layers]
@@ -142,8 +141,9 @@ def orders_of(mesh: MeshConfig, n: int, train: bool) -> list[list[tuple]]:
         return [[(0, kind, i) for i in range(n) for kind in kinds]]
     last = mesh.n_stages - 1
     # what a schedule asks of a stage
-    stage = partial(SimpleNamespace, submod=nn.Identity(), num_stages=last + 1)
-    stage = partial(stage, group_size=mesh.pp, group_rank=0)
+    stage = partial(
+        SimpleNamespace, submod=nn.Identity(), num_stages=last + 1, group_size=mesh.pp, group_rank=0
+    )
     stages = [stage(stage_index=s, is_first=s == 0, is_last=s == last) for s in mesh.stages_of(0)]
     schedule = make_schedule(mesh, stages, n, train, loss_fn=print)
     # plain 1F1B does not gather by itself: FSDP does
@@ -162,6 +162,7 @@ class Load(NamedTuple):
     layers: int
     params: int
     gathered: int  # parameters, each as often as it is gathered
+    reduced: int  # and as often as its gradient is summed over data-parallel processes
     whole: int  # most parameters gathered at a time
     waiting: int  # most layers times micro-batches whose activations wait for their backward
 
@@ -192,7 +193,8 @@ def loads_of(plan: PlanConfig) -> list[Load]:
             most_waiting = max(most_waiting, waiting)
         own_layers = sum(layers[stage] for stage in mesh.stages_of(rank))
         own_params = sum(params[stage] for stage in mesh.stages_of(rank))
-        loads.append(Load(own_layers, own_params, gathered, most_whole, most_waiting))
+        reduced = own_params * (n if mesh.reshard == "always" and mesh.pp == 1 else 1)
+        loads.append(Load(own_layers, own_params, gathered, reduced, most_whole, most_waiting))
     return loads
 
 
@@ -250,8 +252,8 @@ def memory_of(plan: PlanConfig, rank: int) -> dict[str, float]:
     width = FP32 if mesh.dtype == "fp32" else BF16  # auto is for GPUs here
     load = loads_of(plan)[rank]
     two_units = min(load.params, 2 * shares_of(plan)[2])  # one computes, the next is prefetched
-    # gradients add up over micro-batches before they are reduced
-    summed = load.params if plan.n_micro > 1 else two_units
+    # gradients add up over micro-batches, unless each reduces its own
+    summed = load.params if load.reduced < plan.n_micro * load.params else two_units
     kept = activation_bytes(cfg, mesh.tp, plan.micro_batch, mesh.recompute)
     again = activation_bytes(cfg, mesh.tp, plan.micro_batch, "none")
     tokens = plan.micro_batch * cfg.seq_len
@@ -330,11 +332,10 @@ def wire_of(plan: PlanConfig) -> dict[str, float]:
     tp = plan.n_micro * load.layers * plan.passes.transfers * hidden * (mesh.tp - 1) / mesh.tp
     # a stage sends a micro-batch's states forward, and their gradient back
     pp = (1 + plan.train) * plan.n_micro * mesh.vp * hidden / mesh.tp * (mesh.pp > 1)
-    reduced = plan.train * load.params
-    dp = BF16 * load.gathered + DTYPES[mesh.reduce_dtype].itemsize * reduced
+    dp = BF16 * load.gathered + DTYPES[mesh.reduce_dtype].itemsize * plan.train * load.reduced
     dp *= (plan.shards - 1) / plan.shards
     # where there are copies, a ring sends the gradients twice
-    dp += 2 * FP32 * reduced / plan.shards * (mesh.dp_replicate > 1)
+    dp += 2 * FP32 * plan.train * load.params / plan.shards * (mesh.dp_replicate > 1)
     return {"tp": tp, "pp": pp, "dp": dp}
 
 

@@ -174,6 +174,7 @@ MESHES = {
     "recompute_full_tp2_pp2": (4, {"recompute": "full", "tp": 2, "pp": 2}),
     "recompute_selective_tp2_pp2": (4, {"recompute": "selective", "tp": 2, "pp": 2, "vp": 2}),
     "reshard_never": (2, {"reshard": "never"}),
+    "reshard_always_on_copies": (4, {"reshard": "always", "dp_replicate": 2, "batch": 16}),
     "reshard_always_pp2": (4, {"reshard": "always", "pp": 2}),
     "uneven_layers": (2, {"pp": 2, "vp": 2, "n_layers": 5}),
     "uneven_layers_pp3": (3, {"pp": 3, "n_layers": 5, "batch": 6}),
@@ -289,6 +290,25 @@ def test_bf16_runs_keep_fp32_master_weights(on_ranks):
     for dtypes, seen, loss in on_ranks(2, bf16_run, cfg):
         assert dtypes == {torch.float32} and seen == {(torch.bfloat16, torch.float32)}
         assert abs(loss - plain_pytorch(config())[0][0]) < 0.05
+
+
+def gradients_at_each_loss(cfg):
+    runner = Runner(cfg.model, cfg.mesh, init_mesh(cfg.mesh), cfg.micro_batch, seed=7)
+    there = []
+
+    def loss(out, batch):
+        there.append({type(p.grad).__name__ == "DTensor" for p in runner.params().values()})
+        return lm_loss(out, batch)
+
+    runner.step(my_batches(cfg, runner, 0), loss)
+    return there
+
+
+@pytest.mark.parametrize("reshard", ["auto", "always", "never"])
+def test_gradients_are_reduced_after_each_micro_batch_or_add_up_whole(on_ranks, reshard):
+    cfg = config(reshard=reshard)
+    for there in on_ranks(2, gradients_at_each_loss, cfg):
+        assert there == [{False}, {reshard == "always"}]
 
 
 def shards_after_eval(cfg):

@@ -195,13 +195,16 @@ TINY = ModelConfig(32, 8, 4, 4, 8, 64, vocab_size=96, seq_len=16, init_std=0.1)
 
 
 def what_a_run_does(mesh, n, n_validation):
-    """Count parameters gathered in a step and in a round of validation, and the buffers held."""
-    gathered = [0]
-    real = _fsdp_param_group.foreach_all_gather
+    """Count parameters gathered in a step and in a round of validation, the buffers held, and the
+    parameters whose gradients are reduced."""
+    gathered, reduced = [0], [0]
 
-    def counting(params, *args, **kwargs):
-        gathered[0] += sum(p._orig_size.numel() for p in params)
-        return real(params, *args, **kwargs)
+    def counting(count, real):
+        def call(params, *args, **kwargs):
+            count[0] += sum(p._orig_size.numel() for p in params)
+            return real(params, *args, **kwargs)
+
+        return call
 
     def batches(n):
         tokens = torch.zeros(1, 16, dtype=torch.long)
@@ -211,7 +214,9 @@ def what_a_run_does(mesh, n, n_validation):
         return -out.sum()
 
     runner = Runner(TINY, mesh, init_mesh(mesh), 1, seed=0)
-    with patch.object(_fsdp_param_group, "foreach_all_gather", counting):
+    gather = counting(gathered, _fsdp_param_group.foreach_all_gather)
+    reduce = counting(reduced, _fsdp_param_group.foreach_reduce)
+    with patch.multiple(_fsdp_param_group, foreach_all_gather=gather, foreach_reduce=reduce):
         runner.step(batches(n), loss)
         step = gathered[0]
         runner.eval(batches(n_validation), loss)
@@ -219,13 +224,14 @@ def what_a_run_does(mesh, n, n_validation):
     for stage in sum(runner.pipelines.values(), []):
         for infos in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
             held += sum(info.buffer is not None for info in infos)
-    return step, gathered[0] - step, held
+    return step, gathered[0] - step, held, reduced[0]
 
 
 @pytest.mark.parametrize(
     "mesh",
     [
         dict(),
+        dict(reshard="always"),
         pytest.param(dict(reshard="never"), marks=pytest.mark.slow),
         pytest.param(dict(pp=2), marks=pytest.mark.slow),
         pytest.param(dict(pp=2, reshard="always"), marks=pytest.mark.slow),
@@ -243,11 +249,23 @@ def test_gathers_and_buffers_are_those_of_a_real_run(on_ranks, mesh):
         runs = on_ranks(4, what_a_run_does, mesh, n, plan.round)
         a_round = replace(plan, batch=plan.round * mesh.dp(4), train=False)
         for rank in range(mesh.pp):
-            step, validation, held = runs[rank * (4 // mesh.pp)]
+            step, validation, held, reduced = runs[rank * (4 // mesh.pp)]
             assert loads_of(plan)[rank].gathered == step
+            assert loads_of(plan)[rank].reduced == reduced
             assert loads_of(a_round)[rank].gathered == validation
             hidden = 4 * TINY.seq_len * TINY.dim
             assert memory_of(plan, rank)["pipeline's receive buffers"] == held * hidden
+
+
+def test_gradients_that_each_micro_batch_reduces_take_less_room_and_more_traffic():
+    auto = PlanConfig("nemotron4-15b", gpus=64, batch=384, mesh=MeshConfig(tp=8))
+    always = replace(auto, mesh=replace(auto.mesh, reshard="always"))
+    assert auto.n_micro == 48
+    for plan, share in ((auto, 1), (always, 2 * shares_of(auto)[2] / loads_of(auto)[0].params)):
+        whole = 4 * loads_of(plan)[0].params  # bytes, in fp32
+        assert memory_of(plan, 0)["gradients, adding up"] == pytest.approx(share * whole)
+    sent = wire_of(always)["dp"] - wire_of(auto)["dp"]
+    assert sent == pytest.approx(47 * 4 * loads_of(auto)[0].params * 7 / 8)  # a ring of 8
 
 
 @pytest.mark.parametrize("schedule, vp", [("1f1b", 8), ("zero_bubble", 8), ("zbv", 2), ("1f1b", 1)])
