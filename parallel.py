@@ -100,8 +100,7 @@ class MeshConfig:
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over data-parallel processes."""
     reshard: Literal["auto", "always", "never"] = "auto"
-    """Freeing of gathered parameters after a block's forward; auto: unless there is a pipeline.
-    always: without one, of whole gradients too, which each micro-batch then sums and shards."""
+    """Freeing of gathered parameters; auto: but in a pipeline; always: of whole gradients too."""
     timeout: int = 1800  # Seconds without an answer that end the job; within a step 600 at most.
 
     def __post_init__(self) -> None:
@@ -210,7 +209,8 @@ def world_size() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc, where it is, keep freed memory: to get it again zeroed is a quarter of a step."""
+    """Let glibc keep the memory of freed tensors. By default it goes back to the kernel and comes
+    again zeroed page by page: a quarter of a step's time on a CPU. Nothing is done without it."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large allocations come from the heap too
@@ -230,6 +230,9 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         torch.cuda.set_device(number)
     else:
         keep_freed_memory()
+        has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
+        if cfg.dtype == "bf16" and not has_bf16():
+            log.warning("this CPU has no instructions for bf16: fp32 may be 100 times as fast")
     gc.set_threshold(100_000, 20)  # a first checkpoint's plan is a million objects
     if not dist.is_initialized():
         # gloo would connect everyone to everyone: past 500 ranks that is too many open files
@@ -712,13 +715,9 @@ class Runner:
         self.total += loss.detach()
         return loss
 
-    def step(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
-        """Do forward and backward of this rank's micro-batches; return the global loss everywhere.
-        loss_fn(output, batch) → the *sum* over the micro-batch; each batch carries its `count`."""
-        return self.run(batches, loss_fn, train=True)
-
-    def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
-        """Go through all stages, forward and, to train, backward; return the global loss."""
+    def step(self, batches: list[Batch], loss_fn: LossFn, train: bool = True) -> Tensor:
+        """Do forward and, to train, backward of this rank's micro-batches; return the global loss
+        everywhere. loss_fn(output, batch) → the *sum* over the micro-batch, which has a `count`."""
         self.load(batches)
         self.loss_fn = loss_fn
         n = len(batches)
@@ -739,7 +738,7 @@ class Runner:
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Return the global loss of these micro-batches, by forward alone."""
-        total = self.run(batches, loss_fn, train=False)
+        total = self.step(batches, loss_fn, train=False)
         # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
         for stage in self.stages.values():
             for unit in fsdp_units(stage):
@@ -1110,7 +1109,8 @@ def fill(params: Tensors, source: Source) -> None:
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Nemotron:
-    """Load a Hugging Face Nemotron folder as a whole model, strictly. dtype None: the file's."""
+    """Load a Hugging Face Nemotron folder (config.json + safetensors) as a whole model, strictly.
+    dtype None keeps the file's. Runner.load_weights fills a sharded model."""
     model = on_meta(read_config(folder))
     source = open_weights(folder)
     weights = {name: source[name](own_region(p)).to(dtype) for name, p in model.named_parameters()}
