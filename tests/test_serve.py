@@ -699,6 +699,55 @@ class TestThePageInABrowser:
         assert boxes[0]["y"] < boxes[1]["y"]  # one above the other on a phone
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
+    def test_a_conversation_goes_on_with_other_models_and_servers(self, visit, addresses):
+        page = visit.page
+        page.click("summary")
+        page.get_by_label("Longest answer").fill("9")
+        page.focus("#prompt")
+        visit.send("Hi")
+        page.get_by_label("Other servers").fill(addresses[1])
+        page.focus("#prompt")
+        page.wait_for_selector("#right option:nth-child(3)", state="attached")
+        page.get_by_label("Beside it").select_option(f"other at {addresses[1]}")
+        page.wait_for_selector("#columns section:nth-child(2)")
+        (first,) = set(visit.texts("assistant"))  # now in both columns
+        page.focus("#prompt")
+        visit.send("And?")
+        for asked, name in zip(visit.asked[1:], ("tiny", "other"), strict=True):
+            said = [turn["content"] for turn in asked["messages"]]
+            assert (asked["model"], said) == (name, ["Hi", first, "And?"])
+        page.get_by_label("Other servers").fill("\n".join(addresses[1:]))
+        page.focus("#prompt")
+        page.wait_for_selector("#right option:nth-child(4)", state="attached")
+        assert page.locator("h2").all_text_contents() == ["tiny", "other"]  # still
+        assert visit.texts("user") == ["Hi", "And?"] * 2
+        page.get_by_label("Beside it").select_option("no other model")
+        page.wait_for_selector("#columns section:nth-child(2)", state="detached")
+        assert visit.texts("user") == ["Hi", "And?"] and len(visit.texts("assistant")) == 2
+
+    def test_a_model_that_is_changed_while_it_answers_stops_and_keeps_what_it_said(
+        self, visit, addresses, server, monkeypatch
+    ):
+        page = visit.page
+        page.click("summary")
+        page.get_by_label("Other servers").fill(addresses[1])
+        page.focus("#prompt")
+        page.wait_for_selector("#right option:nth-child(3)", state="attached")
+        steps, step = threading.Semaphore(12), server.engine.step
+        monkeypatch.setattr(server.engine, "step", lambda: (steps.acquire(timeout=60), step()))
+        page.keyboard.type("Hi")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".assistant .text:not(:empty)")
+        page.locator("#left").select_option(f"other at {addresses[1]}")
+        steps.release(1000)
+        page.wait_for_selector("h2:text-is('other')")
+        visit.rest()
+        (said,) = visit.texts("assistant")
+        page.focus("#prompt")
+        visit.send("Go on")
+        turns = [turn["content"] for turn in visit.asked[-1]["messages"]]
+        assert said and turns == ["Hi", said, "Go on"] and visit.asked[-1]["model"] == "other"
+
     def test_a_long_conversation_leaves_the_message_and_its_buttons_in_sight(self, visit):
         page = visit.page
         for size in ((1280, 800), (390, 844)):
