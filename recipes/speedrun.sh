@@ -8,6 +8,8 @@
 #
 # A question is a line with `messages` and `answer`. It needs pip install -e '.[report]'.
 set -euo pipefail
+# a stage that is asked to stop saves and ends well: without this the next one would start on its half
+trap 'echo "stopped: the same command goes on from here" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/speedrun} SHARE=${SHARE:-1} SCALE=${SCALE:-laptop}
 part() { python -c "print($1 * $SHARE)"; }

@@ -143,6 +143,35 @@ def test_a_job_without_a_folder_of_its_own_is_refused():
     assert done.returncode and "set OUT to a folder" in done.stderr
 
 
+def test_a_speedrun_that_is_asked_to_stop_begins_no_other_stage(tmp_path):
+    # the stage that runs gets the signal as well, saves and ends well, as train.py does
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        echo "$1" >> {tmp_path}/started
+        case $1 in
+            -c) echo 1 ;;
+            -) cat > /dev/null ;;
+            train.py) trap : INT; kill -INT 0; exit 0 ;;
+        esac
+        """
+    )
+    python.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", ROOT / "recipes/speedrun.sh"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        # what runs in the background ignores Ctrl-C, and a script cannot undo that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 130 and "goes on from here" in done.stderr
+    assert (tmp_path / "started").read_text().split()[-1] == "train.py"
+
+
 def losses(out):
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
