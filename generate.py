@@ -79,7 +79,7 @@ log = logging.getLogger("nemotron4")
 class InferenceLinear(nn.Module):
     """Multiplies by a matrix, or by this tensor-parallel rank's share of one. `reduce_group`: the
     processes whose results add up to the product. A float8 matrix has a scale for each row. On a
-    CPU an fp32 matrix is laid out once for oneDNN: F.linear makes few rows 1.2 to 4 times as slow.
+    CPU an fp32 matrix is laid out once for oneDNN: F.linear makes few rows up to 4 times as slow.
     """
 
     def __init__(self, weight: Tensor, reduce_group: dist.ProcessGroup | None) -> None:

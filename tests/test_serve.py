@@ -449,6 +449,7 @@ VISIT = """
   $("right").value = "1";
   $("judge").value = "2";
   $("right").fire("change");
+  await until(() => columns.length === 2);
   const say = async (text) => {
     $("prompt").value = text;
     $("form").fire("submit");
