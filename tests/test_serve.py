@@ -756,7 +756,7 @@ class TestThePageInABrowser:
             page.click("#clear")
             page.fill("#prompt", "a\n" * 40)
             visit.send("")
-            for part in ("#prompt", "#stop", ".turn:last-child .text"):
+            for part in ("#prompt", "#stop", "#status", ".turn:last-child .text"):
                 box = page.locator(part).last.bounding_box()
                 assert box["y"] >= 0 and box["y"] + box["height"] <= size[1], (size, part)
 
