@@ -759,6 +759,9 @@ class TestThePageInABrowser:
             for part in ("#prompt", "#stop", "#status", ".turn:last-child .text"):
                 box = page.locator(part).last.bounding_box()
                 assert box["y"] >= 0 and box["y"] + box["height"] <= size[1], (size, part)
+            page.evaluate("scrollTo(0, 0)")  # and who reads what was said before sees how it goes
+            box = page.locator("#status").bounding_box()
+            assert box["y"] + box["height"] <= size[1], size
 
     def test_markup_is_shown_as_text_and_runs_nothing(self, visit, tokenizer, monkeypatch):
         prompt, _ = data.render_chat([{"role": "user", "content": DEBRIS}], tokenizer)
