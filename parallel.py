@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import partial, partialmethod
 from importlib import import_module
 from itertools import accumulate, product
 from operator import add
@@ -153,9 +153,9 @@ class MeshConfig:
 
     def micro_batches(self, n: int) -> int:
         """Return the fewest micro-batches, from n on, that the pipeline's schedule can take."""
-        n = max(n, self.pp)
-        in_rounds = self.vp > 1 or self.schedule != "1f1b"  # as torch's interleaved ones do
-        while in_rounds and n % (n // self.pp):
+        if self.vp == 1 and self.schedule == "1f1b":
+            return max(n, self.pp)
+        while n % max(1, n // self.pp):  # torch's interleaved schedules go in rounds
             n += 1
         return n
 
@@ -178,7 +178,7 @@ class MeshConfig:
         if self.pp == 1 and (self.vp > 1 or not plain):
             raise ValueError(f"vp={self.vp}, schedule={self.schedule} with pp=1: set pp too")
         n = batch // at_once
-        least = self.micro_batches(n)
+        least = max(self.pp, self.micro_batches(n))
         if n < least:
             todo = f"its schedule takes {least}: change batch or micro_batch"
             raise ValueError(f"pp={self.pp}: {n} micro-batches for each dp process, {todo}")
@@ -230,9 +230,6 @@ def init_mesh(cfg: MeshConfig) -> DeviceMesh:
         torch.cuda.set_device(number)
     else:
         keep_freed_memory()
-        has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
-        if cfg.dtype == "bf16" and not has_bf16():
-            log.warning("this CPU has no instructions for bf16: fp32 may be 100 times as fast")
     gc.set_threshold(100_000, 20)  # a first checkpoint's plan is a million objects
     if not dist.is_initialized():
         # gloo would connect everyone to everyone: past 500 ranks that is too many open files
@@ -715,7 +712,7 @@ class Runner:
         self.total += loss.detach()
         return loss
 
-    def step(self, batches: list[Batch], loss_fn: LossFn, train: bool = True) -> Tensor:
+    def run(self, batches: list[Batch], loss_fn: LossFn, train: bool) -> Tensor:
         """Do forward and, to train, backward of this rank's micro-batches; return the global loss
         everywhere. loss_fn(output, batch) → the *sum* over the micro-batch, which has a `count`."""
         self.load(batches)
@@ -735,10 +732,12 @@ class Runner:
                     loss.backward()
         return self.reduce(self.total, "dp_replicate", "dp_shard", "pp")
 
+    step = partialmethod(run, train=True)  # `eval` is the other way to run
+
     @torch.no_grad()
     def eval(self, batches: list[Batch], loss_fn: LossFn) -> Tensor:
         """Return the global loss of these micro-batches, by forward alone."""
-        total = self.step(batches, loss_fn, train=False)
+        total = self.run(batches, loss_fn, train=False)
         # no backward did it, and gathered parameters are not the optimizer's nor a checkpoint's
         for stage in self.stages.values():
             for unit in fsdp_units(stage):

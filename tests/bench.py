@@ -1195,7 +1195,7 @@ def one_step(found: Result, runner: parallel.Runner) -> None:
     mesh = runner.cfg
     with timed(found, "start: schedules, s"):
         built = parallel.make_schedule(mesh, runner.pipeline_stages(), N_MICRO["schedule"])
-        round_ = max(1, 8 * mesh.pp // mesh.vp)  # as Runner.step divides a validation
+        round_ = max(1, 8 * mesh.pp // mesh.vp)  # as Runner.run divides a validation
         parallel.make_schedule(mesh, runner.pipeline_stages(), round_, train=False)
     actions = built.pipeline_order_with_comms
     found["schedule: own actions"] = len(actions[runner.mesh.get_local_rank("pp")])

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -734,24 +733,6 @@ def test_every_field_of_a_mesh_is_checked():
         if field.type is not bool:
             with pytest.raises(ValueError, match=f"^{field.name}="):
                 MeshConfig(**{field.name: 0})
-
-
-def warnings_of(cfg, supported):
-    said = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("nemotron4").addHandler(handler)
-    ops = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True) if supported else None
-    with mock.patch.object(torch.ops, "mkldnn", ops):  # None: a torch without oneDNN
-        init_mesh(cfg)
-    return said
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it computes bf16 on the GPU")
-@pytest.mark.parametrize("dtype, supported", [("bf16", False), ("bf16", True), ("auto", False)])
-def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_warned_of(on_ranks, dtype, supported):
-    (said,) = on_ranks(1, warnings_of, MeshConfig(dtype=dtype), supported)
-    assert len(said) == (dtype == "bf16" and not supported) and all("bf16" in one for one in said)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
